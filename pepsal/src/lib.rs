@@ -1,1 +1,306 @@
-//! x
+//! A TCP performance enhancing proxy (RFC 3135) that intercepts by eBPF.
+//!
+//! The modules are listed in the order in which a flow meets them:
+//!
+//! 1. [`steer`]: the client's SYN enters an interface; an eBPF program finds it selected ([`selection`]), records what it
+//!    says and marks it. [`route`]'s rules deliver marked packets locally, and a second program gives the connection to
+//! 2. [`listener`], where it is accepted.
+//! 3. [`flow`] enters it in the [`table`], and makes
+//! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options.
+//! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
+//! 6. [`metrics`] counts the end, once, with its reason.
+//!
+//! Around them: [`cli`] says what is wanted, [`preflight`] whether it can be had, [`instance`] that nobody else has it,
+//! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
+
+pub mod cli;
+pub mod preflight;
+pub mod instance;
+pub mod selection;
+pub mod steer;
+pub mod route;
+pub mod listener;
+pub mod flow;
+pub mod table;
+pub mod leg;
+pub mod relay;
+pub mod conduit;
+pub mod socket;
+pub mod metrics;
+pub mod keeper;
+
+use std::{io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
+
+use anyhow::{Result, bail};
+use pepsal_ebpf::Counter;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    signal::unix::{Signal, SignalKind, signal},
+    time::{MissedTickBehavior, interval, sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::{info, warn};
+
+use crate::{
+    cli::Options,
+    conduit::ConduitPool,
+    flow::{CloseReason, Collector, Shared},
+    instance::Instance,
+    keeper::Keeper,
+    leg::LegConfig,
+    listener::Listeners,
+    metrics::{Event, Metrics},
+    route::{Changes, Interfaces, Routes},
+    selection::Selection,
+    steer::Steering,
+    table::FlowTable,
+};
+
+/// Runs the proxy until it is told to stop. `ready` is called once connections are intercepted.
+///
+/// # Errors
+/// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
+pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
+    let (mut stop, mut stop_too) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut proxy = Proxy::start(&options).await?;
+    let names = options.interfaces.join(",");
+    info!(interfaces = names, port = options.port, limit = proxy.limit, mark = %options.steering.mark, "ready");
+    ready();
+
+    proxy.serve(stopped(&mut stop, &mut stop_too)).await;
+
+    info!(flows = proxy.shared.table.len(), "stopping: new connections pass through");
+    tokio::select! {
+        () = proxy.drain(options.drain_timeout) => {}
+        () = stopped(&mut stop, &mut stop_too) => info!("stopping at once"),
+    }
+    proxy.report();
+    Ok(())
+}
+
+/// How long a stop waits for handshakes that are under way.
+const HANDSHAKES: Duration = Duration::from_secs(2);
+
+async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+/// Everything that is set up, in the order in which it is taken down again: the programs stop marking before the rules
+/// that deliver what is marked go.
+struct Proxy {
+    steering: Steering,
+    routes: Routes,
+    _instance: Instance,
+    listeners: Arc<Listeners>,
+    intercepted: Vec<String>,
+    limit: u32,
+    changes: Changes,
+    keeper: Keeper,
+    shared: Arc<Shared>,
+    flows: TaskTracker,
+    accepting: CancellationToken,
+}
+
+impl Proxy {
+    async fn start(options: &Options) -> Result<Self> {
+        preflight::check()?;
+        if options.sniff_interface.is_some() {
+            warn!("-s is ignored: SYN options are recorded by eBPF on every intercepted interface, without a sniffer");
+        }
+        let interfaces = route::interfaces().await?;
+        check_interfaces(&options.interfaces, &interfaces)?;
+        let table = options.steering.table;
+        let instance = Instance::claim(&options.interfaces, table)?;
+        let legs = LegConfig::new(options);
+        for algorithm in legs.congestion() {
+            preflight::check_congestion(algorithm)?;
+        }
+        let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
+        let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
+        let listeners = Listeners::bind(options.port.get(), options.tcp.fastopen)?;
+
+        let selection = Selection::new(&options.steering.only, &options.steering.bypass);
+        let mark = options.steering.mark;
+        let config =
+            steer::Config { mark, limit, selection: &selection, log_syns: options.steering.log_syns };
+        let mut steering = Steering::load(&config)?;
+        steering.beat()?;
+        let changes = Changes::subscribe()?;
+        let routes = Routes::new(mark, table).await?;
+        routes.reconcile(&interfaces).await?;
+        steering.open(&listeners)?;
+        let intercepted = options.interfaces.clone();
+        steering.attach(&interfaces, |name| intercepted.iter().any(|wanted| wanted == name))?;
+
+        let shared = Shared {
+            legs,
+            table: Arc::new(FlowTable::new(steering.flows().clone())),
+            metrics: Metrics::new(),
+            conduits: ConduitPool::new(pipes),
+            connect_timeout: options.connect_timeout,
+            collector: Collector {
+                epoch: tokio::time::Instant::now(),
+                interval: options.gc_interval,
+                lifetime: options.pending_lifetime,
+            },
+            idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
+            stop: CancellationToken::new(),
+        };
+        Ok(Self {
+            steering,
+            routes,
+            _instance: instance,
+            listeners: Arc::new(listeners),
+            intercepted,
+            limit,
+            changes,
+            keeper,
+            shared: Arc::new(shared),
+            flows: TaskTracker::new(),
+            accepting: CancellationToken::new(),
+        })
+    }
+
+    /// Accepts and looks after things until `stop`.
+    async fn serve(&mut self, stop: impl Future<Output = ()>) {
+        tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept(
+            self.listeners.clone(),
+            self.shared.clone(),
+            self.flows.clone(),
+        )));
+        let mut stop = pin!(stop);
+        let mut rounds = interval(keeper::ROUND);
+        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = &mut stop => return,
+                _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared),
+                () = self.changes.next() => self.adapt().await,
+            }
+        }
+    }
+
+    /// Puts back what others removed, and follows interfaces that come and go.
+    async fn adapt(&mut self) {
+        // Changes come in bursts, and what is done here causes some.
+        sleep(Duration::from_millis(20)).await;
+        self.changes.skip_pending();
+        let adapt = async {
+            let interfaces = route::interfaces().await?;
+            let before: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
+            let added = self.routes.reconcile(&interfaces).await?;
+            let intercepted = &self.intercepted;
+            self.steering.attach(&interfaces, |name| intercepted.iter().any(|wanted| wanted == name))?;
+            let after: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
+            if before != after {
+                info!(before = before.join(","), now = after.join(","), "intercepted interfaces changed");
+            }
+            anyhow::Ok(added)
+        };
+        match adapt.await {
+            Ok(0) => {}
+            Ok(added) => info!(added, "policy rules and routes put in place"),
+            Err(error) => warn!("cannot follow a change of the network: {error:#}"),
+        }
+    }
+
+    /// Lets open flows come to their end, and ends at `deadline` those that have not.
+    async fn drain(&mut self, deadline: Duration) {
+        self.steering.close();
+        self.flows.close();
+        let drained = async {
+            // Handshakes that were under way when new connections began to pass are still accepted.
+            let _ = timeout(HANDSHAKES, async {
+                while self.shared.table.pending() > 0 {
+                    sleep(Duration::from_millis(10)).await;
+                }
+            })
+            .await;
+            self.flows.wait().await;
+        };
+        if timeout(deadline, drained).await.is_err() {
+            info!(flows = self.shared.table.len(), "resetting the flows that are still open");
+            self.shared.stop.cancel();
+            let _ = timeout(Duration::from_secs(2), self.flows.wait()).await;
+        }
+        self.accepting.cancel();
+    }
+
+    /// What became of everything, in two lines.
+    fn report(&mut self) {
+        self.keeper.write_table(&self.shared);
+        let metrics = &self.shared.metrics;
+        let (up, down) = metrics.bytes();
+        let counts = |counts: Vec<(String, u64)>| {
+            let seen: Vec<String> =
+                counts.into_iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}={n}")).collect();
+            seen.join(" ")
+        };
+        let kernel = Counter::ALL.iter().map(|counter| (counter.name().to_owned(), self.steering.count(*counter)));
+        let events = Event::ALL.iter().map(|event| (event.name().to_owned(), metrics.events(*event)));
+        let closed = CloseReason::ALL
+            .iter()
+            .map(|reason| (reason.to_string().replace(' ', "_"), metrics.closed(*reason)));
+        info!(up, down, "flows: {}", counts(events.chain(closed).collect()));
+        info!("packets: {}", counts(kernel.collect()));
+    }
+}
+
+fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
+    for name in wanted {
+        if !present.values().any(|interface| interface == name) {
+            let names: Vec<&str> = present.values().map(String::as_str).collect();
+            bail!("interface {name}: there is none of that name that can be intercepted; there are {}", names.join(", "));
+        }
+    }
+    Ok(())
+}
+
+/// Accepts for as long as it is polled.
+async fn accept(listeners: Arc<Listeners>, shared: Arc<Shared>, flows: TaskTracker) {
+    let v4 = accept_from(&listeners.v4, &shared, &flows);
+    match &listeners.v6 {
+        Some(v6) => drop(tokio::join!(v4, accept_from(v6, &shared, &flows))),
+        None => v4.await,
+    }
+}
+
+async fn accept_from(listener: &TcpListener, shared: &Arc<Shared>, flows: &TaskTracker) {
+    let own = listener.local_addr().ok();
+    let mut pause = Duration::from_millis(5);
+    loop {
+        match listener.accept().await.and_then(|(stream, client)| Ok((stream.local_addr()?, stream, client))) {
+            Ok((server, stream, _)) if Some(server) == own => {
+                shared.metrics.count(Event::DirectRefused);
+                refuse(&stream);
+            }
+            Ok((server, stream, client)) => {
+                pause = Duration::from_millis(5);
+                flows.spawn(flow::serve(stream, client, server, shared.clone()));
+            }
+            // The client was faster to leave.
+            Err(error) if is_of_connection(&error) => {}
+            Err(error) => {
+                shared.metrics.count(Event::AcceptFailed);
+                warn!("cannot accept, trying again in {pause:?}: {error}");
+                sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(1));
+            }
+        }
+    }
+}
+
+fn refuse(stream: &TcpStream) {
+    // Dropped right after, it is closed one way or the other.
+    let _ = socket::reset_on_close(stream.as_fd(), true);
+}
+
+fn is_of_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::NotConnected
+    )
+}

@@ -1,2 +1,72 @@
-//! x
-fn main() {}
+//! pepsal's own commands: `cargo xtask setup`, `build`, `build-and-load`, `test`.
+
+use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
+
+use anyhow::{Context as _, Result};
+use clap::Parser;
+
+mod build;
+mod debian;
+mod linker;
+mod report;
+mod setup;
+mod shell;
+mod test;
+mod toolchain;
+
+use setup::Needs;
+
+/// Build, run and test pepsal. Every command first installs what it lacks, or says how to.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask")]
+enum Xtask {
+    /// Find or install what the other commands need, the eBPF toolchain above all.
+    Setup {
+        /// The command to prepare for.
+        #[arg(long = "for", value_name = "COMMAND", default_value = "build")]
+        needs: Needs,
+    },
+    /// Build the daemon with its eBPF object inside, as target/<PROFILE>/pepsal.
+    Build {
+        /// Optimise; the default is a debug build. The eBPF object is optimised either way.
+        #[arg(long)]
+        release: bool,
+    },
+    /// Build the daemon, then run it as root.
+    BuildAndLoad {
+        /// Optimise; the default is a debug build.
+        #[arg(long)]
+        release: bool,
+        /// Arguments of the daemon.
+        #[arg(last = true)]
+        args: Vec<OsString>,
+    },
+    /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
+    Test(test::Options),
+}
+
+fn main() -> ExitCode {
+    Xtask::parse().run().unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+impl Xtask {
+    fn run(self) -> Result<ExitCode> {
+        match self {
+            Self::Setup { needs } => println!("Everything is in place: {}.", setup::run(needs)?),
+            Self::Build { release } => println!("Built {}.", build::daemon(release)?.display()),
+            Self::BuildAndLoad { release, args } => return load(release, &args),
+            Self::Test(options) => return Ok(test::run(&options)),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Becomes the daemon, so that signals and the exit status are its own.
+fn load(release: bool, args: &[OsString]) -> Result<ExitCode> {
+    let daemon = build::daemon(release)?;
+    let mut command = shell::as_root(&daemon)?;
+    Err(command.args(args).exec()).with_context(|| format!("cannot run `{}`", shell::line(&command)))
+}

@@ -1,0 +1,290 @@
+//! What pepsal's kernel side and its user side share: the maps' keys and values, the counters, and the packet
+//! parser, which is pure and tested on the host.
+//!
+//! Everything that crosses a map is `repr(C)` with its padding spelt out and its size asserted. Addresses are
+//! 16 bytes in network order, IPv4 as IPv4-mapped IPv6 (RFC 4291, 2.5.5.2), so that both families share every map.
+
+#![no_std]
+
+pub mod packet;
+
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+/// An IP address of either family as it lies in a map: network order, IPv4 as `::ffff:a.b.c.d`.
+pub type MappedAddr = [u8; 16];
+
+/// The longest IPv6 hop-by-hop or destination options header that a [`SynRecord`] holds, in bytes.
+pub const EXTENSION_MAX: usize = 128;
+
+/// The longest IPv4 options field (RFC 791), in bytes.
+pub const IP_OPTIONS_MAX: usize = 40;
+
+/// Bytes in one [`PORT_SETS`](PortSet) entry: a bit for each of 65,536 ports.
+pub const PORT_SET_BYTES: usize = 8192;
+
+/// A set of TCP ports, one bit each: port `p` is bit `p % 8` of byte `p / 8`.
+pub type PortSet = [u8; PORT_SET_BYTES];
+
+/// Slot of the IPv4 listener in the listeners' SockMap.
+pub const LISTENER_V4: u32 = 0;
+/// Slot of the IPv6 listener in the listeners' SockMap.
+pub const LISTENER_V6: u32 = 1;
+
+/// The mapped form of an IPv4 address.
+#[inline(always)]
+pub const fn map_v4(v4: [u8; 4]) -> MappedAddr {
+    [
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3],
+    ]
+}
+
+/// The mapped form of an address of either family.
+pub fn map_addr(addr: IpAddr) -> MappedAddr {
+    match addr {
+        IpAddr::V4(v4) => map_v4(v4.octets()),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+/// The address that a mapped form stands for.
+pub fn unmap_addr(addr: MappedAddr) -> IpAddr {
+    let v6 = Ipv6Addr::from(addr);
+    match v6.to_ipv4_mapped() {
+        Some(v4) => IpAddr::V4(Ipv4Addr::from(v4.octets())),
+        None => IpAddr::V6(v6),
+    }
+}
+
+/// A flow as the client's segments name it: source is the client, destination is the server.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    client: MappedAddr,
+    server: MappedAddr,
+    client_port: [u8; 2],
+    server_port: [u8; 2],
+}
+
+const _: () = assert!(size_of::<FlowKey>() == 36);
+
+impl FlowKey {
+    /// A key from addresses and ports in network order.
+    #[inline(always)]
+    pub const fn new(
+        client: MappedAddr,
+        server: MappedAddr,
+        client_port: [u8; 2],
+        server_port: [u8; 2],
+    ) -> Self {
+        Self {
+            client,
+            server,
+            client_port,
+            server_port,
+        }
+    }
+
+    /// The key of the flow between two socket addresses.
+    pub fn between(client: SocketAddr, server: SocketAddr) -> Self {
+        Self::new(
+            map_addr(client.ip()),
+            map_addr(server.ip()),
+            client.port().to_be_bytes(),
+            server.port().to_be_bytes(),
+        )
+    }
+
+    /// The client's address and port.
+    pub fn client(&self) -> SocketAddr {
+        SocketAddr::new(unmap_addr(self.client), u16::from_be_bytes(self.client_port))
+    }
+
+    /// The server's address and port: the original destination.
+    pub fn server(&self) -> SocketAddr {
+        SocketAddr::new(unmap_addr(self.server), u16::from_be_bytes(self.server_port))
+    }
+}
+
+/// What the client's SYN said, recorded before the kernel answers it and taken by the daemon when it accepts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SynRecord {
+    /// When the SYN arrived, in nanoseconds of CLOCK_MONOTONIC.
+    pub time_ns: u64,
+    /// Index of the interface that it arrived on.
+    pub ingress_ifindex: u32,
+    /// IPv6 flow label (RFC 6437), 20 bits; zero for IPv4.
+    flow_label: [u8; 4],
+    /// Maximum segment size option (RFC 9293), in bytes in network order; zero when absent.
+    mss: [u8; 2],
+    /// Window scale option (RFC 7323): the shift count, meaningful with [`TcpOptions::WINDOW_SCALE`].
+    pub window_scale: u8,
+    /// Which TCP options the SYN carried: [`TcpOptions`] bits.
+    pub tcp_options: u8,
+    /// IPv4 TOS or IPv6 traffic class, whole: DSCP (RFC 2474) and ECN bits.
+    pub traffic_class: u8,
+    /// IPv4 TTL or IPv6 hop limit as it arrived.
+    pub ttl: u8,
+    /// Bytes used of `ip_options`.
+    pub ip_options_len: u8,
+    /// Bytes used of `hop_by_hop`.
+    pub hop_by_hop_len: u8,
+    /// Bytes used of `destination`.
+    pub destination_len: u8,
+    /// Non-zero when an extension header was longer than [`EXTENSION_MAX`] and so was not recorded.
+    pub truncated: u8,
+    _pad: [u8; 2],
+    /// IPv4 options as they arrived (RFC 791).
+    pub ip_options: [u8; IP_OPTIONS_MAX],
+    /// IPv6 hop-by-hop options header (RFC 8200) as it arrived, next-header byte included.
+    pub hop_by_hop: [u8; EXTENSION_MAX],
+    /// IPv6 destination options header (RFC 8200) as it arrived, next-header byte included.
+    pub destination: [u8; EXTENSION_MAX],
+    _tail: [u8; 4],
+}
+
+const _: () = assert!(size_of::<SynRecord>() == 328 && align_of::<SynRecord>() == 8);
+
+impl SynRecord {
+    /// A record of nothing: what a flow has whose SYN was not seen.
+    pub const EMPTY: Self = Self {
+        time_ns: 0,
+        ingress_ifindex: 0,
+        flow_label: [0; 4],
+        mss: [0; 2],
+        window_scale: 0,
+        tcp_options: 0,
+        traffic_class: 0,
+        ttl: 0,
+        ip_options_len: 0,
+        hop_by_hop_len: 0,
+        destination_len: 0,
+        truncated: 0,
+        _pad: [0; 2],
+        ip_options: [0; IP_OPTIONS_MAX],
+        hop_by_hop: [0; EXTENSION_MAX],
+        destination: [0; EXTENSION_MAX],
+        _tail: [0; 4],
+    };
+
+    /// Maximum segment size that the client announced, in bytes.
+    pub fn mss(&self) -> Option<u16> {
+        (self.tcp_options & TcpOptions::MSS != 0).then_some(u16::from_be_bytes(self.mss))
+    }
+
+    /// Window scale that the client announced, as a shift count.
+    pub fn window_scale(&self) -> Option<u8> {
+        (self.tcp_options & TcpOptions::WINDOW_SCALE != 0).then_some(self.window_scale)
+    }
+
+    /// IPv6 flow label, 20 bits.
+    pub fn flow_label(&self) -> u32 {
+        u32::from_be_bytes(self.flow_label)
+    }
+
+    /// The IPv4 options that the SYN carried.
+    pub fn ip_options(&self) -> &[u8] {
+        &self.ip_options[..usize::from(self.ip_options_len).min(IP_OPTIONS_MAX)]
+    }
+
+    /// The IPv6 hop-by-hop options header that the SYN carried, empty when there was none.
+    pub fn hop_by_hop(&self) -> &[u8] {
+        &self.hop_by_hop[..usize::from(self.hop_by_hop_len).min(EXTENSION_MAX)]
+    }
+
+    /// The IPv6 destination options header that the SYN carried, empty when there was none.
+    pub fn destination(&self) -> &[u8] {
+        &self.destination[..usize::from(self.destination_len).min(EXTENSION_MAX)]
+    }
+}
+
+/// Bits of [`SynRecord::tcp_options`].
+pub struct TcpOptions;
+
+impl TcpOptions {
+    /// Maximum segment size (kind 2).
+    pub const MSS: u8 = 1;
+    /// Window scale (kind 3).
+    pub const WINDOW_SCALE: u8 = 2;
+    /// SACK permitted (kind 4).
+    pub const SACK: u8 = 4;
+    /// Timestamps (kind 8).
+    pub const TIMESTAMPS: u8 = 8;
+    /// TCP fast open (kind 34, RFC 7413).
+    pub const FAST_OPEN: u8 = 16;
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+        /// What became of a packet or a lookup. Each is counted where it is decided.
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Counter {
+            $($(#[$doc])* $variant,)*
+        }
+
+        impl Counter {
+            /// Every counter, in the order of the map.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// Its name in logs and metrics.
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
+        }
+    };
+}
+
+counters! {
+    /// A SYN was recorded and marked: a new flow.
+    Intercepted = "intercepted",
+    /// A SYN of a flow that is being set up came again and was marked again.
+    Retransmitted = "retransmitted",
+    /// A segment of a leg was marked.
+    Steered = "steered",
+    /// A segment without a socket was marked because its flow is being set up (SYN cookies).
+    Pending = "pending",
+    /// An ICMP error about a leg was marked.
+    IcmpError = "icmp_error",
+    /// `sk_lookup` gave a new connection to the listener.
+    Assigned = "assigned",
+
+    /// Passed: neither IPv4 nor IPv6.
+    NotIp = "not_ip",
+    /// Passed: a tagged frame on a VLAN's parent; it comes again on the VLAN's own device.
+    Vlan = "vlan",
+    /// Passed: neither TCP nor an ICMP error about TCP.
+    NotTcp = "not_tcp",
+    /// Passed: a fragment, whose ports cannot be known.
+    Fragment = "fragment",
+    /// Passed: headers that are cut short or contradict themselves.
+    Malformed = "malformed",
+    /// Passed: a segment of a connection that is not pepsal's.
+    Foreign = "foreign",
+    /// Passed: a SYN on an interface that is not intercepted.
+    NotIntercepted = "not_intercepted",
+    /// Passed: a SYN that the selection leaves alone.
+    Unselected = "unselected",
+    /// Passed: a SYN that the gateway would not forward: to one of its own addresses, or to where it has no route.
+    NotForwarded = "not_forwarded",
+    /// Passed: no listener, so no daemon.
+    NoListener = "no_listener",
+    /// Passed: the daemon has not shown for too long that it is alive.
+    Unresponsive = "unresponsive",
+    /// Passed: as many flows as allowed are open.
+    LimitReached = "limit_reached",
+    /// Passed: the record could not be stored.
+    RecordFailed = "record_failed",
+    /// Passed: `sk_lookup` found a flow but could not give it to the listener.
+    AssignFailed = "assign_failed",
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    // SAFETY: `repr(C)`, no references, every padding byte is a field, every bit pattern is valid.
+    unsafe impl aya::Pod for super::FlowKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::SynRecord {}
+}

@@ -1,0 +1,522 @@
+//! pepsal's kernel side: three programs and the maps between them.
+//!
+//! - [`pepsal_steer`] on the TC ingress of every intercepted interface, [`pepsal_replies`] on that of all the others: mark what
+//!   belongs to a flow, so that a policy rule delivers it locally. The verdict is always "next program, please".
+//! - [`pepsal_listener`] on the network namespace's socket lookup: gives the daemon's listener the connections that
+//!   `pepsal_steer` recorded, and no others.
+//!
+//! Whatever cannot be decided is passed on untouched.
+
+#![no_std]
+#![no_main]
+#![expect(missing_docs, reason = "the macros export each program a second time, without its documentation")]
+
+use core::{
+    ffi::c_void,
+    mem::MaybeUninit,
+    ptr::{addr_of, read_volatile},
+};
+
+use aya_ebpf::{
+    EbpfContext,
+    bindings::{__sk_buff, BPF_F_CURRENT_NETNS, BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup, bpf_sock_tuple},
+    helpers::generated::{
+        bpf_fib_lookup, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release, bpf_skb_load_bytes_relative,
+        bpf_skc_lookup_tcp,
+    },
+    macros::{classifier, map, sk_lookup},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie},
+    programs::{SkLookupContext, TcContext},
+};
+use aya_log_ebpf::info;
+use pepsal_ebpf::{
+    Counter, FlowKey, LISTENER_V4, LISTENER_V6, MappedAddr, PORT_SET_BYTES, PortSet, SynRecord, map_v4,
+    packet::{Family, Packet, Parsed, Segment, parse, record_syn},
+};
+
+/// The mark that steered packets carry, within [`MARK_MASK`].
+#[unsafe(no_mangle)]
+static MARK: u32 = 0;
+/// The bits of the packet mark that are pepsal's.
+#[unsafe(no_mangle)]
+static MARK_MASK: u32 = 0;
+/// Nanoseconds without a heartbeat after which the daemon counts as hung.
+#[unsafe(no_mangle)]
+static HEARTBEAT_BOUND_NS: u64 = 0;
+/// Non-zero: every intercepted SYN is logged.
+#[unsafe(no_mangle)]
+static LOG_SYNS: u8 = 0;
+
+/// Every flow, from its SYN to its end. The daemon sizes the map to its limit of connections and removes a flow that has
+/// ended or was never accepted, so that a full map is what "at the limit" means.
+#[map]
+static FLOWS: HashMap<FlowKey, SynRecord> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// The daemon's listeners by family. A slot empties itself when its socket is closed, however the daemon ended.
+#[map]
+static LISTENERS: SockMap = SockMap::with_max_entries(2, 0);
+
+/// Destination prefix to the index of the ports that are intercepted there.
+#[map]
+static DESTINATIONS: LpmTrie<MappedAddr, u32> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// Source prefix to the index of the destination ports that are intercepted from there.
+#[map]
+static SOURCES: LpmTrie<MappedAddr, u32> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// The sets of ports that the two tries name.
+#[map]
+static PORT_SETS: Array<PortSet> = Array::with_max_entries(1, 0);
+
+/// When the daemon last showed that it is alive, in nanoseconds of CLOCK_MONOTONIC.
+#[map]
+static HEARTBEAT: Array<u64> = Array::with_max_entries(1, 0);
+
+#[map]
+static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
+
+/// Where a record is put together: it does not fit the stack.
+#[map]
+static SCRATCH: PerCpuArray<SynRecord> = PerCpuArray::with_max_entries(1, 0);
+
+const BPF_F_NO_PREALLOC: u32 = 1;
+const BPF_NOEXIST: u64 = 1;
+const BPF_EXIST: u64 = 2;
+const BPF_HDR_START_NET: u32 = 1;
+const SK_PASS: u32 = 1;
+const E2BIG: i32 = -7;
+
+/// `TCX_NEXT`, which is also `TC_ACT_UNSPEC`: programs after this one, and the rest of the stack, still see the packet.
+const NEXT: i32 = -1;
+
+/// TC ingress of an intercepted interface.
+#[classifier]
+pub fn pepsal_steer(ctx: TcContext) -> i32 {
+    count(classify(&ctx, true));
+    NEXT
+}
+
+/// TC ingress of every other interface: segments of flows, but no new ones.
+#[classifier]
+pub fn pepsal_replies(ctx: TcContext) -> i32 {
+    count(classify(&ctx, false));
+    NEXT
+}
+
+/// Socket lookup of the network namespace.
+#[sk_lookup]
+pub fn pepsal_listener(ctx: SkLookupContext) -> u32 {
+    if let Some(counter) = assign(&ctx) {
+        count(counter);
+    }
+    SK_PASS
+}
+
+#[inline(always)]
+fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: the element is this CPU's own.
+        unsafe { *value += 1 };
+    }
+}
+
+#[inline(always)]
+fn classify(ctx: &TcContext, intercept: bool) -> Counter {
+    match try_classify(ctx, intercept) {
+        Ok(counter) => {
+            mark(ctx);
+            counter
+        }
+        Err(counter) => counter,
+    }
+}
+
+/// `Ok` for a packet that is to be marked, `Err` for one that passes as it is.
+#[inline(always)]
+fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
+    let skb = ctx.skb.skb;
+    // SAFETY: fields of the context that programs of this type may read.
+    let (protocol, vlan) = unsafe { ((*skb).protocol, (*skb).vlan_present) };
+    if vlan != 0 {
+        return Err(Counter::Vlan);
+    }
+    let family = match u16::from_be(protocol as u16) {
+        0x0800 => Family::V4,
+        0x86dd => Family::V6,
+        _ => return Err(Counter::NotIp),
+    };
+    let packet = Skb(skb);
+    match parse(&packet, family)? {
+        Parsed::Tcp(segment) => match leg_state(skb, &segment) {
+            Some(TCP_NEW_SYN_RECV) if segment.is_syn() => Ok(Counter::Retransmitted),
+            // A SYN may take over the ports of a connection in TIME_WAIT: it opens a flow of its own.
+            Some(TCP_TIME_WAIT) | None if segment.is_syn() => {
+                intercept_syn(ctx, &packet, &segment, intercept)
+            }
+            Some(_) => Ok(Counter::Steered),
+            // With SYN cookies there is no socket until the handshake is over.
+            // SAFETY: the record is not looked into.
+            None if unsafe { FLOWS.get(segment.flow()) }.is_some() => Ok(Counter::Pending),
+            None => Err(Counter::Foreign),
+        },
+        Parsed::IcmpError(segment) => match leg_state(skb, &segment) {
+            Some(_) => Ok(Counter::IcmpError),
+            None => Err(Counter::Foreign),
+        },
+    }
+}
+
+#[inline(always)]
+fn mark(ctx: &TcContext) {
+    // SAFETY: statics that the loader sets; volatile, so that the compiler does not take the zeroes for granted.
+    let (mark, mask) = unsafe { (read_volatile(&MARK), read_volatile(&MARK_MASK)) };
+    // SAFETY: the packet's mark may be read and written.
+    let old = unsafe { (*ctx.skb.skb).mark };
+    ctx.set_mark(old & !mask | mark);
+}
+
+/// Decides about a connection that is not there yet. The cheap questions come first.
+#[inline(always)]
+fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: &Segment, intercept: bool) -> Result<Counter, Counter> {
+    if !intercept {
+        return Err(Counter::NotIntercepted);
+    }
+    if !selected(syn) {
+        return Err(Counter::Unselected);
+    }
+    if !listening(syn.family) {
+        return Err(Counter::NoListener);
+    }
+    if !forwarded(ctx, syn) {
+        return Err(Counter::NotForwarded);
+    }
+    let heartbeat = HEARTBEAT.get_ptr(0).ok_or(Counter::RecordFailed)?;
+    // SAFETY: a helper without arguments, an element that the daemon writes whole, a static that the loader sets.
+    let (now, heartbeat, bound) = unsafe {
+        (
+            bpf_ktime_get_ns(),
+            read_volatile(heartbeat),
+            read_volatile(&HEARTBEAT_BOUND_NS),
+        )
+    };
+    if now > heartbeat.saturating_add(bound) {
+        return Err(Counter::Unresponsive);
+    }
+
+    let record = SCRATCH.get_ptr_mut(0).ok_or(Counter::RecordFailed)?;
+    // SAFETY: the element is this CPU's own, and programs are not preempted by themselves.
+    let record = unsafe { &mut *record };
+    record_syn(packet, syn, record)?;
+    record.time_ns = now;
+    // SAFETY: a field of the context that programs of this type may read.
+    record.ingress_ifindex = unsafe { (*ctx.skb.skb).ifindex };
+
+    let flow = syn.flow();
+    // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already.
+    if FLOWS.insert(flow, &*record, BPF_EXIST).is_ok() {
+        return Ok(Counter::Retransmitted);
+    }
+    match FLOWS.insert(flow, &*record, BPF_NOEXIST) {
+        Ok(()) => {}
+        Err(E2BIG) => return Err(Counter::LimitReached),
+        Err(_) => return Err(Counter::RecordFailed),
+    }
+    // SAFETY: a static that the loader sets.
+    if unsafe { read_volatile(&LOG_SYNS) } != 0 {
+        log_syn(ctx, syn, record);
+    }
+    Ok(Counter::Intercepted)
+}
+
+#[inline(always)]
+fn log_syn(ctx: &TcContext, syn: &Segment, record: &SynRecord) {
+    let (sport, dport) = (
+        u16::from_be_bytes(syn.source_port),
+        u16::from_be_bytes(syn.destination_port),
+    );
+    let (ifindex, tclass) = (record.ingress_ifindex, record.traffic_class);
+    info!(
+        ctx,
+        "intercepted {:i}:{} -> {:i}:{} ifindex={} tclass={}",
+        syn.source,
+        sport,
+        syn.destination,
+        dport,
+        ifindex,
+        tclass
+    );
+}
+
+/// Whether the selection takes a connection: its destination's and its source's set of ports both have to agree.
+#[inline(always)]
+fn selected(syn: &Segment) -> bool {
+    contains_port(&DESTINATIONS, syn.destination, syn.destination_port)
+        && contains_port(&SOURCES, syn.source, syn.destination_port)
+}
+
+#[inline(always)]
+fn contains_port(prefixes: &LpmTrie<MappedAddr, u32>, addr: MappedAddr, port: [u8; 2]) -> bool {
+    let Some(index) = prefixes.get(lpm_trie::Key::new(128, addr)) else {
+        return false;
+    };
+    let Some(ports) = PORT_SETS.get_ptr(*index) else {
+        return false;
+    };
+    let port = u32::from(u16::from_be_bytes(port));
+    // The mask repeats what the type says, in terms that the verifier follows.
+    let byte = (port >> 3) as usize & (PORT_SET_BYTES - 1);
+    // SAFETY: within the element.
+    let bits = unsafe { *ports.cast::<u8>().add(byte) };
+    bits & (1 << (port & 7)) != 0
+}
+
+#[inline(always)]
+fn listening(family: Family) -> bool {
+    let index = slot(family);
+    // SAFETY: a helper call on a map of ours; it returns a socket with a reference, which is given back.
+    unsafe {
+        let map = addr_of!(LISTENERS).cast_mut().cast::<c_void>();
+        let socket = bpf_map_lookup_elem(map, addr_of!(index).cast());
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket);
+    }
+    true
+}
+
+#[inline(always)]
+fn slot(family: Family) -> u32 {
+    match family {
+        Family::V4 => LISTENER_V4,
+        Family::V6 => LISTENER_V6,
+    }
+}
+
+const IPPROTO_TCP: u32 = 6;
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+
+/// `struct bpf_fib_lookup` of the kernel's `uapi/linux/bpf.h`, input side.
+#[repr(C)]
+struct FibLookup {
+    family: u8,
+    l4_protocol: u8,
+    sport: u16,
+    dport: u16,
+    tot_len: u16,
+    ifindex: u32,
+    tos_or_flowinfo: u32,
+    source: [u8; 16],
+    destination: [u8; 16],
+    vlan: [u16; 2],
+    macs: [u8; 12],
+}
+
+const _: () = assert!(size_of::<FibLookup>() == 64);
+
+/// Whether the gateway would forward the packet to somewhere else. Its own addresses and destinations without a route
+/// are left to the stack, which knows the right answer.
+#[inline(always)]
+fn forwarded(ctx: &TcContext, syn: &Segment) -> bool {
+    let mut lookup = FibLookup {
+        family: AF_INET6,
+        l4_protocol: 6,
+        sport: 0,
+        dport: 0,
+        tot_len: 0,
+        // SAFETY: a field of the context that programs of this type may read.
+        ifindex: unsafe { (*ctx.skb.skb).ifindex },
+        tos_or_flowinfo: 0,
+        source: syn.source,
+        destination: syn.destination,
+        vlan: [0; 2],
+        macs: [0; 12],
+    };
+    if syn.family == Family::V4 {
+        let (s, d) = (syn.source, syn.destination);
+        lookup.family = AF_INET;
+        lookup.source = [s[12], s[13], s[14], s[15], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        lookup.destination = [d[12], d[13], d[14], d[15], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    }
+    // SAFETY: the helper reads and writes the struct, whose size it is told.
+    let result = unsafe {
+        bpf_fib_lookup(
+            ctx.as_ptr(),
+            (&raw mut lookup).cast(),
+            size_of::<FibLookup>() as i32,
+            0,
+        )
+    };
+    // Found; found but the encapsulation or the neighbour is still to be resolved, which the stack does.
+    matches!(result, 0 | 6 | 7)
+}
+
+const TCP_TIME_WAIT: u32 = 6;
+const TCP_LISTEN: u32 = 10;
+const TCP_NEW_SYN_RECV: u32 = 12;
+
+/// The state of the local socket that a segment is for. A listener is no answer: one on the wildcard address matches
+/// every destination.
+#[inline(always)]
+fn leg_state(skb: *mut __sk_buff, segment: &Segment) -> Option<u32> {
+    #[repr(C)]
+    struct TupleV4 {
+        source: [u8; 4],
+        destination: [u8; 4],
+        source_port: [u8; 2],
+        destination_port: [u8; 2],
+    }
+    #[repr(C)]
+    struct TupleV6 {
+        source: [u8; 16],
+        destination: [u8; 16],
+        source_port: [u8; 2],
+        destination_port: [u8; 2],
+    }
+
+    let (source_port, destination_port) = (segment.source_port, segment.destination_port);
+    let netns = BPF_F_CURRENT_NETNS as u64;
+    // SAFETY: the helper reads a tuple of the size it is told and returns a socket with a reference, which is given
+    // back after its state was read.
+    unsafe {
+        let socket = match segment.family {
+            Family::V4 => {
+                let (s, d) = (segment.source, segment.destination);
+                let mut tuple = TupleV4 {
+                    source: [s[12], s[13], s[14], s[15]],
+                    destination: [d[12], d[13], d[14], d[15]],
+                    source_port,
+                    destination_port,
+                };
+                let tuple = (&raw mut tuple).cast::<bpf_sock_tuple>();
+                bpf_skc_lookup_tcp(skb.cast(), tuple, size_of::<TupleV4>() as u32, netns, 0)
+            }
+            Family::V6 => {
+                let mut tuple = TupleV6 {
+                    source: segment.source,
+                    destination: segment.destination,
+                    source_port,
+                    destination_port,
+                };
+                let tuple = (&raw mut tuple).cast::<bpf_sock_tuple>();
+                bpf_skc_lookup_tcp(skb.cast(), tuple, size_of::<TupleV6>() as u32, netns, 0)
+            }
+        };
+        if socket.is_null() {
+            return None;
+        }
+        let state = read_volatile(addr_of!((*socket).state));
+        bpf_sk_release(socket.cast());
+        (state != TCP_LISTEN).then_some(state)
+    }
+}
+
+/// Gives the listener a connection that `pepsal_steer` recorded. All others are none of its business, so that local services
+/// keep working.
+#[inline(always)]
+fn assign(ctx: &SkLookupContext) -> Option<Counter> {
+    let (family, flow) = looked_up_flow(ctx.lookup)?;
+    // SAFETY: the record is not looked into.
+    unsafe { FLOWS.get(flow) }?;
+    Some(
+        match LISTENERS.redirect_sk_lookup(ctx, slot(family), u64::from(BPF_SK_LOOKUP_F_REPLACE)) {
+            Ok(()) => Counter::Assigned,
+            Err(_) => Counter::AssignFailed,
+        },
+    )
+}
+
+/// The fields are read one by one, volatile and whatever the family is: loads that the compiler merges across branches
+/// have computed addresses, which the verifier refuses. The other family's addresses read as zeroes.
+#[inline(always)]
+fn looked_up_flow(lookup: *mut bpf_sk_lookup) -> Option<(Family, FlowKey)> {
+    // SAFETY: fields of the context that programs of this type may read, at constant offsets.
+    let (family, protocol, client_port, server_port, client_v4, server_v4, client_v6, server_v6) = unsafe {
+        (
+            read_volatile(addr_of!((*lookup).family)) as u8,
+            read_volatile(addr_of!((*lookup).protocol)),
+            (read_volatile(addr_of!((*lookup).remote_port)) as u16).to_ne_bytes(),
+            (read_volatile(addr_of!((*lookup).local_port)) as u16).to_be_bytes(),
+            read_volatile(addr_of!((*lookup).remote_ip4)),
+            read_volatile(addr_of!((*lookup).local_ip4)),
+            [
+                read_volatile(addr_of!((*lookup).remote_ip6[0])),
+                read_volatile(addr_of!((*lookup).remote_ip6[1])),
+                read_volatile(addr_of!((*lookup).remote_ip6[2])),
+                read_volatile(addr_of!((*lookup).remote_ip6[3])),
+            ],
+            [
+                read_volatile(addr_of!((*lookup).local_ip6[0])),
+                read_volatile(addr_of!((*lookup).local_ip6[1])),
+                read_volatile(addr_of!((*lookup).local_ip6[2])),
+                read_volatile(addr_of!((*lookup).local_ip6[3])),
+            ],
+        )
+    };
+    let (family, client, server) = match (protocol, family) {
+        (IPPROTO_TCP, AF_INET) => {
+            (Family::V4, map_v4(client_v4.to_ne_bytes()), map_v4(server_v4.to_ne_bytes()))
+        }
+        (IPPROTO_TCP, AF_INET6) => (Family::V6, words(client_v6), words(server_v6)),
+        _ => return None,
+    };
+    Some((family, FlowKey::new(client, server, client_port, server_port)))
+}
+
+/// Four words in network order as one address.
+#[inline(always)]
+fn words(words: [u32; 4]) -> MappedAddr {
+    let [a, b, c, d] = words.map(u32::to_ne_bytes);
+    [
+        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
+    ]
+}
+
+/// A socket buffer, read from its network header on, whether the device has a link-layer header or not.
+struct Skb(*mut __sk_buff);
+
+impl Packet for Skb {
+    #[inline(always)]
+    fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes N bytes or says that it did not.
+        unsafe {
+            let read = bpf_skb_load_bytes_relative(
+                self.0.cast(),
+                offset,
+                bytes.as_mut_ptr().cast(),
+                N as u32,
+                BPF_HDR_START_NET,
+            );
+            (read == 0).then(|| bytes.assume_init())
+        }
+    }
+
+    #[inline(always)]
+    fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool {
+        if len == 0 || len > N as u32 {
+            return false;
+        }
+        // SAFETY: `len` bytes fit, and the helper writes that many or none.
+        unsafe {
+            bpf_skb_load_bytes_relative(
+                self.0.cast(),
+                offset,
+                to.as_mut_ptr().cast(),
+                len,
+                BPF_HDR_START_NET,
+            ) == 0
+        }
+    }
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// What is read of the packets may be shown to GPL-only helpers.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,280 @@
+//! The command line: PEPsal's options under their own letters, and pepsal's.
+
+use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
+
+use clap::{Args, Parser, ValueEnum};
+
+use crate::selection::Rule;
+
+/// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
+///
+/// New TCP connections that arrive on the named interfaces are split in two by the gateway and relayed, each leg tuned
+/// for its own link. Steering is done by eBPF: no iptables, no nftables, and nothing stays behind.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "pepsal", version, disable_version_flag = true, max_term_width = 100)]
+pub struct Options {
+    /// Intercept new TCP connections that arrive on this interface (repeatable)
+    #[arg(short = 'i', long = "interface", value_name = "INTERFACE", required = true)]
+    pub interfaces: Vec<String>,
+
+    /// Run in the background once ready
+    #[arg(short = 'd', long)]
+    pub daemon: bool,
+
+    /// Log more: debug, then trace (-vv); RUST_LOG overrides
+    #[arg(short = 'v', long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+
+    /// Print the version
+    #[arg(short = 'V', long, action = clap::ArgAction::Version)]
+    version: Option<bool>,
+
+    /// Port of the proxy's own listeners, on the loopback addresses
+    #[arg(short = 'p', long, value_name = "PORT", default_value = "5000", help_heading = "Proxy")]
+    pub port: NonZeroU16,
+
+    /// Most connections to handle at once; further ones pass through untouched
+    #[arg(
+        short = 'c',
+        long = "conns",
+        value_name = "MAXCONN",
+        default_value_t = 2112,
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000),
+        help_heading = "Proxy"
+    )]
+    pub max_connections: u32,
+
+    /// Append a table of the flows to this file every five minutes
+    #[arg(short = 'l', long, value_name = "LOGFILE", help_heading = "Proxy")]
+    pub logfile: Option<PathBuf>,
+
+    /// How often to collect pending connections that are past their lifetime (seconds, or with a unit)
+    #[arg(
+        short = 'g',
+        long,
+        alias = "gc_interval",
+        value_name = "INTERVAL",
+        default_value = "15h",
+        value_parser = duration,
+        help_heading = "Proxy"
+    )]
+    pub gc_interval: Duration,
+
+    /// Lifetime of a pending connection: one that was accepted, but not by the server (seconds, or with a unit)
+    #[arg(
+        short = 't',
+        long = "plifetime",
+        value_name = "LIFETIME",
+        default_value = "5h",
+        value_parser = duration,
+        help_heading = "Proxy"
+    )]
+    pub pending_lifetime: Duration,
+
+    /// Worker threads [default: one per core]
+    #[arg(
+        short = 'T',
+        long,
+        value_name = "THREADS",
+        value_parser = clap::value_parser!(u16).range(1..=1024),
+        help_heading = "Proxy"
+    )]
+    pub threads: Option<u16>,
+
+    /// Tell this process when 99 % of MAXCONN are in use (SIGUSR1) and when 95 % are again (SIGUSR2)
+    #[arg(
+        short = 'M',
+        long = "monitoring-pid",
+        value_name = "PID",
+        value_parser = clap::value_parser!(i32).range(1..),
+        help_heading = "Proxy"
+    )]
+    pub monitoring_pid: Option<i32>,
+
+    /// How long the server may take to answer before the client's connection is reset
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration, help_heading = "Proxy")]
+    pub connect_timeout: Duration,
+
+    /// How long an open flow may carry nothing before it is reset; 0 for ever
+    #[arg(long, value_name = "DURATION", default_value = "1day", value_parser = duration, help_heading = "Proxy")]
+    pub idle_timeout: Duration,
+
+    /// How long open flows may go on after SIGTERM or SIGINT before they are reset
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, help_heading = "Proxy")]
+    pub drain_timeout: Duration,
+
+    /// Selection, steering and what is carried over to the server leg.
+    #[command(flatten)]
+    pub steering: SteeringOptions,
+
+    /// Socket options of the legs.
+    #[command(flatten)]
+    pub tcp: TcpArgs,
+
+    /// Accepted for PEPsal's sake and ignored: no sniffer is needed
+    #[arg(short = 's', long = "sniff-interface", value_name = "INTERFACE", help_heading = "Proxy")]
+    pub sniff_interface: Option<String>,
+}
+
+/// Which connections are intercepted, and what of them reaches the server.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Steering")]
+pub struct SteeringOptions {
+    /// Intercept only what a rule takes (repeatable): [dst=|src=]PREFIX[:PORTS], port=PORTS, [IPv6]:PORTS; PORTS is 80
+    /// or 8000-8099. Destination, source and port are judged apart; the longest prefix, then the narrowest range, wins
+    #[arg(long, value_name = "RULE")]
+    pub only: Vec<Rule>,
+
+    /// Leave alone what a rule takes (repeatable), written as for --only
+    #[arg(long, value_name = "RULE")]
+    pub bypass: Vec<Rule>,
+
+    /// Packet mark of steered packets and the bits of the mark that it may touch
+    #[arg(long, value_name = "VALUE[/MASK]", default_value = "0x10000000/0x10000000")]
+    pub mark: Mark,
+
+    /// Routing table for the local routes
+    #[arg(long, value_name = "NUMBER", default_value_t = 5000, value_parser = table)]
+    pub table: u32,
+
+    /// Address that the server sees: the client's own, or the gateway's
+    #[arg(long, value_name = "WHOSE", default_value = "client")]
+    pub source: Source,
+
+    /// What of the client's SYN is carried over to the server leg
+    #[arg(long, value_name = "WHAT", value_delimiter = ',', default_value = "dscp,options")]
+    pub replicate: Vec<Replicate>,
+
+    /// Log every intercepted SYN from the kernel
+    #[arg(long)]
+    pub log_syns: bool,
+}
+
+/// Options of the legs' sockets.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "TCP")]
+pub struct TcpArgs {
+    /// Enable TCP fast open on the listeners and the server legs
+    #[arg(short = 'f', long)]
+    pub fastopen: bool,
+
+    /// Acknowledge at once (TCP_QUICKACK)
+    #[arg(short = 'q', long)]
+    pub quickack: bool,
+
+    /// Send at once (TCP_NODELAY), which is the default: a relay that waits delays what the sender did not
+    #[arg(short = 'n', long)]
+    pub nodelay: bool,
+
+    /// Send full segments only, for up to 200 ms (TCP_CORK)
+    #[arg(short = 'k', long, conflicts_with = "nodelay")]
+    pub cork: bool,
+
+    /// Congestion control of both legs; the kernel's module is loaded when needed
+    #[arg(short = 'C', long = "congestion-algo", alias = "congestion", value_name = "ALGORITHM")]
+    pub congestion: Option<String>,
+
+    /// Congestion control of the client legs
+    #[arg(long, value_name = "ALGORITHM")]
+    pub client_congestion: Option<String>,
+
+    /// Congestion control of the server legs
+    #[arg(long, value_name = "ALGORITHM")]
+    pub server_congestion: Option<String>,
+
+    /// Maximum segment size in bytes
+    #[arg(
+        short = 'm',
+        long = "max-segment-size",
+        value_name = "MSS",
+        value_parser = clap::value_parser!(u16).range(88..=32767)
+    )]
+    pub mss: Option<u16>,
+}
+
+/// Whose address the server sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Source {
+    /// The client's address and port
+    Client,
+    /// The gateway's address and a port of its own
+    Gateway,
+}
+
+/// A part of the client's SYN that can be carried over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Replicate {
+    /// The differentiated services code point (RFC 2474), on both legs
+    Dscp,
+    /// IPv4 options without source routes; IPv6 hop-by-hop and destination options
+    Options,
+    /// IPv4 source routes too, with the other options
+    SourceRoute,
+    /// The TTL or hop limit, less one
+    Ttl,
+    /// Nothing
+    None,
+}
+
+/// A packet mark and the bits that it is allowed to touch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mark {
+    /// The bits to set.
+    pub value: u32,
+    /// The bits that are pepsal's.
+    pub mask: u32,
+}
+
+impl FromStr for Mark {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (value, mask) = text.split_once('/').unwrap_or((text, text));
+        let mark = Self { value: number(value)?, mask: number(mask)? };
+        if mark.value == 0 {
+            return Err("a mark of zero marks nothing: give at least one bit, like 0x1/0x1".into());
+        }
+        if mark.value & !mark.mask != 0 {
+            return Err(format!("value {:#x} has bits outside mask {:#x}", mark.value, mark.mask));
+        }
+        Ok(mark)
+    }
+}
+
+impl fmt::Display for Mark {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}/{:#x}", self.value, self.mask)
+    }
+}
+
+fn number(text: &str) -> Result<u32, String> {
+    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        Some(hex) => u32::from_str_radix(hex, 16),
+        None => text.parse(),
+    };
+    parsed.map_err(|_| format!("'{text}' is not a 32-bit number, decimal or 0x…"))
+}
+
+/// Tables that the kernel fills itself would be flushed with ours.
+fn table(text: &str) -> Result<u32, String> {
+    match number(text)? {
+        0 | 253..=255 => {
+            Err(format!("table {text} is one of the system's own: choose another, from 1 to 4294967295"))
+        }
+        table => Ok(table),
+    }
+}
+
+/// A time: plain seconds as PEPsal takes them, or a number with a unit.
+fn duration(text: &str) -> Result<Duration, String> {
+    if text.bytes().all(|b| b.is_ascii_digit()) {
+        if let Ok(seconds) = text.parse::<u32>() {
+            return Ok(Duration::from_secs(seconds.into()));
+        }
+    }
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= Duration::from_secs(u32::MAX.into()) => Ok(duration),
+        _ => Err(format!("'{text}' is not a time: give seconds, or a number with a unit like 90s, 5min, 15h")),
+    }
+}
+

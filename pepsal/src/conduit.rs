@@ -1,0 +1,169 @@
+//! What bytes pass through on their way from one socket to the other: a pipe for splice, or a buffer where no pipe is
+//! to be had. Both are borrowed from a pool that bounds how many there are.
+
+use std::{
+
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use nix::{
+    fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
+    sys::socket::{MsgFlags, recv, send},
+    unistd::pipe2,
+};
+
+/// Bytes that a pipe is asked to hold: the size from which one flow over veth is as fast as plain forwarding.
+const PIPE_BYTES: usize = 1 << 20;
+
+/// Bytes that a buffer holds.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Pipes that are kept for the next user while nobody needs them.
+const KEPT_PIPES: usize = 64;
+
+/// The pool that conduits come from and go back to.
+#[derive(Debug)]
+pub struct ConduitPool {
+    idle: Mutex<Vec<Pipe>>,
+    pipes: AtomicUsize,
+    most_pipes: usize,
+}
+
+impl ConduitPool {
+    /// A pool of at most `most_pipes` pipes; who comes after that gets a buffer.
+    pub fn new(most_pipes: usize) -> Self {
+        Self { idle: Mutex::default(), pipes: AtomicUsize::new(0), most_pipes }
+    }
+
+    /// A conduit with nothing in it.
+    pub fn take(&self) -> Conduit<'_> {
+        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let way = match idle.or_else(|| self.new_pipe()) {
+            Some(pipe) => Way::Pipe(pipe),
+            None => Way::Buffer { bytes: vec![0; BUFFER_BYTES].into(), start: 0 },
+        };
+        Conduit { pool: self, way: Some(way), held: 0 }
+    }
+
+    fn new_pipe(&self) -> Option<Pipe> {
+        if self.pipes.fetch_add(1, Ordering::Relaxed) < self.most_pipes {
+            if let Ok(pipe) = Pipe::new() {
+                return Some(pipe);
+            }
+        }
+        self.pipes.fetch_sub(1, Ordering::Relaxed);
+        None
+    }
+
+    fn give_back(&self, pipe: Pipe) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() < KEPT_PIPES {
+            idle.push(pipe);
+        } else {
+            drop(idle);
+            drop(pipe);
+            self.pipes.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Pipe {
+    read: OwnedFd,
+    write: OwnedFd,
+    capacity: usize,
+}
+
+impl Pipe {
+    fn new() -> io::Result<Self> {
+        let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        // Refused past the user's quota of pipe pages (pipe-user-pages-soft); the pipe then is smaller, but a pipe.
+        let capacity = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES as i32))
+            .or_else(|_| fcntl(&write, FcntlArg::F_GETPIPE_SZ))?;
+        Ok(Self { read, write, capacity: capacity.try_into().unwrap_or(4096) })
+    }
+}
+
+#[derive(Debug)]
+enum Way {
+    Pipe(Pipe),
+    Buffer { bytes: Box<[u8]>, start: usize },
+}
+
+/// A way through, with some bytes in it.
+#[derive(Debug)]
+pub struct Conduit<'a> {
+    pool: &'a ConduitPool,
+    /// Always there until the conduit is dropped.
+    way: Option<Way>,
+    held: usize,
+}
+
+impl Conduit<'_> {
+    /// Bytes in the conduit.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
+    /// Takes what the socket has, as much as fits an empty conduit. Zero is the end of the stream.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the socket has nothing; the conduit is empty, so it cannot be the pipe.
+    pub fn fill(&mut self, from: BorrowedFd<'_>) -> io::Result<usize> {
+        debug_assert_eq!(self.held, 0, "a full pipe and an empty socket look alike");
+        let bytes = match &mut self.way {
+            Some(Way::Pipe(pipe)) => move_bytes(from, pipe.write.as_fd(), pipe.capacity)?,
+            Some(Way::Buffer { bytes, start }) => {
+                *start = 0;
+                recv(from.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT)?
+            }
+            None => 0,
+        };
+        self.held = bytes;
+        Ok(bytes)
+    }
+
+    /// Gives the socket as much as it takes.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the socket's buffer is full.
+    pub fn drain(&mut self, to: BorrowedFd<'_>) -> io::Result<usize> {
+        let bytes = match &mut self.way {
+            Some(Way::Pipe(pipe)) => move_bytes(pipe.read.as_fd(), to, self.held)?,
+            Some(Way::Buffer { bytes, start }) => {
+                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                let sent = send(to.as_raw_fd(), &bytes[*start..*start + self.held], flags)?;
+                *start += sent;
+                sent
+            }
+            None => 0,
+        };
+        self.held -= bytes;
+        Ok(bytes)
+    }
+}
+
+impl Drop for Conduit<'_> {
+    fn drop(&mut self) {
+        match self.way.take() {
+            Some(Way::Pipe(pipe)) if self.held == 0 => self.pool.give_back(pipe),
+            // What is left in it is of a flow that is over.
+            Some(Way::Pipe(pipe)) => {
+                drop(pipe);
+                self.pool.pipes.fetch_sub(1, Ordering::Relaxed);
+            }
+            Some(Way::Buffer { .. }) | None => {}
+        }
+    }
+}
+
+/// Not `SPLICE_F_MORE`: it would hold back the tail of what is moved.
+fn move_bytes(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
+    let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
+    Ok(splice(from, None, to, None, most, flags)?)
+}

@@ -1,0 +1,202 @@
+//! One flow, from its accepted connection to its end.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::AsRawFd,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use nix::sys::socket::{MsgFlags, recv};
+use thiserror::Error;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::{
+    conduit::ConduitPool,
+    leg::LegConfig,
+    metrics::{Event, Metrics},
+    relay::{Leg, Limits, Side, relay},
+    table::FlowTable,
+};
+
+/// Why a flow ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum CloseReason {
+    /// Both ends had said all.
+    #[error("finished")]
+    Finished,
+    /// The client reset its connection.
+    #[error("client reset")]
+    ClientReset,
+    /// The server reset its connection.
+    #[error("server reset")]
+    ServerReset,
+    /// The client did not acknowledge any more.
+    #[error("client timed out")]
+    ClientTimedOut,
+    /// The server did not acknowledge any more.
+    #[error("server timed out")]
+    ServerTimedOut,
+    /// The server refused the connection.
+    #[error("refused")]
+    Refused,
+    /// No route to the server, or a router said so.
+    #[error("unreachable")]
+    Unreachable,
+    /// The server did not answer in time.
+    #[error("connect timeout")]
+    ConnectTimeout,
+    /// The connection stayed pending past its lifetime.
+    #[error("pending too long")]
+    PendingTooLong,
+    /// The server leg could not be made here.
+    #[error("local failure")]
+    LocalFailure,
+    /// Nothing moved for too long.
+    #[error("idle timeout")]
+    IdleTimeout,
+    /// pepsal was stopped.
+    #[error("shutdown")]
+    Shutdown,
+}
+
+impl CloseReason {
+    /// Every reason.
+    pub const ALL: &[Self] = &[
+        Self::Finished,
+        Self::ClientReset,
+        Self::ServerReset,
+        Self::ClientTimedOut,
+        Self::ServerTimedOut,
+        Self::Refused,
+        Self::Unreachable,
+        Self::ConnectTimeout,
+        Self::PendingTooLong,
+        Self::LocalFailure,
+        Self::IdleTimeout,
+        Self::Shutdown,
+    ];
+
+    fn of_connect(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => Self::Refused,
+            io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Self::Unreachable,
+            // An administrative prohibition, by a router or by a route.
+            io::ErrorKind::PermissionDenied => Self::Unreachable,
+            io::ErrorKind::TimedOut => Self::ConnectTimeout,
+            io::ErrorKind::ConnectionReset => Self::ServerReset,
+            _ => Self::LocalFailure,
+        }
+    }
+}
+
+/// What all flows share.
+pub struct Shared {
+    /// How legs are made.
+    pub legs: LegConfig,
+    /// Where flows are entered.
+    pub table: Arc<FlowTable>,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// What bytes pass through.
+    pub conduits: ConduitPool,
+    /// How long the server may take to answer.
+    pub connect_timeout: Duration,
+    /// How long a flow may stay pending.
+    pub collector: Collector,
+    /// How long an open flow may carry nothing.
+    pub idle_timeout: Option<Duration>,
+    /// Cancelled when open flows have to end.
+    pub stop: CancellationToken,
+}
+
+/// PEPsal's garbage collector: every `interval` it ends the connections that have been pending for `lifetime`.
+#[derive(Debug, Clone, Copy)]
+pub struct Collector {
+    /// When it was started.
+    pub epoch: Instant,
+    /// Time between two rounds.
+    pub interval: Duration,
+    /// How long a connection may stay pending.
+    pub lifetime: Duration,
+}
+
+impl Collector {
+    /// The round that ends a connection which is pending since `since`.
+    fn due(&self, since: Instant) -> Instant {
+        let expires = since + self.lifetime;
+        let interval = self.interval.max(Duration::from_secs(1));
+        let rounds = (expires - self.epoch).as_nanos().div_ceil(interval.as_nanos());
+        self.epoch + interval * u32::try_from(rounds).unwrap_or(u32::MAX)
+    }
+}
+
+/// Serves an accepted connection until its end. Whatever goes wrong here resets the client: dropping a [`Leg`] does.
+pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
+    let (place, record) = shared.table.enter(client, server, &shared.metrics);
+    shared.metrics.count(Event::Accepted);
+    let progress = &place.flow.progress;
+    let reason = async {
+        let Ok(client_leg) = Leg::new(stream, Side::Client) else { return CloseReason::ClientReset };
+        shared.legs.tune_client(client_leg.stream(), client, &record);
+        let early_data = has_data(client_leg.stream());
+        let connect = shared.legs.connect(client, server, &record, early_data, &shared.metrics);
+        let server_leg = tokio::select! {
+            connected = timeout(shared.connect_timeout, connect) => match connected {
+                Ok(Ok(stream)) => match Leg::new(stream, Side::Server) {
+                    Ok(leg) => leg,
+                    Err(_) => return CloseReason::ServerReset,
+                },
+                Ok(Err(error)) => {
+                    debug!(%client, %server, "cannot connect: {error}");
+                    return CloseReason::of_connect(&error);
+                }
+                Err(_) => return CloseReason::ConnectTimeout,
+            },
+            reason = client_leg.abandoned() => return reason,
+            () = sleep_until(shared.collector.due(progress.started())) => return CloseReason::PendingTooLong,
+            () = shared.stop.cancelled() => return CloseReason::Shutdown,
+        };
+        place.flow.set_open();
+        let limits = Limits { idle: shared.idle_timeout, stop: &shared.stop, conduits: &shared.conduits };
+        relay(&client_leg, &server_leg, progress, &limits).await
+    }
+    .await;
+    let (up, down) = (progress.up.load(Ordering::Relaxed), progress.down.load(Ordering::Relaxed));
+    shared.metrics.close(reason, up, down);
+    debug!(%client, %server, up, down, seconds = progress.started().elapsed().as_secs_f64(), "{reason}");
+}
+
+/// Whether the client has sent something already, in its SYN or right after the handshake.
+fn has_data(stream: &TcpStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(stream.as_raw_fd(), &mut [0], flags).is_ok_and(|bytes| bytes > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pending_connection_ends_at_the_first_round_past_its_lifetime() {
+        let epoch = Instant::now();
+        let seconds = Duration::from_secs;
+        let collector = Collector { epoch, interval: seconds(10), lifetime: seconds(15) };
+        assert_eq!(collector.due(epoch), epoch + seconds(20));
+        assert_eq!(collector.due(epoch + seconds(5)), epoch + seconds(20));
+        assert_eq!(collector.due(epoch + seconds(6)), epoch + seconds(30));
+    }
+
+    #[test]
+    fn every_reason_is_listed_in_its_place() {
+        for (index, reason) in CloseReason::ALL.iter().enumerate() {
+            assert_eq!(*reason as usize, index);
+        }
+    }
+}

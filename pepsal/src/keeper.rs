@@ -1,0 +1,142 @@
+//! What has to be looked after while flows come and go: the sign of life, places that were never taken, the alarms at
+//! the limit, the periodic table.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::Write,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use pepsal_ebpf::Counter;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::{flow::Shared, metrics::Event, steer::Steering};
+
+/// How often the keeper makes its round; the programs take a daemon for hung that misses six of them.
+pub const ROUND: Duration = Duration::from_millis(500);
+
+/// How long a handshake may take before its place is given up: longer than a SYN cookie's way over two satellite hops.
+const HANDSHAKE: Duration = Duration::from_secs(30);
+/// The same at the limit, when waiting for the absent shuts out the present.
+const HANDSHAKE_WHEN_FULL: Duration = Duration::from_secs(5);
+/// How often places are looked for that nobody will take.
+const EXPIRY_INTERVAL: Duration = Duration::from_secs(2);
+
+/// PEPsal's interval between two tables.
+const TABLE_INTERVAL: Duration = Duration::from_secs(300);
+
+/// The keeper's memory from round to round.
+pub struct Keeper {
+    limit: u64,
+    crowded: bool,
+    full: bool,
+    refused: u64,
+    intercepted: u64,
+    /// Whether connections were being set up when that was last looked at.
+    unsettled: bool,
+    next_expiry: Instant,
+    monitor: Option<Pid>,
+    table_file: Option<File>,
+    next_table: Instant,
+}
+
+impl Keeper {
+    /// Opens the file for the tables.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn new(limit: u32, monitor: Option<i32>, table_file: Option<&Path>) -> Result<Self> {
+        let open = |path: &Path| {
+            let file = OpenOptions::new().create(true).append(true).open(path);
+            file.with_context(|| format!("cannot write the flow table to {}", path.display()))
+        };
+        Ok(Self {
+            limit: limit.into(),
+            crowded: false,
+            full: false,
+            refused: 0,
+            intercepted: 0,
+            unsettled: false,
+            next_expiry: Instant::now(),
+            monitor: monitor.map(Pid::from_raw),
+            table_file: table_file.map(open).transpose()?,
+            next_table: Instant::now() + TABLE_INTERVAL,
+        })
+    }
+
+    /// One round.
+    pub fn round(&mut self, steering: &mut Steering, shared: &Arc<Shared>) {
+        if let Err(error) = steering.beat() {
+            warn!("{error:#}");
+        }
+        self.expire(steering, shared);
+        self.watch_limit(steering.count(Counter::LimitReached), shared.table.len() as u64);
+        if Instant::now() >= self.next_table {
+            self.next_table += TABLE_INTERVAL;
+            self.write_table(shared);
+        }
+    }
+
+    /// Writes a table to the file, when there is one.
+    pub fn write_table(&mut self, shared: &Shared) {
+        if let Some(file) = &mut self.table_file {
+            if let Err(error) = write!(file, "{}", shared.table) {
+                warn!("cannot write the flow table: {error}");
+            }
+        }
+    }
+
+    /// Nothing is listed as long as no SYN was intercepted since all of them were settled.
+    fn expire(&mut self, steering: &Steering, shared: &Shared) {
+        let intercepted = steering.count(Counter::Intercepted);
+        if Instant::now() < self.next_expiry || (intercepted == self.intercepted && !self.unsettled) {
+            return;
+        }
+        self.next_expiry = Instant::now() + EXPIRY_INTERVAL;
+        self.intercepted = intercepted;
+        let (expired, young) = shared.table.expire(match self.full {
+            true => HANDSHAKE_WHEN_FULL,
+            false => HANDSHAKE,
+        });
+        for _ in 0..expired {
+            shared.metrics.count(Event::RecordExpired);
+        }
+        self.unsettled = young > 0;
+    }
+
+    fn watch_limit(&mut self, refused: u64, open: u64) {
+        if refused > self.refused && !self.full {
+            self.full = true;
+            warn!(limit = self.limit, "at the limit of connections: new ones pass through untouched");
+        }
+        self.refused = refused;
+        if self.full && open * 100 < self.limit * 95 {
+            self.full = false;
+            info!(open, passed = refused, "below the limit of connections again");
+        }
+        // PEPsal's alarms.
+        if !self.crowded && open * 100 >= self.limit * 99 {
+            self.crowded = true;
+            self.alarm(Signal::SIGUSR1);
+        } else if self.crowded && open * 100 <= self.limit * 95 {
+            self.crowded = false;
+            self.alarm(Signal::SIGUSR2);
+        }
+    }
+
+    fn alarm(&self, signal: Signal) {
+        if let Some(monitor) = self.monitor {
+            if let Err(error) = kill(monitor, signal) {
+                warn!(process = monitor.as_raw(), "cannot send {signal}: {error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The two legs' sockets: the server leg is made here in the image of the client's SYN, and both get their options.
+
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
+};
+
+use pepsal_ebpf::SynRecord;
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::net::{TcpSocket, TcpStream};
+use tracing::debug;
+
+use crate::{
+    cli::{Options, Replicate, Source},
+    metrics::{Event, Metrics},
+    relay::Side,
+    socket,
+};
+
+/// When an idle peer is first asked whether it is still there, how often then, and how often in vain.
+const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(600), Duration::from_secs(60), 6);
+
+/// How legs are made.
+#[derive(Debug, Clone)]
+pub struct LegConfig {
+    source: Source,
+    dscp: bool,
+    options: bool,
+    source_route: bool,
+    ttl: bool,
+    fastopen: bool,
+    quickack: bool,
+    cork: bool,
+    mss: Option<u16>,
+    client_congestion: Option<String>,
+    server_congestion: Option<String>,
+}
+
+impl LegConfig {
+    /// What the command line asks for.
+    pub fn new(options: &Options) -> Self {
+        let replicates = |what| options.steering.replicate.contains(&what);
+        let tcp = &options.tcp;
+        Self {
+            source: options.steering.source,
+            dscp: replicates(Replicate::Dscp),
+            options: replicates(Replicate::Options) || replicates(Replicate::SourceRoute),
+            source_route: replicates(Replicate::SourceRoute),
+            ttl: replicates(Replicate::Ttl),
+            fastopen: tcp.fastopen,
+            quickack: tcp.quickack,
+            cork: tcp.cork,
+            mss: tcp.mss,
+            client_congestion: tcp.client_congestion.clone().or_else(|| tcp.congestion.clone()),
+            server_congestion: tcp.server_congestion.clone().or_else(|| tcp.congestion.clone()),
+        }
+    }
+
+    /// The congestion controls that are asked for.
+    pub fn congestion(&self) -> impl Iterator<Item = &str> {
+        [&self.client_congestion, &self.server_congestion].into_iter().flatten().map(String::as_str)
+    }
+
+    /// Gives the accepted connection its options. One that the kernel refuses is left out: the flow can do without.
+    pub fn tune_client(&self, stream: &TcpStream, client: SocketAddr, record: &SynRecord) {
+        if self.dscp && record.traffic_class != 0 {
+            let ipv6 = client.is_ipv6();
+            tried("traffic class", socket::set_traffic_class(stream, ipv6, record.traffic_class));
+        }
+        self.tune(stream.as_fd(), Side::Client);
+    }
+
+    /// Connects to the server the way the client meant to.
+    ///
+    /// `early_data` tells that the client has sent something already, which fast open can carry in the SYN. Without, the
+    /// SYN would wait for the client, and the client may be waiting for the server.
+    ///
+    /// # Errors
+    /// What `connect` says, and what `socket` and `bind` say when they fail for good.
+    pub async fn connect(
+        &self,
+        client: SocketAddr,
+        server: SocketAddr,
+        record: &SynRecord,
+        early_data: bool,
+        metrics: &Metrics,
+    ) -> io::Result<TcpStream> {
+        let socket = Socket::new(Domain::for_address(server), Type::STREAM.nonblocking().cloexec(), None)?;
+        self.replicate(&socket, server.is_ipv6(), record, metrics);
+        self.tune(socket.as_fd(), Side::Server);
+        if self.fastopen && early_data {
+            tried("fast open", socket::set_fastopen_connect(&socket));
+        }
+        if self.source == Source::Client {
+            bind_as_client(&socket, client, metrics)?;
+        }
+        TcpSocket::from_std_stream(socket.into()).connect(server).await
+    }
+
+    fn tune(&self, socket: BorrowedFd<'_>, side: Side) {
+        let sock = socket2::SockRef::from(&socket);
+        if self.cork {
+            tried("cork", socket::set_cork(socket));
+        } else {
+            tried("no delay", sock.set_tcp_nodelay(true));
+        }
+        if self.quickack {
+            tried("quick ack", socket::set_quickack(socket));
+        }
+        if let Some(mss) = self.mss {
+            tried("maximum segment size", socket::set_mss(socket, mss));
+        }
+        let congestion = match side {
+            Side::Client => &self.client_congestion,
+            Side::Server => &self.server_congestion,
+        };
+        if let Some(congestion) = congestion {
+            tried("congestion control", socket::set_congestion(socket, congestion));
+        }
+        let (idle, interval, probes) = KEEPALIVE;
+        tried("keepalive", socket::set_keepalive(socket, idle, interval, probes));
+    }
+
+    /// Before `connect`, so that it is on the SYN.
+    fn replicate(&self, socket: &Socket, ipv6: bool, record: &SynRecord, metrics: &Metrics) {
+        if self.dscp && record.traffic_class != 0 {
+            tried("traffic class", socket::set_traffic_class(socket, ipv6, record.traffic_class));
+        }
+        if self.ttl && record.ttl > 1 {
+            tried("time to live", socket::set_ttl(socket, ipv6, record.ttl - 1));
+        }
+        if !self.options {
+            return;
+        }
+        let mut replicated = record.truncated == 0;
+        let ip_options = replicable_options(record.ip_options(), self.source_route);
+        if !ip_options.is_empty() {
+            replicated &= tried("IP options", socket::set_ip_options(socket, &ip_options));
+        }
+        if let Some(header) = settable_header(record.hop_by_hop()) {
+            replicated &= tried("hop-by-hop options", socket::set_hop_by_hop(socket, &header));
+        }
+        if let Some(header) = settable_header(record.destination()) {
+            replicated &= tried("destination options", socket::set_destination_options(socket, &header));
+        }
+        if !replicated {
+            metrics.count(Event::OptionsNotReplicated);
+        }
+    }
+}
+
+/// Whether an option was taken; the reason why not goes to the log.
+fn tried(what: &str, result: io::Result<()>) -> bool {
+    if let Err(error) = &result {
+        debug!("{what} refused: {error}");
+    }
+    result.is_ok()
+}
+
+/// Binds to the client's address and port. Where a local service owns the port on every address, TCP_REPAIR gets past
+/// it; where even that fails the port is the kernel's choice.
+fn bind_as_client(socket: &Socket, client: SocketAddr, metrics: &Metrics) -> io::Result<()> {
+    socket::set_transparent(socket, client.is_ipv6())?;
+    socket.set_reuse_address(true)?;
+    let address = SockAddr::from(client);
+    match socket.bind(&address) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+        bound => return bound,
+    }
+    let forced = socket::set_repair(socket, true).and_then(|()| {
+        let bound = socket.bind(&address);
+        socket::set_repair(socket, false).and(bound)
+    });
+    match forced {
+        Ok(()) => {
+            metrics.count(Event::SourceForced);
+            Ok(())
+        }
+        Err(error) => {
+            debug!(%client, "cannot use the client's port: {error}");
+            metrics.count(Event::SourcePortLost);
+            socket.bind(&SocketAddr::new(client.ip(), 0).into())
+        }
+    }
+}
+
+/// `IPOPT_END`, `IPOPT_NOOP`, `IPOPT_LSRR` and `IPOPT_SSRR` of RFC 791.
+const OPTION_END: u8 = 0;
+const OPTION_NOP: u8 = 1;
+const LOOSE_SOURCE_ROUTE: u8 = 131;
+const STRICT_SOURCE_ROUTE: u8 = 137;
+
+/// The IPv4 options that may be carried over, padded to whole words. Options that contradict themselves end the list.
+fn replicable_options(options: &[u8], source_route: bool) -> Vec<u8> {
+    let mut kept = Vec::with_capacity(options.len());
+    let mut rest = options;
+    while let [kind, after @ ..] = rest {
+        let len = match (*kind, after.first()) {
+            (OPTION_END, _) => break,
+            (OPTION_NOP, _) => 1,
+            (_, Some(len)) if *len >= 2 && usize::from(*len) <= rest.len() => usize::from(*len),
+            _ => break,
+        };
+        let (option, next) = rest.split_at(len);
+        if source_route || !matches!(*kind, LOOSE_SOURCE_ROUTE | STRICT_SOURCE_ROUTE) {
+            kept.extend_from_slice(option);
+        }
+        rest = next;
+    }
+    kept.resize(kept.len().next_multiple_of(4), OPTION_END);
+    kept
+}
+
+/// An IPv6 options header as `setsockopt` takes it: the next header is the kernel's to fill in.
+fn settable_header(header: &[u8]) -> Option<Vec<u8>> {
+    let [_, rest @ ..] = header else { return None };
+    let mut settable = vec![0];
+    settable.extend_from_slice(rest);
+    Some(settable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn source_routes_are_left_out_unless_asked_for() {
+        let route = [131, 7, 4, 10, 0, 0, 1];
+        let alert = [148, 4, 0, 0];
+        let options: Vec<u8> = [&[OPTION_NOP][..], &route, &alert].concat();
+        assert_eq!(replicable_options(&options, false), [1, 148, 4, 0, 0, 0, 0, 0]);
+        assert_eq!(replicable_options(&options, true), options);
+    }
+
+    #[test]
+    fn options_that_contradict_themselves_end_the_list() {
+        assert_eq!(replicable_options(&[148, 4, 0, 0, 7, 40, 4, 0], false), [148, 4, 0, 0]);
+        assert_eq!(replicable_options(&[7, 1, 0, 0], false), []);
+        assert_eq!(replicable_options(&[7], false), []);
+        assert_eq!(replicable_options(&[0, 148, 4, 0], false), []);
+    }
+
+    #[test]
+    fn the_next_header_is_left_to_the_kernel() {
+        assert_eq!(settable_header(&[6, 0, 1, 4, 0, 0, 0, 0]), Some(vec![0, 0, 1, 4, 0, 0, 0, 0]));
+        assert_eq!(settable_header(&[]), None);
+    }
+}

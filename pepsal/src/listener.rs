@@ -1,0 +1,75 @@
+//! The proxy's own listeners. New connections reach them by their place in the eBPF map, not by their address, which is
+//! on the loopback so that nobody outside can connect to it.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use anyhow::{Context, Result, bail};
+use socket2::{Domain, Socket, Type};
+use tokio::net::TcpListener;
+use tracing::warn;
+
+use crate::socket;
+
+/// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
+const BACKLOG: i32 = 65_535;
+
+/// SYNs with data that may wait to be acknowledged.
+const FASTOPEN_QUEUE: i32 = 1024;
+
+/// A listener for each family. One for both would be bound to the wildcard address, and would take the listening port
+/// away from clients that use it as their source.
+#[derive(Debug)]
+pub struct Listeners {
+    /// On 127.0.0.1.
+    pub v4: TcpListener,
+    /// On ::1, where the host has IPv6.
+    pub v6: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// Binds both.
+    ///
+    /// # Errors
+    /// When the port is taken.
+    pub fn bind(port: u16, fastopen: bool) -> Result<Self> {
+        let v4 = match bind(Ipv4Addr::LOCALHOST.into(), port, fastopen) {
+            Ok(listener) => listener,
+            Err(error) => return refuse(error, "127.0.0.1", port),
+        };
+        let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, fastopen) {
+            Ok(listener) => Some(listener),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", port),
+            Err(error) => {
+                warn!("IPv6 connections are not intercepted: cannot listen on [::1]:{port}: {error}");
+                None
+            }
+        };
+        Ok(Self { v4, v6 })
+    }
+}
+
+fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
+    if error.kind() == io::ErrorKind::AddrInUse {
+        bail!("port {port} is in use on {addr}: choose another with -p, or stop who listens there");
+    }
+    Err(error).with_context(|| format!("cannot listen on {addr} port {port}"))
+}
+
+fn bind(addr: IpAddr, port: u16, fastopen: bool) -> io::Result<TcpListener> {
+    let addr = SocketAddr::new(addr, port);
+    let listener = Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking().cloexec(), None)?;
+    listener.set_reuse_address(true)?;
+    socket::set_transparent(&listener, addr.is_ipv6())?;
+    if addr.is_ipv6() {
+        socket::set_v6_only(&listener)?;
+    }
+    if fastopen {
+        socket::set_fastopen_queue(&listener, FASTOPEN_QUEUE)?;
+    }
+    listener.bind(&addr.into())?;
+    listener.listen(BACKLOG)?;
+    TcpListener::from_std(listener.into())
+}

@@ -1,0 +1,140 @@
+//! What has to be there before anything is touched: privileges, a kernel that is new enough, descriptors.
+
+use std::{fs, path::Path};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tracing::warn;
+
+use crate::socket;
+
+/// The oldest kernel whose features suffice.
+const OLDEST_KERNEL: (u32, u32) = (5, 10);
+
+/// Descriptors that are not a flow's: the runtime's, the maps', the listeners', netlink's, the log's.
+const OTHER_DESCRIPTORS: u64 = 256;
+
+/// Capabilities that are needed, with their numbers in `uapi/linux/capability.h`.
+const CAPABILITIES: [(&str, u32); 5] = [
+    ("CAP_NET_BIND_SERVICE", 10),
+    ("CAP_NET_ADMIN", 12),
+    ("CAP_NET_RAW", 13),
+    ("CAP_PERFMON", 38),
+    ("CAP_BPF", 39),
+];
+const CAP_SYS_ADMIN: u32 = 21;
+
+/// Checks privileges and kernel.
+///
+/// # Errors
+/// The first thing that is missing, and what to do about it.
+pub fn check() -> Result<()> {
+    check_kernel(&fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot tell the kernel's version")?)?;
+    check_capabilities(&fs::read_to_string("/proc/self/status").context("cannot tell the capabilities")?)?;
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        bail!("this kernel has no BTF (/sys/kernel/btf/vmlinux is missing): use one built with CONFIG_DEBUG_INFO_BTF=y");
+    }
+    Ok(())
+}
+
+fn check_kernel(release: &str) -> Result<()> {
+    let mut numbers = release.trim().split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version < OLDEST_KERNEL {
+        let (major, minor) = OLDEST_KERNEL;
+        bail!("kernel {} is too old: {major}.{minor} or newer is needed", release.trim());
+    }
+    Ok(())
+}
+
+fn check_capabilities(status: &str) -> Result<()> {
+    let effective = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .context("cannot tell the capabilities from /proc/self/status")?;
+    let has = |bit: u32| effective & (1 << bit) != 0;
+    let missing: Vec<&str> = CAPABILITIES
+        .iter()
+        // CAP_SYS_ADMIN includes what CAP_BPF and CAP_PERFMON were split from.
+        .filter(|(_, bit)| !has(*bit) && !(*bit >= 38 && has(CAP_SYS_ADMIN)))
+        .map(|(name, _)| *name)
+        .collect();
+    if !missing.is_empty() {
+        bail!("missing {}: run as root, or grant them to the service", missing.join(", "));
+    }
+    Ok(())
+}
+
+/// Raises the limit of descriptors as far as it goes, and returns how many flows and how many pipes fit.
+///
+/// # Errors
+/// When the limit cannot be read, or leaves no room for a single flow.
+pub fn fit_descriptors(flows: u32) -> Result<(u32, usize)> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot tell the limit of descriptors")?;
+    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    let available = limit.saturating_sub(OTHER_DESCRIPTORS);
+    let fitting = u32::try_from(available / 2).unwrap_or(u32::MAX);
+    if fitting == 0 {
+        bail!("{limit} descriptors leave no room for a flow: raise the limit (LimitNOFILE=, ulimit -n)");
+    }
+    if fitting < flows {
+        warn!(
+            "{flows} connections need {} descriptors and {limit} are allowed: handling {fitting} at most; raise the \
+             limit (LimitNOFILE=, ulimit -n) or lower -c",
+            u64::from(flows) * 2 + OTHER_DESCRIPTORS
+        );
+    }
+    let flows = flows.min(fitting);
+    let pipes = (available - u64::from(flows) * 2) / 2;
+    Ok((flows, usize::try_from(pipes).unwrap_or(usize::MAX)))
+}
+
+/// Makes sure that a congestion control can be used, which loads its module.
+///
+/// # Errors
+/// For one that cannot, naming those that can.
+pub fn check_congestion(algorithm: &str) -> Result<()> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+        .context("cannot open a TCP socket")?;
+    if let Err(error) = socket::set_congestion(&socket, algorithm) {
+        let available = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control")
+            .unwrap_or_else(|_| "unknown".into());
+        let why = match error.kind() {
+            std::io::ErrorKind::PermissionDenied => {
+                "not allowed in this network namespace (net.ipv4.tcp_allowed_congestion_control)".to_owned()
+            }
+            std::io::ErrorKind::NotFound => "unknown to this kernel, and no module of that name loads".to_owned(),
+            _ => error.to_string(),
+        };
+        bail!("congestion control '{algorithm}' is {why}: available are {}", available.trim().replace(' ', ", "));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_compared_by_number() {
+        assert!(check_kernel("6.18.44-custom\n").is_ok());
+        assert!(check_kernel("5.10.0").is_ok());
+        assert_eq!(
+            check_kernel("5.4.0-42-generic").unwrap_err().to_string(),
+            "kernel 5.4.0-42-generic is too old: 5.10 or newer is needed"
+        );
+    }
+
+    #[test]
+    fn missing_capabilities_are_named() {
+        assert!(check_capabilities("CapEff:\t000001ffffffffff\n").is_ok());
+        assert!(check_capabilities("CapEff:\t000000c000003400\n").is_ok());
+        assert!(check_capabilities("CapEff:\t0000000000203400\n").is_ok());
+        let error = check_capabilities("CapEff:\t0000000000001400\n").unwrap_err().to_string();
+        assert!(error.starts_with("missing CAP_NET_RAW, CAP_PERFMON, CAP_BPF:"), "{error}");
+    }
+}

@@ -1,0 +1,306 @@
+//! Moves bytes between the two legs of a flow, both ways, until both are done.
+//!
+//! Bytes go through a pipe that the kernel fills from one socket and empties into the other (splice), and that is held
+//! only while bytes are in it: an idle flow has its two sockets and nothing else. Nothing more is taken from a leg
+//! before the other has taken what there is, so a leg that does not read stops the other by its own receive window.
+//!
+//! How a leg ends is passed on. A half-close becomes a half-close. A leg that breaks becomes a reset of the other, after
+//! what the broken one had sent has been delivered. Until a direction has ended cleanly, closing its receiver resets it,
+//! so that even a killed process never makes a truncated transfer look complete.
+
+use std::{
+    future::{Future, pending},
+    io,
+    net::Shutdown,
+    os::fd::AsFd,
+    pin::{Pin, pin},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+    task::coop::consume_budget,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    conduit::{Conduit, ConduitPool},
+    flow::CloseReason,
+    socket,
+};
+
+/// One end of a flow while it is relayed.
+pub struct Leg {
+    stream: TcpStream,
+    side: Side,
+    /// Set once the connection is known to be broken. The kernel reports an error only once, and then pretends an
+    /// orderly end of stream.
+    broken: AtomicBool,
+}
+
+/// Which end of a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The accepted connection.
+    Client,
+    /// The connected one.
+    Server,
+}
+
+impl Leg {
+    /// Takes over a connected stream, which from now on is reset when it is dropped.
+    ///
+    /// # Errors
+    /// What `setsockopt` says.
+    pub fn new(stream: TcpStream, side: Side) -> io::Result<Self> {
+        socket::reset_on_close(stream.as_fd(), true)?;
+        Ok(Self { stream, side, broken: AtomicBool::new(false) })
+    }
+
+    /// The leg's stream.
+    pub fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    /// Waits until the peer has given up, and says how that ends a flow.
+    pub async fn abandoned(&self) -> CloseReason {
+        self.error().await.reason()
+    }
+
+    fn broke(&self, error: io::Error) -> Broken {
+        self.broken.store(true, Ordering::Relaxed);
+        Broken { side: self.side, error }
+    }
+
+    fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the connection is broken, whatever else happens on it.
+    async fn error(&self) -> Broken {
+        let error = match self.stream.ready(Interest::ERROR).await {
+            Ok(_) => match self.stream.take_error() {
+                Ok(Some(error)) | Err(error) => error,
+                Ok(None) => io::ErrorKind::ConnectionReset.into(),
+            },
+            Err(error) => error,
+        };
+        self.broke(error)
+    }
+
+    /// Passes an orderly end on: a FIN after all that was written, which nothing may cut short any more.
+    fn finish(&self) -> Result<(), Broken> {
+        let end = || {
+            socket::reset_on_close(self.stream.as_fd(), false)?;
+            socket2::SockRef::from(&self.stream).shutdown(Shutdown::Write)
+        };
+        end().map_err(|error| self.broke(error))
+    }
+}
+
+/// A leg broke, and how.
+struct Broken {
+    side: Side,
+    error: io::Error,
+}
+
+impl Broken {
+    fn reason(&self) -> CloseReason {
+        match (self.side, self.error.kind()) {
+            (Side::Client, io::ErrorKind::TimedOut) => CloseReason::ClientTimedOut,
+            (Side::Server, io::ErrorKind::TimedOut) => CloseReason::ServerTimedOut,
+            (Side::Client, _) => CloseReason::ClientReset,
+            (Side::Server, _) => CloseReason::ServerReset,
+        }
+    }
+}
+
+/// What a flow has carried, readable while it goes on.
+#[derive(Debug)]
+pub struct Progress {
+    /// Bytes from the client to the server.
+    pub up: AtomicU64,
+    /// Bytes from the server to the client.
+    pub down: AtomicU64,
+    started: Instant,
+    /// Milliseconds from `started` to the last byte moved.
+    last_ms: AtomicU64,
+}
+
+impl Progress {
+    /// Nothing carried yet.
+    pub fn new() -> Self {
+        Self {
+            up: AtomicU64::new(0),
+            down: AtomicU64::new(0),
+            started: Instant::now(),
+            last_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// When the flow began.
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// When the flow last carried a byte.
+    pub fn last(&self) -> Instant {
+        self.started + Duration::from_millis(self.last_ms.load(Ordering::Relaxed))
+    }
+
+    fn add(&self, to: Side, bytes: usize) {
+        let counter = match to {
+            Side::Server => &self.up,
+            Side::Client => &self.down,
+        };
+        counter.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.last_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
+}
+
+/// What bounds a relay.
+pub struct Limits<'a> {
+    /// How long nothing may move, in either direction.
+    pub idle: Option<Duration>,
+    /// Cancelled when open flows have to end.
+    pub stop: &'a CancellationToken,
+    /// Where pipes come from.
+    pub conduits: &'a ConduitPool,
+}
+
+/// Relays until both directions are done or the flow has to end, and leaves the legs so that dropping them does the
+/// right thing.
+pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Limits<'_>) -> CloseReason {
+    let mut up = pin!(pump(client, server, progress, limits.conduits));
+    let mut down = pin!(pump(server, client, progress, limits.conduits));
+    let (mut up_done, mut down_done) = (false, false);
+    let broken = loop {
+        // Whoever has sent its end of stream is not read any more, and could break unnoticed.
+        let client_error = async { if up_done { client.error().await } else { pending().await } };
+        let server_error = async { if down_done { server.error().await } else { pending().await } };
+        let ended = tokio::select! {
+            biased;
+            () = limits.stop.cancelled() => return CloseReason::Shutdown,
+            ended = &mut up, if !up_done => { up_done = true; ended }
+            ended = &mut down, if !down_done => { down_done = true; ended }
+            broken = client_error => Err(broken),
+            broken = server_error => Err(broken),
+            () = idle(progress, limits.idle) => return CloseReason::IdleTimeout,
+        };
+        match ended {
+            Ok(()) if up_done && down_done => {
+                // The flow holds its place until the data has arrived; the FIN itself the kernel sees to.
+                tokio::select! {
+                    _ = async { tokio::join!(delivered(client, 1), delivered(server, 1)) } => {}
+                    () = limits.stop.cancelled() => {}
+                }
+                return CloseReason::Finished;
+            }
+            Ok(()) => {}
+            Err(broken) => break broken,
+        }
+    };
+    let reason = broken.reason();
+    match broken.side {
+        Side::Client => settle(server, (!up_done).then_some(up), progress, limits).await,
+        Side::Server => settle(client, (!down_done).then_some(down), progress, limits).await,
+    }
+    reason
+}
+
+/// Moves what `from` sends to `to`, and its end of stream.
+async fn pump(from: &Leg, to: &Leg, progress: &Progress, pool: &ConduitPool) -> Result<(), Broken> {
+    loop {
+        from.stream.readable().await.map_err(|error| from.broke(error))?;
+        let mut conduit = pool.take();
+        loop {
+            match from.stream.try_io(Interest::READABLE, || conduit.fill(from.stream.as_fd())) {
+                // After an error that the other direction took, the kernel says end of stream too.
+                Ok(0) if from.is_broken() => return Err(from.broke(io::ErrorKind::ConnectionReset.into())),
+                Ok(0) => return to.finish(),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(from.broke(error)),
+            }
+            drain(&mut conduit, to, progress).await?;
+            // One fast flow must not keep its worker from the others.
+            consume_budget().await;
+        }
+    }
+}
+
+async fn drain(conduit: &mut Conduit<'_>, to: &Leg, progress: &Progress) -> Result<(), Broken> {
+    while conduit.held() > 0 {
+        match to.stream.try_io(Interest::WRITABLE, || conduit.drain(to.stream.as_fd())) {
+            Ok(bytes) => progress.add(to.side, bytes),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                to.stream.writable().await.map_err(|error| to.broke(error))?;
+            }
+            Err(error) => return Err(to.broke(error)),
+        }
+    }
+    Ok(())
+}
+
+/// How long a leg may take to acknowledge more of what was delivered to it.
+const DELIVERY_STALL: Duration = Duration::from_secs(30);
+
+/// After one leg broke: delivers what it had sent to the other leg, `to`, and resets that once it has acknowledged it. A
+/// reset overtakes whatever is still in the kernel's send buffer.
+async fn settle<F>(to: &Leg, rest: Option<Pin<&mut F>>, progress: &Progress, limits: &Limits<'_>)
+where
+    F: Future<Output = Result<(), Broken>>,
+{
+    let deliver = async {
+        if let Some(rest) = rest {
+            // It ends with the error of the broken leg, or with one of `to`; there is nothing left to decide.
+            let _ = rest.await;
+        }
+        delivered(to, 0).await;
+    };
+    let stall = limits.idle.map_or(DELIVERY_STALL, |idle| idle.min(DELIVERY_STALL));
+    tokio::select! {
+        () = deliver => {}
+        () = idle(progress, Some(stall)) => {}
+        () = limits.stop.cancelled() => {}
+    }
+    // The direction towards `to` may have ended cleanly long ago; that its peer broke is the newer truth.
+    let _ = socket::reset_on_close(to.stream.as_fd(), true);
+}
+
+/// Waits until the peer has acknowledged all but `most` of what it was sent, is gone, or makes no progress.
+async fn delivered(leg: &Leg, most: usize) {
+    let mut left = usize::MAX;
+    let mut deadline = Instant::now() + DELIVERY_STALL;
+    let mut pause = Duration::from_millis(1);
+    while !leg.is_broken() && Instant::now() < deadline {
+        match socket::unacknowledged(&leg.stream) {
+            Err(_) => return,
+            Ok(bytes) if bytes <= most => return,
+            Ok(bytes) if bytes < left => {
+                left = bytes;
+                deadline = Instant::now() + DELIVERY_STALL;
+            }
+            Ok(_) => {}
+        }
+        let _ = timeout(pause, leg.error()).await;
+        pause = (pause * 2).min(Duration::from_millis(100));
+    }
+}
+
+/// Returns once nothing has moved for `bound`. It sleeps through; it does not tick.
+async fn idle(progress: &Progress, bound: Option<Duration>) {
+    let Some(bound) = bound else {
+        return pending().await;
+    };
+    loop {
+        let deadline = progress.last() + bound;
+        if deadline <= Instant::now() {
+            return;
+        }
+        sleep_until(deadline).await;
+    }
+}

@@ -1,0 +1,151 @@
+//! The socket calls that neither tokio nor socket2 has, each with its kernel source where it is not in a manual page.
+
+use std::{
+    ffi::c_int,
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    time::Duration,
+};
+
+use nix::libc;
+
+/// `TCP_REPAIR_OFF_NO_WP` of `uapi/linux/tcp.h`: leave repair mode without probing the peer's window.
+const TCP_REPAIR_OFF_NO_WP: c_int = -1;
+
+/// Lets a socket of this family be bound to, and accept for, addresses that are not the host's.
+pub fn set_transparent(socket: impl AsFd, ipv6: bool) -> io::Result<()> {
+    let (level, name) =
+        if ipv6 { (libc::SOL_IPV6, libc::IPV6_TRANSPARENT) } else { (libc::SOL_IP, libc::IP_TRANSPARENT) };
+    set_int(socket, level, name, 1)
+}
+
+/// Sets the TOS byte or the traffic class; the kernel keeps the ECN bits of a TCP socket to itself.
+pub fn set_traffic_class(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
+    let (level, name) = if ipv6 { (libc::SOL_IPV6, libc::IPV6_TCLASS) } else { (libc::SOL_IP, libc::IP_TOS) };
+    set_int(socket, level, name, value.into())
+}
+
+/// Sets the TTL or the hop limit of what is sent.
+pub fn set_ttl(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
+    let (level, name) =
+        if ipv6 { (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS) } else { (libc::SOL_IP, libc::IP_TTL) };
+    set_int(socket, level, name, value.into())
+}
+
+/// Sets the IPv4 options of what is sent: a whole number of 32-bit words, at most forty bytes.
+pub fn set_ip_options(socket: impl AsFd, options: &[u8]) -> io::Result<()> {
+    set(socket, libc::SOL_IP, libc::IP_OPTIONS, options)
+}
+
+/// Sets the IPv6 hop-by-hop options header of what is sent; its first byte, the next header, has to be zero.
+pub fn set_hop_by_hop(socket: impl AsFd, header: &[u8]) -> io::Result<()> {
+    set(socket, libc::SOL_IPV6, libc::IPV6_HOPOPTS, header)
+}
+
+/// Sets the IPv6 destination options header of what is sent; its first byte, the next header, has to be zero.
+pub fn set_destination_options(socket: impl AsFd, header: &[u8]) -> io::Result<()> {
+    set(socket, libc::SOL_IPV6, libc::IPV6_DSTOPTS, header)
+}
+
+/// Lets an IPv6 socket take IPv6 only.
+pub fn set_v6_only(socket: impl AsFd) -> io::Result<()> {
+    set_int(socket, libc::SOL_IPV6, libc::IPV6_V6ONLY, 1)
+}
+
+/// Puts a socket into TCP_REPAIR, in which it binds where others are bound already, or takes it out again.
+pub fn set_repair(socket: impl AsFd, on: bool) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_REPAIR, if on { 1 } else { TCP_REPAIR_OFF_NO_WP })
+}
+
+/// Caps the size of the segments that are sent and announced, in bytes.
+pub fn set_mss(socket: impl AsFd, bytes: u16) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_MAXSEG, bytes.into())
+}
+
+/// Sends acknowledgements at once; the kernel falls back to delaying them when it sees fit.
+pub fn set_quickack(socket: impl AsFd) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_QUICKACK, 1)
+}
+
+/// Sends full segments only, for up to 200 ms.
+pub fn set_cork(socket: impl AsFd) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_CORK, 1)
+}
+
+/// Lets a listener take data from SYNs (RFC 7413), with this many requests waiting.
+pub fn set_fastopen_queue(socket: impl AsFd, requests: c_int) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_FASTOPEN, requests)
+}
+
+/// Lets a connection carry its first data in the SYN (RFC 7413): `connect` returns at once and the SYN leaves with the
+/// first write, when a cookie for the server is known.
+pub fn set_fastopen_connect(socket: impl AsFd) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
+}
+
+/// Chooses the congestion control; the kernel loads its module when the caller may.
+///
+/// # Errors
+/// `NotFound` for an algorithm that the kernel does not have, `PermissionDenied` for one that this network namespace
+/// is not allowed.
+pub fn set_congestion(socket: impl AsFd, algorithm: &str) -> io::Result<()> {
+    set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, algorithm.as_bytes())
+}
+
+/// Bytes that the peer has not acknowledged, those that were not sent yet included.
+pub fn unacknowledged(socket: impl AsFd) -> io::Result<usize> {
+    let mut bytes: c_int = 0;
+    // SAFETY: the request writes one int.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    nix::errno::Errno::result(result)?;
+    Ok(bytes.try_into().unwrap_or(0))
+}
+
+/// Has the kernel probe an idle peer, so that one that is gone does not keep its flow for ever.
+pub fn set_keepalive(socket: BorrowedFd<'_>, idle: Duration, interval: Duration, probes: u32) -> io::Result<()> {
+    let keepalive = socket2::TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
+    socket2::SockRef::from(&socket).set_tcp_keepalive(&keepalive)
+}
+
+/// What `close` does: a reset, or the orderly end that the kernel completes by itself.
+pub fn reset_on_close(socket: BorrowedFd<'_>, reset: bool) -> io::Result<()> {
+    socket2::SockRef::from(&socket).set_linger(reset.then_some(Duration::ZERO))
+}
+
+/// `struct tcp_info` of `uapi/linux/tcp.h`, as much of it as the running kernel fills.
+pub fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes; all-zeroes is a valid `tcp_info`.
+    unsafe {
+        let result = libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut len,
+        );
+        nix::errno::Errno::result(result)?;
+        Ok(info.assume_init())
+    }
+}
+
+fn set_int(socket: impl AsFd, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
+    set(socket, level, name, &value.to_ne_bytes())
+}
+
+fn set(socket: impl AsFd, level: c_int, name: c_int, value: &[u8]) -> io::Result<()> {
+    // SAFETY: the kernel reads `value.len()` bytes and keeps nothing.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    nix::errno::Errno::result(result)?;
+    Ok(())
+}

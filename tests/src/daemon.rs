@@ -1,0 +1,245 @@
+//! The built `pepsal`, running in a namespace.
+
+use std::env;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStderr, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+
+use crate::netns::Namespace;
+use crate::wait::holds_within;
+
+/// Loading eBPF takes about a second on a busy machine.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(30);
+const LOG_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A running daemon; dropping it kills it. It dies with the thread that started it, too.
+///
+/// Its log is copied to the test's standard error line by line, where libtest shows it if the test fails.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: Arc<Mutex<String>>,
+    reader: Option<JoinHandle<()>>,
+}
+
+/// How a daemon ended.
+#[derive(Debug)]
+pub struct Exit {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// Everything that it wrote to standard error.
+    pub log: String,
+}
+
+impl Exit {
+    /// The exit code; none when a signal ended it.
+    pub fn code(&self) -> Option<i32> {
+        self.status.code()
+    }
+
+    /// The signal that ended it, if one did.
+    pub fn signal(&self) -> Option<i32> {
+        self.status.signal()
+    }
+}
+
+impl Daemon {
+    /// Starts the daemon in `namespace` and waits until its log says that it is ready.
+    ///
+    /// # Errors
+    /// When it is not built, or exits, or does not become ready; the log is in the message.
+    pub fn start(namespace: &Namespace, arguments: &[&str]) -> Result<Self> {
+        Self::spawn(&binary()?, namespace, arguments, Echo::On)?.ready()
+    }
+
+    /// Starts `binary` likewise, without copying its log to standard error.
+    ///
+    /// # Errors
+    /// See [`Daemon::start`].
+    pub fn start_quiet(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Result<Self> {
+        Self::spawn(binary, namespace, arguments, Echo::Off)?.ready()
+    }
+
+    /// Runs the daemon with arguments or surroundings that it has to refuse and returns how it ended.
+    ///
+    /// # Errors
+    /// When it succeeds instead, or goes on running.
+    pub fn expect_failure(namespace: &Namespace, arguments: &[&str]) -> Result<Exit> {
+        let exit = Self::spawn(&binary()?, namespace, arguments, Echo::On)?.wait()?;
+        ensure!(
+            !exit.status.success(),
+            "pepsal {} succeeded:\n{}",
+            arguments.join(" "),
+            exit.log
+        );
+        Ok(exit)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has written to standard error so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until the log contains `text`.
+    ///
+    /// # Errors
+    /// When it does not within 10 s.
+    pub fn wait_for_log(&self, text: &str) -> Result<()> {
+        ensure!(
+            holds_within(LOG_TIMEOUT, || self.log().contains(text)),
+            "no {text:?} in the daemon's log after {LOG_TIMEOUT:?}:\n{}",
+            self.log()
+        );
+        Ok(())
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// When the daemon has ended.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(self.pid().try_into().expect("a pid is positive and small"));
+        signal::kill(pid, signal).with_context(|| format!("{signal} to the daemon"))
+    }
+
+    /// Asks it to stop (SIGTERM) and waits until it has.
+    ///
+    /// # Errors
+    /// When it does not within 30 s.
+    pub fn terminate(self) -> Result<Exit> {
+        self.signal(Signal::SIGTERM)?;
+        self.wait()
+    }
+
+    /// Ends it at once (SIGKILL).
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn kill(mut self) -> Result<Exit> {
+        self.child.kill()?;
+        self.wait()
+    }
+
+    /// Waits until it exits by itself.
+    ///
+    /// # Errors
+    /// When it does not within 30 s.
+    pub fn wait(mut self) -> Result<Exit> {
+        let Some(status) = self.status_within(EXIT_TIMEOUT)? else {
+            bail!("the daemon still runs after {EXIT_TIMEOUT:?}:\n{}", self.log());
+        };
+        self.join_reader();
+        Ok(Exit {
+            status,
+            log: self.log(),
+        })
+    }
+
+    fn ready(mut self) -> Result<Self> {
+        let is_ready = |daemon: &Self| daemon.log().lines().any(|line| line.contains("ready"));
+        holds_within(READY_TIMEOUT, || {
+            is_ready(&self) || !matches!(self.child.try_wait(), Ok(None))
+        });
+        if is_ready(&self) {
+            return Ok(self);
+        }
+        let ended = match self.status_within(Duration::ZERO)? {
+            Some(status) => {
+                self.join_reader();
+                status.to_string()
+            }
+            None => format!("not ready after {READY_TIMEOUT:?}"),
+        };
+        bail!("pepsal: {ended}:\n{}", self.log());
+    }
+
+    fn spawn(binary: &Path, namespace: &Namespace, arguments: &[&str], echo: Echo) -> Result<Self> {
+        let mut child = namespace
+            .command(binary)
+            .args(arguments)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| binary.display().to_string())?;
+        let stderr = child.stderr.take().expect("stderr was asked to be piped");
+        let log = Arc::<Mutex<String>>::default();
+        let reader = thread::spawn({
+            let log = Arc::clone(&log);
+            move || collect(stderr, &log, echo)
+        });
+        Ok(Self {
+            child,
+            log,
+            reader: Some(reader),
+        })
+    }
+
+    fn status_within(&mut self, timeout: Duration) -> Result<Option<ExitStatus>> {
+        let mut result = Ok(None);
+        holds_within(timeout, || {
+            result = self.child.try_wait();
+            !matches!(result, Ok(None))
+        });
+        result.context("wait for the daemon")
+    }
+
+    fn join_reader(&mut self) {
+        if let Some(reader) = self.reader.take() {
+            reader.join().expect("collecting lines does not panic");
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Both fail only for a child that has been waited for already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Echo {
+    On,
+    Off,
+}
+
+fn collect(stderr: ChildStderr, log: &Mutex<String>, echo: Echo) {
+    let mut stderr = BufReader::new(stderr);
+    let mut line = Vec::new();
+    // The end of the pipe and an error of it mean the same: nothing more to collect.
+    while stderr.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+        let text = String::from_utf8_lossy(&line);
+        if echo == Echo::On {
+            eprint!("pepsal: {text}");
+        }
+        log.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
+        line.clear();
+    }
+}
+
+/// The binary under test: `PEPSAL_BIN`, or the workspace's debug build.
+fn binary() -> Result<PathBuf> {
+    let path = env::var_os("PEPSAL_BIN").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debug/pepsal"),
+        PathBuf::from,
+    );
+    path.canonicalize()
+        .with_context(|| format!("no daemon at {}: run `cargo xtask build` first", path.display()))
+}

@@ -1,0 +1,156 @@
+//! Network namespaces without names.
+
+use std::fmt::{self, Display};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::CommandExt;
+use std::panic;
+use std::path::PathBuf;
+use std::process::{self, Command, Stdio};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
+
+/// A network namespace that lives as long as something of ours is in it: this value, its threads, its processes.
+///
+/// It has no entry in `/run/netns`, so that nothing stays behind, not even after SIGKILL.
+pub struct Namespace {
+    name: String,
+    handle: Arc<File>,
+}
+
+impl Namespace {
+    /// Makes a namespace with loopback up; `name` shows in errors and thread names only.
+    ///
+    /// # Errors
+    /// Without root.
+    pub fn new(name: &str) -> Result<Self> {
+        let handle = on_own_thread(name, || {
+            unshare(CloneFlags::CLONE_NEWNET).map_err(|error| match error {
+                Errno::EPERM => anyhow!("network namespaces need root: run this as root or with sudo"),
+                other => anyhow!(other).context("unshare(CLONE_NEWNET)"),
+            })?;
+            File::open("/proc/thread-self/ns/net").context("/proc/thread-self/ns/net")
+        })?;
+        let namespace = Self {
+            name: name.to_owned(),
+            handle: Arc::new(handle),
+        };
+        namespace.ip("link set lo up")?;
+        Ok(namespace)
+    }
+
+    /// The name given to [`Namespace::new`].
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where other processes find this namespace: iproute2 takes it for a `netns` argument.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{}", process::id(), self.handle.as_raw_fd()))
+    }
+
+    /// Runs `work` on a fresh thread inside the namespace and returns its value. Panics as `work` does.
+    ///
+    /// Sockets belong to the namespace they were made in, so they may be returned and used anywhere.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        on_own_thread(&self.name, || {
+            enter(&self.handle).expect("a namespace that we hold lets root in");
+            work()
+        })
+    }
+
+    /// Starts a thread inside the namespace.
+    pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        let handle = Arc::clone(&self.handle);
+        thread::Builder::new()
+            .name(self.name.clone())
+            .spawn(move || {
+                enter(&handle).expect("a namespace that we hold lets root in");
+                drop(handle);
+                work()
+            })
+            .expect("threads are far from their limit")
+    }
+
+    /// A command that will run inside the namespace and is killed when the *thread* that starts it ends: never start one
+    /// that shall live longer from within [`Namespace::run`].
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let handle = Arc::clone(&self.handle);
+        let mut command = Command::new(program);
+        // SAFETY: between fork and exec the closure only makes two system calls; it neither allocates nor locks.
+        unsafe {
+            command.pre_exec(move || {
+                prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
+                enter(&handle)
+            });
+        }
+        command
+    }
+
+    /// Runs iproute2 inside the namespace; each line of `commands` is what follows `ip` on a command line, without options.
+    ///
+    /// # Errors
+    /// Names the namespace and repeats what iproute2 said of the first line that fails.
+    pub fn ip(&self, commands: impl AsRef<str>) -> Result<()> {
+        let commands = commands.as_ref();
+        let mut ip = self
+            .command("ip")
+            .args(["-batch", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("cannot run `ip` (Debian's package iproute2)")?;
+        let mut stdin = ip.stdin.take().expect("stdin was asked to be piped");
+        stdin.write_all(commands.as_bytes()).context("ip -batch")?;
+        drop(stdin);
+        let output = ip.wait_with_output().context("ip -batch")?;
+        ensure!(
+            output.status.success(),
+            "{}: ip {}: {}",
+            self.name,
+            commands.trim(),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(())
+    }
+
+    /// Sets a `net.` sysctl of the namespace, written with dots or slashes.
+    ///
+    /// # Errors
+    /// When the kernel has no such key or refuses the value.
+    pub fn sysctl(&self, key: &str, value: impl Display) -> Result<()> {
+        let path = PathBuf::from("/proc/sys").join(key.replace('.', "/"));
+        let value = value.to_string();
+        self.run(|| fs::write(&path, &value))
+            .with_context(|| format!("{}: sysctl {key}={value}", self.name))
+    }
+}
+
+impl fmt::Debug for Namespace {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Namespace({})", self.name)
+    }
+}
+
+fn enter(handle: &impl AsFd) -> io::Result<()> {
+    setns(handle, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)
+}
+
+fn on_own_thread<T: Send>(name: &str, work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name(name.to_owned())
+            .spawn_scoped(scope, work)
+            .expect("threads are far from their limit")
+            .join()
+            .unwrap_or_else(|panic| panic::resume_unwind(panic))
+    })
+}

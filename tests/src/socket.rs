@@ -1,0 +1,239 @@
+//! TCP sockets as tests need them: options before connect, saved SYNs, deadlines, resets.
+
+use std::ffi::c_int;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+use crate::netns::Namespace;
+use crate::syn::SavedSyn;
+
+/// How a client connects. The default asks nothing of the kernel but a deadline.
+#[derive(Clone, Debug)]
+pub struct Connector {
+    /// Address and port to connect from; port 0 leaves the port to the kernel.
+    pub source: Option<SocketAddr>,
+    /// IPv4 type of service or IPv6 traffic class; the kernel keeps the two ECN bits to itself.
+    pub traffic_class: u8,
+    /// IPv4 options, at most 40 bytes.
+    pub ip_options: Vec<u8>,
+    /// IPv6 hop-by-hop options: a whole extension header, first byte zero.
+    pub hop_by_hop: Vec<u8>,
+    /// IPv6 destination options: a whole extension header, first byte zero.
+    pub destination_options: Vec<u8>,
+    /// Congestion control, the namespace's default if none.
+    pub congestion: Option<String>,
+    /// For connect, and for each read and write of the connected stream.
+    pub timeout: Duration,
+}
+
+impl Default for Connector {
+    fn default() -> Self {
+        Self {
+            source: None,
+            traffic_class: 0,
+            ip_options: Vec::new(),
+            hop_by_hop: Vec::new(),
+            destination_options: Vec::new(),
+            congestion: None,
+            timeout: Duration::from_secs(20),
+        }
+    }
+}
+
+impl Connector {
+    /// Connects from `namespace` to `server`.
+    ///
+    /// # Errors
+    /// What the kernel says, unchanged, so that a test can tell a refusal from an unreachable host.
+    pub fn connect(&self, namespace: &Namespace, server: SocketAddr) -> io::Result<TcpStream> {
+        let socket = namespace.run(|| tcp_socket(server))?;
+        if self.traffic_class != 0 {
+            match server {
+                SocketAddr::V4(_) => socket.set_tos_v4(self.traffic_class.into())?,
+                SocketAddr::V6(_) => socket.set_tclass_v6(self.traffic_class.into())?,
+            }
+        }
+        for (level, name, option) in [
+            (libc::IPPROTO_IP, libc::IP_OPTIONS, &self.ip_options),
+            (libc::IPPROTO_IPV6, libc::IPV6_HOPOPTS, &self.hop_by_hop),
+            (libc::IPPROTO_IPV6, libc::IPV6_DSTOPTS, &self.destination_options),
+        ] {
+            if !option.is_empty() {
+                set_option(&socket, level, name, option)?;
+            }
+        }
+        if let Some(congestion) = &self.congestion {
+            socket.set_tcp_congestion(congestion.as_bytes())?;
+        }
+        if let Some(source) = self.source {
+            socket.bind(&source.into())?;
+        }
+        socket.connect_timeout(&server.into(), self.timeout)?;
+        socket.set_read_timeout(Some(self.timeout))?;
+        socket.set_write_timeout(Some(self.timeout))?;
+        Ok(socket.into())
+    }
+}
+
+/// A listening socket that keeps the SYN of every connection.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    address: SocketAddr,
+}
+
+/// A connection, and what its SYN said.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Its reads and writes time out after 20 s.
+    pub stream: TcpStream,
+    /// The address that the connection comes from.
+    pub peer: SocketAddr,
+    /// The SYN.
+    pub syn: SavedSyn,
+}
+
+impl Listener {
+    /// Listens in `namespace`; an unspecified address means all of its own family only, port 0 any port.
+    ///
+    /// # Errors
+    /// When the address is in use, or not the namespace's.
+    pub fn bind(namespace: &Namespace, address: SocketAddr) -> io::Result<Self> {
+        let socket = namespace.run(|| tcp_socket(address))?;
+        if address.is_ipv6() {
+            socket.set_only_v6(true)?;
+        }
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        set_option(
+            &socket,
+            libc::IPPROTO_TCP,
+            libc::TCP_SAVE_SYN,
+            &1_i32.to_ne_bytes(),
+        )?;
+        socket.listen(1024)?;
+        socket.set_nonblocking(true)?;
+        let address = socket
+            .local_addr()?
+            .as_socket()
+            .expect("a TCP socket has an IP address");
+        Ok(Self { socket, address })
+    }
+
+    /// Listens on every address of the family of `like` and on any port.
+    ///
+    /// # Errors
+    /// See [`Listener::bind`].
+    pub fn bind_any(namespace: &Namespace, like: IpAddr) -> io::Result<Self> {
+        let unspecified: IpAddr = match like {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        Self::bind(namespace, (unspecified, 0).into())
+    }
+
+    /// The address and port it is bound to.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The port it is bound to.
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// Sets the congestion control of the connections accepted from now on.
+    ///
+    /// # Errors
+    /// When the kernel does not have it.
+    pub fn set_congestion(&self, congestion: &str) -> io::Result<()> {
+        self.socket.set_tcp_congestion(congestion.as_bytes())
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::TimedOut`] when none has come within `timeout`.
+    pub fn accept(&self, timeout: Duration) -> io::Result<Accepted> {
+        let mut ready = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(timeout).map_err(io::Error::other)?;
+        if poll(&mut ready, timeout)? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        self.accept_waiting()
+    }
+
+    /// The next connection, if one is waiting; else [`io::ErrorKind::WouldBlock`].
+    pub(crate) fn accept_waiting(&self) -> io::Result<Accepted> {
+        let (socket, peer) = self.socket.accept()?;
+        let patience = Some(Connector::default().timeout);
+        socket.set_read_timeout(patience)?;
+        socket.set_write_timeout(patience)?;
+        let peer = peer.as_socket().expect("a TCP socket has an IP address");
+        let syn = SavedSyn::parse(saved_syn(&socket)?).map_err(io::Error::other)?;
+        Ok(Accepted {
+            stream: socket.into(),
+            peer,
+            syn,
+        })
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// Ends a connection with a reset, whatever is still queued (SO_LINGER with a timeout of 0).
+///
+/// # Errors
+/// None that a connected stream would give.
+pub fn reset(stream: TcpStream) -> io::Result<()> {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO))
+}
+
+fn tcp_socket(address: SocketAddr) -> io::Result<Socket> {
+    Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))
+}
+
+fn saved_syn(socket: &Socket) -> io::Result<Vec<u8>> {
+    // 40 bytes of IPv6 header, extension headers up to some hundred bytes, 60 bytes of TCP header.
+    let mut syn = vec![0_u8; 4096];
+    let mut len = syn.len() as libc::socklen_t;
+    // SAFETY: `syn` has room for `len` bytes, and both outlive the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_SAVED_SYN,
+            syn.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    Errno::result(result)?;
+    syn.truncate(len as usize);
+    Ok(syn)
+}
+
+fn set_option(socket: &Socket, level: c_int, name: c_int, value: &[u8]) -> io::Result<()> {
+    // SAFETY: the kernel reads `value.len()` bytes from `value` during the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}

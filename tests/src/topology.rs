@@ -1,0 +1,307 @@
+//! Client, gateway and server, and what lies between them.
+//!
+//! ```text
+//! client eth0 ──── lan0 gateway sat0 ──── eth0 server                          sat0: veth, TUN, or an emulated link
+//! client eth0 ──── lan0 gateway sat0 ──── sat1 router wan0 ──── eth0 server    with `path_mtu`
+//! ```
+//!
+//! | Subnet | Hosts |
+//! |---|---|
+//! | 10.1.0.0/24, fd01::/64 | gateway .1, client .2, extra clients .3 and up |
+//! | 10.2.0.0/24, fd02::/64 | next hop .1 (gateway, or router where there is one), server .2 |
+//! | 10.3.0.0/24, fd03::/64 | gateway .1, router .2 |
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use anyhow::{Result, ensure};
+
+use crate::emulator::{Emulator, LinkCounters, LinkProfile};
+use crate::netns::Namespace;
+
+/// IPv4 or IPv6, with the addresses that a topology has in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// IPv4
+    V4,
+    /// IPv6
+    V6,
+}
+
+impl Family {
+    /// Both families.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The client's address.
+    pub fn client(self) -> IpAddr {
+        LAN.host(self, 2)
+    }
+
+    /// The address of an extra client (see [`Builder::extra_clients`]), counted from 0.
+    pub fn extra_client(self, index: u8) -> IpAddr {
+        LAN.host(self, 3 + index)
+    }
+
+    /// The gateway's address on `lan0`, the client's next hop.
+    pub fn gateway(self) -> IpAddr {
+        LAN.host(self, 1)
+    }
+
+    /// The server's address.
+    pub fn server(self) -> IpAddr {
+        OUTER.host(self, 2)
+    }
+
+    /// The address of the server's next hop: the gateway's on `sat0`, or the router's where there is one.
+    pub fn server_next_hop(self) -> IpAddr {
+        OUTER.host(self, 1)
+    }
+}
+
+/// What the gateway's interface `sat0` is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Link {
+    /// One end of a veth pair.
+    Veth,
+    /// A link with the profile's impairments: netem on a veth pair where the kernel has it, else [`Link::Tun`].
+    Emulated(LinkProfile),
+    /// A TUN device with our own emulator behind it; [`LinkProfile::UNIMPAIRED`] makes it a mere TUN device.
+    Tun(LinkProfile),
+}
+
+/// Namespaces joined by links, both families routed from end to end. Dropping it removes everything.
+#[derive(Debug)]
+pub struct Topology {
+    // Fields drop in order: the emulator stops before its devices' namespaces go.
+    emulator: Option<Emulator>,
+    /// Where connections come from; its interface is `eth0`.
+    pub client: Namespace,
+    /// Forwards between `lan0` (towards the client) and `sat0` (towards the server).
+    pub gateway: Namespace,
+    /// Between gateway and server, where a path MTU is asked for.
+    pub router: Option<Namespace>,
+    /// Where connections go to; its interface is `eth0`.
+    pub server: Namespace,
+}
+
+impl Topology {
+    /// Client, gateway and server over two veth pairs.
+    ///
+    /// # Errors
+    /// Without root.
+    pub fn new() -> Result<Self> {
+        Self::builder().build()
+    }
+
+    /// A topology to be varied.
+    pub fn builder() -> Builder {
+        Builder {
+            link: Link::Veth,
+            path_mtu: None,
+            extra_clients: 0,
+        }
+    }
+
+    /// What the emulator has carried; none where `sat0` is a veth or netem does the work.
+    pub fn link_counters(&self) -> Option<LinkCounters> {
+        self.emulator.as_ref().map(Emulator::counters)
+    }
+}
+
+/// Variants of a [`Topology`].
+#[derive(Clone, Copy, Debug)]
+pub struct Builder {
+    link: Link,
+    path_mtu: Option<u16>,
+    extra_clients: u8,
+}
+
+impl Builder {
+    /// What `sat0` is: a veth by default.
+    pub fn link(self, link: Link) -> Self {
+        Self { link, ..self }
+    }
+
+    /// Puts a router between gateway and server which answers packets above `mtu` bytes, either way, with ICMP errors. All
+    /// interfaces keep an MTU of 1500, so that no MSS gives the path away.
+    pub fn path_mtu(self, mtu: u16) -> Self {
+        Self {
+            path_mtu: Some(mtu),
+            ..self
+        }
+    }
+
+    /// Gives the client's namespace `count` more addresses in each family: [`Family::extra_client`].
+    pub fn extra_clients(self, count: u8) -> Self {
+        Self {
+            extra_clients: count,
+            ..self
+        }
+    }
+
+    /// Makes the namespaces and links.
+    ///
+    /// # Errors
+    /// Without root; also when the kernel lacks veth or TUN.
+    pub fn build(self) -> Result<Topology> {
+        ensure!(
+            self.extra_clients <= 250,
+            "a /24 has no room for {} extra clients",
+            self.extra_clients
+        );
+        let client = host("client")?;
+        let gateway = forwarder("gateway")?;
+        let router = self.path_mtu.map(|_| forwarder("router")).transpose()?;
+        let server = host("server")?;
+
+        veth(&client, "eth0", &gateway, "lan0")?;
+        LAN.assign(&gateway, "lan0", 1)?;
+        for host in 2..3 + self.extra_clients {
+            LAN.assign(&client, "eth0", host)?;
+        }
+        default_route(&client, LAN, 1)?;
+
+        let emulator = if let (Some(router), Some(mtu)) = (&router, self.path_mtu) {
+            let emulator = join(&gateway, router, "sat1", self.link)?;
+            TRANSIT.assign(&gateway, "sat0", 1)?;
+            TRANSIT.assign(router, "sat1", 2)?;
+            default_route(&gateway, TRANSIT, 2)?;
+            veth(router, "wan0", &server, "eth0")?;
+            OUTER.assign(router, "wan0", 1)?;
+            narrow(router, mtu)?;
+            emulator
+        } else {
+            let emulator = join(&gateway, &server, "eth0", self.link)?;
+            OUTER.assign(&gateway, "sat0", 1)?;
+            emulator
+        };
+        OUTER.assign(&server, "eth0", 2)?;
+        default_route(&server, OUTER, 1)?;
+
+        Ok(Topology {
+            emulator,
+            client,
+            gateway,
+            router,
+            server,
+        })
+    }
+}
+
+const LAN: Subnet = Subnet(1);
+const OUTER: Subnet = Subnet(2);
+const TRANSIT: Subnet = Subnet(3);
+
+/// 10.N.0.0/24 and fd0N::/64.
+#[derive(Clone, Copy)]
+struct Subnet(u8);
+
+impl Subnet {
+    fn host(self, family: Family, host: u8) -> IpAddr {
+        match family {
+            Family::V4 => Ipv4Addr::new(10, self.0, 0, host).into(),
+            Family::V6 => Ipv6Addr::new(0xfd00 | u16::from(self.0), 0, 0, 0, 0, 0, 0, host.into()).into(),
+        }
+    }
+
+    fn assign(self, namespace: &Namespace, device: &str, host: u8) -> Result<()> {
+        namespace.ip(format!(
+            "address add {}/24 dev {device}
+             address add {}/64 dev {device} nodad",
+            self.host(Family::V4, host),
+            self.host(Family::V6, host)
+        ))
+    }
+}
+
+/// A namespace whose addresses can be used at once and whose transfers learn nothing from earlier ones.
+fn host(name: &str) -> Result<Namespace> {
+    let namespace = Namespace::new(name)?;
+    namespace.sysctl("net.ipv6.conf.all.accept_dad", 0)?;
+    namespace.sysctl("net.ipv6.conf.default.accept_dad", 0)?;
+    namespace.sysctl("net.ipv4.tcp_no_metrics_save", 1)?;
+    Ok(namespace)
+}
+
+fn forwarder(name: &str) -> Result<Namespace> {
+    let namespace = host(name)?;
+    namespace.sysctl("net.ipv4.conf.all.forwarding", 1)?;
+    namespace.sysctl("net.ipv6.conf.all.forwarding", 1)?;
+    Ok(namespace)
+}
+
+fn veth(near: &Namespace, near_device: &str, far: &Namespace, far_device: &str) -> Result<()> {
+    near.ip(format!(
+        "link add {near_device} type veth peer name {far_device} netns {}
+         link set {near_device} up",
+        far.path().display()
+    ))?;
+    far.ip(format!("link set {far_device} up"))
+}
+
+/// Joins `sat0` in the gateway with `device` in its neighbour.
+fn join(gateway: &Namespace, neighbour: &Namespace, device: &str, link: Link) -> Result<Option<Emulator>> {
+    match link {
+        Link::Veth => veth(gateway, "sat0", neighbour, device).map(|()| None),
+        Link::Tun(profile) => Emulator::start(gateway, "sat0", neighbour, device, profile).map(Some),
+        Link::Emulated(profile) => {
+            if !kernel_has_netem()? {
+                return join(gateway, neighbour, device, Link::Tun(profile));
+            }
+            veth(gateway, "sat0", neighbour, device)?;
+            netem(gateway, "sat0", profile.up_bps, &profile)?;
+            netem(neighbour, device, profile.down_bps, &profile)?;
+            Ok(None)
+        }
+    }
+}
+
+fn default_route(namespace: &Namespace, subnet: Subnet, host: u8) -> Result<()> {
+    namespace.ip(format!(
+        "route add default via {}
+         route add default via {}",
+        subnet.host(Family::V4, host),
+        subnet.host(Family::V6, host)
+    ))
+}
+
+/// The router's routes carry the MTU, since a veth end with a smaller one swallows its peer's larger packets.
+fn narrow(router: &Namespace, mtu: u16) -> Result<()> {
+    router.ip(format!(
+        "route replace 10.2.0.0/24 dev wan0 mtu lock {mtu}
+         route add 10.1.0.0/24 via 10.3.0.1 mtu lock {mtu}
+         route replace fd02::/64 dev wan0 mtu lock {mtu}
+         route add fd01::/64 via fd03::1 mtu lock {mtu}"
+    ))
+}
+
+fn kernel_has_netem() -> Result<bool> {
+    let scratch = Namespace::new("scratch")?;
+    let tc = scratch
+        .command("tc")
+        .args("qdisc add dev lo root netem".split(' '))
+        .output()?;
+    Ok(tc.status.success())
+}
+
+/// The kernel's own emulator: what leaves `device` is lost at random, queued up to the limit, serialised and delayed. Its
+/// limit counts packets, those on their way among them.
+fn netem(namespace: &Namespace, device: &str, rate_bps: u64, profile: &LinkProfile) -> Result<()> {
+    const PACKET_BYTES: u64 = 1500;
+    let delay = profile.rtt / 2;
+    let in_flight_bytes = (rate_bps as f64 / 8.0 * delay.as_secs_f64()) as u64;
+    let arguments = format!(
+        "qdisc add dev {device} root netem rate {rate_bps}bit delay {}us loss {}% limit {}",
+        delay.as_micros(),
+        profile.loss * 100.0,
+        (profile.queue_bytes + in_flight_bytes) / PACKET_BYTES + 1,
+    );
+    // netem would lose or delay a whole GSO packet of 64 KiB at once.
+    namespace.ip(format!("link set dev {device} gso_max_segs 1"))?;
+    let tc = namespace.command("tc").args(arguments.split(' ')).output()?;
+    ensure!(
+        tc.status.success(),
+        "tc {arguments}: {}",
+        String::from_utf8_lossy(&tc.stderr).trim()
+    );
+    Ok(())
+}

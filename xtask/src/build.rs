@@ -1,0 +1,122 @@
+//! Building the eBPF object, and the daemon around it.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::Result;
+
+use crate::{
+    setup::{self, Needs},
+    shell,
+    toolchain::Toolchain,
+};
+
+/// Names the eBPF object to `pepsal/build.rs`, which embeds it, and to tests that load it themselves.
+pub const OBJECT_VARIABLE: &str = "PEPSAL_EBPF_OBJECT";
+
+const EBPF_TARGET: &str = "bpfel-unknown-none";
+
+/// The compiler arguments of the eBPF object: the instruction set that gives code which the verifier can follow, and
+/// debug info, from which the linker makes BTF.
+const EBPF_FLAGS: &str = "-C target-cpu=v3 -C debuginfo=2 -C link-arg=--btf";
+
+/// What would make the eBPF build use the compiler, the flags or the libraries of the cargo that runs xtask.
+const FOREIGN_VARIABLES: &[&str] = &[
+    "CARGO",
+    "CARGO_BUILD_RUSTC",
+    "CARGO_BUILD_RUSTFLAGS",
+    "CARGO_BUILD_TARGET",
+    "CARGO_ENCODED_RUSTFLAGS",
+    "LD_LIBRARY_PATH",
+    "RUSTC",
+    "RUSTC_WORKSPACE_WRAPPER",
+    "RUSTC_WRAPPER",
+    "RUSTDOC",
+    "RUSTFLAGS",
+    "RUSTUP_TOOLCHAIN",
+];
+
+/// Installs what is missing, builds the daemon with its eBPF object inside, and returns its absolute path.
+pub fn daemon(release: bool) -> Result<PathBuf> {
+    let object = ebpf(&setup::run(Needs::Build)?)?;
+    daemon_with(&object, release)
+}
+
+/// Builds the daemon around an eBPF object and returns its absolute path.
+pub fn daemon_with(object: &Path, release: bool) -> Result<PathBuf> {
+    let (flag, folder) = if release {
+        (" --release", "release")
+    } else {
+        ("", "debug")
+    };
+    shell::run(cargo(&format!("build --package pepsal{flag}")).env(OBJECT_VARIABLE, object))?;
+    Ok(target_dir().join(folder).join("pepsal"))
+}
+
+/// Builds the eBPF object and returns its absolute path.
+pub fn ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
+    shell::run(&mut ebpf_cargo(toolchain, "cargo", "build"))?;
+    Ok(ebpf_target_dir().join(EBPF_TARGET).join("release/pepsal-ebpf"))
+}
+
+/// The command that lints the eBPF programs, or nothing when the toolchain has no clippy.
+pub fn ebpf_clippy(toolchain: &Toolchain) -> Option<Command> {
+    // Not as `cargo clippy`: cargo would take the one of rustup, which runs another compiler.
+    let mut clippy = ebpf_cargo(toolchain, "cargo-clippy", "clippy");
+    clippy.args(["--", "-D", "warnings"]);
+    toolchain.program("cargo-clippy").is_file().then_some(clippy)
+}
+
+/// The cargo that runs xtask, working on the host's crates, with arguments that are parted by spaces.
+pub fn cargo(args: &str) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(args.split(' ')).current_dir(root());
+    cargo.env("CARGO_TARGET_DIR", target_dir());
+    cargo
+}
+
+/// Where cargo puts what it builds: an absolute path.
+pub fn target_dir() -> PathBuf {
+    match env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => std::path::absolute(&dir).unwrap_or(dir.into()),
+        None => root().join("target"),
+    }
+}
+
+fn ebpf_cargo(toolchain: &Toolchain, program: &str, subcommand: &str) -> Command {
+    let mut cargo = Command::new(toolchain.program(program));
+    for name in FOREIGN_VARIABLES {
+        cargo.env_remove(name);
+    }
+    cargo
+        .arg(subcommand)
+        .args(
+            "-Z build-std=core --release --target"
+                .split(' ')
+                .chain([EBPF_TARGET]),
+        )
+        .args("--package pepsal-ebpf --features bpf --bin pepsal-ebpf".split(' '))
+        .current_dir(root())
+        .env("CARGO", toolchain.program("cargo"))
+        .env("RUSTC", toolchain.program("rustc"))
+        // Unlocks `-Z` in a stable compiler.
+        .env("RUSTC_BOOTSTRAP", "1")
+        // Two cargos that shared a folder would each throw away what the other built.
+        .env("CARGO_TARGET_DIR", ebpf_target_dir())
+        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", toolchain.linker())
+        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", EBPF_FLAGS);
+    cargo
+}
+
+fn ebpf_target_dir() -> PathBuf {
+    target_dir().join("ebpf")
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies inside the workspace")
+}

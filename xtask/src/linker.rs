@@ -1,0 +1,61 @@
+//! bpf-linker, built against the LLVM of the distribution.
+
+use std::{env, fs, ops::RangeInclusive, path::PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::{build, shell, toolchain::Compiler};
+
+/// The linker that goes with a compiler.
+pub struct Linker {
+    llvm: u32,
+}
+
+impl Linker {
+    const VERSION: &str = "0.13.0";
+
+    /// The major versions of LLVM that this version of bpf-linker can be built against.
+    pub const LLVM: RangeInclusive<u32> = 21..=23;
+
+    /// The linker that shares its LLVM with the compiler.
+    pub fn of(compiler: &Compiler) -> Self {
+        Self { llvm: compiler.llvm }
+    }
+
+    /// Where it is, once built.
+    pub fn path(&self) -> PathBuf {
+        self.root().join("bin/bpf-linker")
+    }
+
+    /// Builds it with the cargo that runs xtask.
+    pub fn build(&self) -> Result<()> {
+        shell::heading("Building bpf-linker, which takes a minute or two");
+        let (root, scratch) = (self.root(), Self::folder().join("build"));
+        let mut cargo = build::cargo("install bpf-linker --locked --force --no-default-features");
+        cargo.args([
+            "--version",
+            Self::VERSION,
+            "--features",
+            &format!("llvm-{}", self.llvm),
+        ]);
+        cargo.arg("--root").arg(&root).env("CARGO_TARGET_DIR", &scratch);
+        cargo.env("LLVM_PREFIX", format!("/usr/lib/llvm-{}", self.llvm));
+        // Cargo would tell the user to put the folder on the PATH, unless it is there.
+        let mut path = env::var_os("PATH").unwrap_or_default();
+        path.push(":");
+        path.push(root.join("bin"));
+        let built = shell::run(cargo.env("PATH", path)).context("bpf-linker was not built");
+        let removed = fs::remove_dir_all(scratch).context("cannot remove what bpf-linker's build left");
+        built.and(removed)
+    }
+
+    /// The folder of everything that is made for the toolchain.
+    pub fn folder() -> PathBuf {
+        build::target_dir().join("bpf-toolchain")
+    }
+
+    /// Names both versions, so that a new one of either makes a new linker.
+    fn root(&self) -> PathBuf {
+        Self::folder().join(format!("bpf-linker-{}-llvm-{}", Self::VERSION, self.llvm))
+    }
+}

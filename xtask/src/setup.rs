@@ -1,0 +1,122 @@
+//! Finding, installing or explaining what the other commands need.
+
+use std::fs::{self, File};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use clap::ValueEnum;
+use nix::fcntl::{Flock, FlockArg};
+
+use crate::{
+    debian,
+    linker::Linker,
+    shell,
+    toolchain::{Compiler, Toolchain},
+};
+
+/// What to prepare for; each needs what the ones before it need.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum Needs {
+    /// Building the daemon: the eBPF toolchain.
+    Build,
+    /// The demonstration.
+    Demo,
+    /// All tests.
+    Test,
+}
+
+/// Programs that a command runs, each with the Debian package that has it.
+const PROGRAMS: &[(Needs, &str, &str)] = &[
+    (Needs::Demo, "ip", "iproute2"),
+    (Needs::Test, "curl", "curl"),
+    (Needs::Test, "haproxy", "haproxy"),
+    (Needs::Test, "iperf3", "iperf3"),
+    (Needs::Test, "nginx", "nginx-light"),
+    (Needs::Test, "strace", "strace"),
+    (Needs::Test, "tcpdump", "tcpdump"),
+];
+
+/// The way without packages.
+const WITH_RUSTUP: &str = "
+    rustup toolchain install nightly --component rust-src
+    cargo install cargo-binstall && cargo binstall bpf-linker";
+
+/// Returns the toolchain for the eBPF object, after installing what is missing. Silent when nothing is.
+pub fn run(needs: Needs) -> Result<Toolchain> {
+    let ready = || Toolchain::find().filter(|_| missing_programs(needs).next().is_none());
+    if let Some(toolchain) = ready() {
+        return Ok(toolchain);
+    }
+    // Another xtask may be installing the same things.
+    fs::create_dir_all(Linker::folder()).context("cannot make the folder of the eBPF toolchain")?;
+    let lock = File::create(Linker::folder().join("lock")).context("cannot make the lock of setup")?;
+    let _lock = Flock::lock(lock, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .context("cannot lock setup")?;
+    if let Some(toolchain) = ready() {
+        return Ok(toolchain);
+    }
+
+    install_packages(needs)?;
+    if let Some(toolchain) = Toolchain::find() {
+        return Ok(toolchain);
+    }
+    let compiler = Compiler::system().context("the packages are installed, but have no usable compiler")?;
+    Linker::of(&compiler).build()?;
+    Toolchain::find().context("the eBPF toolchain is installed, but cannot link an empty program")
+}
+
+/// Those programs that are not on this system, with their Debian packages.
+fn missing_programs(needs: Needs) -> impl Iterator<Item = (&'static str, &'static str)> {
+    PROGRAMS.iter().filter_map(move |&(command, program, package)| {
+        (command <= needs && shell::find(program).is_none()).then_some((program, package))
+    })
+}
+
+/// Installs missing packages, or fails with what to type.
+fn install_packages(needs: Needs) -> Result<()> {
+    if !debian::is_here() {
+        bail!("{}", without_packages(needs));
+    }
+    let mut packages = missing_packages(needs);
+    if packages.as_ref().is_ok_and(Vec::is_empty) {
+        return Ok(());
+    }
+    if shell::is_root() {
+        // Old lists name packages that are gone, and compilers that are too old.
+        debian::update();
+        packages = missing_packages(needs);
+    }
+    let packages = packages?;
+    if !shell::is_root() {
+        bail!(
+            "packages are missing, install them and try again:{}",
+            debian::by_hand(&packages)
+        );
+    }
+    debian::install(&packages)
+}
+
+fn missing_packages(needs: Needs) -> Result<Vec<String>> {
+    let mut packages: Vec<_> = missing_programs(needs)
+        .map(|(_, package)| package.to_owned())
+        .collect();
+    if Toolchain::find().is_none() {
+        let toolchain = debian::toolchain_packages();
+        packages.extend(toolchain.map_err(|error| anyhow!("{error:#}, but rustup can do:{WITH_RUSTUP}"))?);
+    }
+    packages.retain(|package| !debian::is_installed(package));
+    Ok(packages)
+}
+
+/// What to install where there is no apt.
+fn without_packages(needs: Needs) -> String {
+    let mut text = "something is missing, install it and try again:".to_owned();
+    if Toolchain::find().is_none() {
+        text += WITH_RUSTUP;
+    }
+    let programs: Vec<_> = missing_programs(needs).map(|(program, _)| program).collect();
+    if !programs.is_empty() {
+        text += &format!("\n    the programs {}", programs.join(", "));
+    }
+    text
+}
