@@ -8,6 +8,7 @@
 
 pub mod packet;
 
+use crate::packet::TcpOptions;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// An IP address of either family as it lies in a map: network order, IPv4 as `::ffff:a.b.c.d`.
@@ -15,6 +16,9 @@ pub type MappedAddr = [u8; 16];
 
 /// The longest IPv6 hop-by-hop or destination options header that a [`SynRecord`] holds, in bytes.
 pub const EXTENSION_MAX: usize = 128;
+
+/// The longest TCP options field (RFC 9293), in bytes.
+pub const TCP_OPTIONS_MAX: usize = 40;
 
 /// The longest IPv4 options field (RFC 791), in bytes.
 pub const IP_OPTIONS_MAX: usize = 40;
@@ -115,12 +119,6 @@ pub struct SynRecord {
     pub ingress_ifindex: u32,
     /// IPv6 flow label (RFC 6437), 20 bits; zero for IPv4.
     flow_label: [u8; 4],
-    /// Maximum segment size option (RFC 9293), in bytes in network order; zero when absent.
-    mss: [u8; 2],
-    /// Window scale option (RFC 7323): the shift count, meaningful with [`TcpOptions::WINDOW_SCALE`].
-    pub window_scale: u8,
-    /// Which TCP options the SYN carried: [`TcpOptions`] bits.
-    pub tcp_options: u8,
     /// IPv4 TOS or IPv6 traffic class, whole: DSCP (RFC 2474) and ECN bits.
     pub traffic_class: u8,
     /// IPv4 TTL or IPv6 hop limit as it arrived.
@@ -131,19 +129,22 @@ pub struct SynRecord {
     pub hop_by_hop_len: u8,
     /// Bytes used of `destination`.
     pub destination_len: u8,
+    /// Bytes used of `tcp_options`.
+    pub tcp_options_len: u8,
     /// Non-zero when an extension header was longer than [`EXTENSION_MAX`] and so was not recorded.
     pub truncated: u8,
-    _pad: [u8; 2],
+    _pad: [u8; 1],
+    /// TCP options as they arrived (RFC 9293).
+    pub tcp_options: [u8; TCP_OPTIONS_MAX],
     /// IPv4 options as they arrived (RFC 791).
     pub ip_options: [u8; IP_OPTIONS_MAX],
     /// IPv6 hop-by-hop options header (RFC 8200) as it arrived, next-header byte included.
     pub hop_by_hop: [u8; EXTENSION_MAX],
     /// IPv6 destination options header (RFC 8200) as it arrived, next-header byte included.
     pub destination: [u8; EXTENSION_MAX],
-    _tail: [u8; 4],
 }
 
-const _: () = assert!(size_of::<SynRecord>() == 328 && align_of::<SynRecord>() == 8);
+const _: () = assert!(size_of::<SynRecord>() == 360 && align_of::<SynRecord>() == 8);
 
 impl SynRecord {
     /// A record of nothing: what a flow has whose SYN was not seen.
@@ -151,30 +152,23 @@ impl SynRecord {
         time_ns: 0,
         ingress_ifindex: 0,
         flow_label: [0; 4],
-        mss: [0; 2],
-        window_scale: 0,
-        tcp_options: 0,
         traffic_class: 0,
         ttl: 0,
         ip_options_len: 0,
         hop_by_hop_len: 0,
         destination_len: 0,
+        tcp_options_len: 0,
         truncated: 0,
-        _pad: [0; 2],
+        _pad: [0; 1],
+        tcp_options: [0; TCP_OPTIONS_MAX],
         ip_options: [0; IP_OPTIONS_MAX],
         hop_by_hop: [0; EXTENSION_MAX],
         destination: [0; EXTENSION_MAX],
-        _tail: [0; 4],
     };
 
-    /// Maximum segment size that the client announced, in bytes.
-    pub fn mss(&self) -> Option<u16> {
-        (self.tcp_options & TcpOptions::MSS != 0).then_some(u16::from_be_bytes(self.mss))
-    }
-
-    /// Window scale that the client announced, as a shift count.
-    pub fn window_scale(&self) -> Option<u8> {
-        (self.tcp_options & TcpOptions::WINDOW_SCALE != 0).then_some(self.window_scale)
+    /// The TCP options that the SYN carried.
+    pub fn tcp_options(&self) -> TcpOptions {
+        TcpOptions::parse(&self.tcp_options[..usize::from(self.tcp_options_len).min(TCP_OPTIONS_MAX)])
     }
 
     /// IPv6 flow label, 20 bits.
@@ -196,22 +190,6 @@ impl SynRecord {
     pub fn destination(&self) -> &[u8] {
         &self.destination[..usize::from(self.destination_len).min(EXTENSION_MAX)]
     }
-}
-
-/// Bits of [`SynRecord::tcp_options`].
-pub struct TcpOptions;
-
-impl TcpOptions {
-    /// Maximum segment size (kind 2).
-    pub const MSS: u8 = 1;
-    /// Window scale (kind 3).
-    pub const WINDOW_SCALE: u8 = 2;
-    /// SACK permitted (kind 4).
-    pub const SACK: u8 = 4;
-    /// Timestamps (kind 8).
-    pub const TIMESTAMPS: u8 = 8;
-    /// TCP fast open (kind 34, RFC 7413).
-    pub const FAST_OPEN: u8 = 16;
 }
 
 macro_rules! counters {

@@ -9,7 +9,10 @@
 
 #![no_std]
 #![no_main]
-#![expect(missing_docs, reason = "the macros export each program a second time, without its documentation")]
+#![expect(
+    missing_docs,
+    reason = "the macros export each program a second time, without its documentation"
+)]
 
 use core::{
     ffi::c_void,
@@ -455,9 +458,11 @@ fn looked_up_flow(lookup: *mut bpf_sk_lookup) -> Option<(Family, FlowKey)> {
         )
     };
     let (family, client, server) = match (protocol, family) {
-        (IPPROTO_TCP, AF_INET) => {
-            (Family::V4, map_v4(client_v4.to_ne_bytes()), map_v4(server_v4.to_ne_bytes()))
-        }
+        (IPPROTO_TCP, AF_INET) => (
+            Family::V4,
+            map_v4(client_v4.to_ne_bytes()),
+            map_v4(server_v4.to_ne_bytes()),
+        ),
         (IPPROTO_TCP, AF_INET6) => (Family::V6, words(client_v6), words(server_v6)),
         _ => return None,
     };

@@ -4,7 +4,9 @@
 //! is of a fixed size at a computed offset and is refused past the packet's end, which is all that the verifier asks.
 //! The packet starts at its network header.
 
-use crate::{Counter, EXTENSION_MAX, FlowKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TcpOptions, map_v4};
+use crate::{
+    Counter, EXTENSION_MAX, FlowKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TCP_OPTIONS_MAX, map_v4,
+};
 
 /// A packet, from its network header on.
 pub trait Packet {
@@ -307,7 +309,13 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
         &mut truncated,
     )?;
     record.truncated = truncated;
-    record_tcp_options(packet, syn.tcp, record)
+    let options = Span {
+        offset: syn.tcp.offset + 20,
+        len: syn.tcp.len - 20,
+    };
+    record.tcp_options_len =
+        copy_span::<TCP_OPTIONS_MAX>(packet, options, &mut record.tcp_options, &mut truncated)?;
+    Ok(())
 }
 
 #[inline(always)]
@@ -330,53 +338,45 @@ fn copy_span<const N: usize>(
     Ok(span.len as u8)
 }
 
-/// The most options that fit a TCP header: forty bytes of single-byte ones.
-const TCP_OPTIONS_WALKED: usize = 40;
+/// The TCP options of a SYN that matter to a proxy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpOptions {
+    /// Maximum segment size in bytes (RFC 9293).
+    pub mss: Option<u16>,
+    /// Window scale as a shift count (RFC 7323).
+    pub window_scale: Option<u8>,
+    /// SACK permitted (RFC 2018).
+    pub sack: bool,
+    /// Timestamps (RFC 7323).
+    pub timestamps: bool,
+    /// Fast open, with or without a cookie (RFC 7413).
+    pub fast_open: bool,
+}
 
-/// Reads the options until the end of the header or until one that contradicts itself, which hides the rest of them
-/// but does not spoil the segment: the kernel treats it likewise (`tcp_parse_options`).
-#[inline(always)]
-fn record_tcp_options(packet: &impl Packet, tcp: Span, record: &mut SynRecord) -> Result<(), Counter> {
-    record.tcp_options = 0;
-    record.mss = [0; 2];
-    record.window_scale = 0;
-    let end = tcp.offset + tcp.len;
-    let mut at = tcp.offset + 20;
-    for _ in 0..TCP_OPTIONS_WALKED {
-        if at >= end {
-            break;
-        }
-        let [kind] = packet.read(at).ok_or(Counter::Malformed)?;
-        match kind {
-            0 => break,
-            1 => {
-                at += 1;
-                continue;
+impl TcpOptions {
+    /// Reads options until their end or until one that contradicts itself, which hides the rest of them: the kernel
+    /// treats them likewise (`tcp_parse_options`).
+    pub fn parse(mut options: &[u8]) -> Self {
+        let mut parsed = Self::default();
+        loop {
+            let len = match options {
+                [1, ..] => 1,
+                [0, ..] | [] => return parsed,
+                [_, len, ..] if *len >= 2 => usize::from(*len),
+                _ => return parsed,
+            };
+            let Some((option, rest)) = options.split_at_checked(len) else {
+                return parsed;
+            };
+            match *option {
+                [2, _, a, b] => parsed.mss = Some(u16::from_be_bytes([a, b])),
+                [3, _, shift] => parsed.window_scale = Some(shift),
+                [4, _] => parsed.sack = true,
+                [8, 10, ..] => parsed.timestamps = true,
+                [34, ..] => parsed.fast_open = true,
+                _ => {}
             }
-            _ => {}
+            options = rest;
         }
-        if at + 2 > end {
-            break;
-        }
-        let [len] = packet.read(at + 1).ok_or(Counter::Malformed)?;
-        if len < 2 || at + u32::from(len) > end {
-            break;
-        }
-        match (kind, len) {
-            (2, 4) => {
-                record.mss = packet.read(at + 2).ok_or(Counter::Malformed)?;
-                record.tcp_options |= TcpOptions::MSS;
-            }
-            (3, 3) => {
-                [record.window_scale] = packet.read(at + 2).ok_or(Counter::Malformed)?;
-                record.tcp_options |= TcpOptions::WINDOW_SCALE;
-            }
-            (4, 2) => record.tcp_options |= TcpOptions::SACK,
-            (8, 10) => record.tcp_options |= TcpOptions::TIMESTAMPS,
-            (34, _) => record.tcp_options |= TcpOptions::FAST_OPEN,
-            _ => {}
-        }
-        at += u32::from(len);
     }
-    Ok(())
 }
