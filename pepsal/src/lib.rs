@@ -13,6 +13,7 @@
 //! Around them: [`cli`] says what is wanted, [`preflight`] whether it can be had, [`instance`] that nobody else has it,
 //! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
 
+pub mod units;
 pub mod cli;
 pub mod preflight;
 pub mod instance;
@@ -22,6 +23,8 @@ pub mod route;
 pub mod listener;
 pub mod flow;
 pub mod table;
+pub mod link;
+pub mod budget;
 pub mod leg;
 pub mod relay;
 pub mod conduit;

@@ -1,0 +1,385 @@
+//! What an operator knows of a link, and what follows from it for the legs that leave through it.
+
+use std::{collections::HashSet, fmt, str::FromStr, time::Duration};
+
+use crate::units::{self, Rate, show_size};
+
+/// The argument of `--link`: `IFACE,rate=50mbit,rtt=600ms[,up=5mbit][,…]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkSpec {
+    /// The interface that the link is behind.
+    pub interface: String,
+    rate: Rate,
+    rtt: Duration,
+    up: Option<Rate>,
+    congestion: Option<String>,
+    initial_window: Option<u64>,
+    pacing: Option<Rate>,
+    receive_buffer: Option<u64>,
+    send_buffer: Option<u64>,
+    unsent: Option<u64>,
+    mss: Option<u16>,
+    rto_min: Option<Duration>,
+    rto_max: Option<Duration>,
+    keepalive: Option<Duration>,
+    connect_timeout: Option<Duration>,
+    weights: Weights,
+}
+
+/// How the legs of a link share its rate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weights {
+    /// All alike.
+    Equal,
+    /// By the class selector bits of their DSCP (RFC 2474, 4.2.2): a leg of class 3 gets four times what one of class 0
+    /// gets.
+    Dscp,
+}
+
+impl Weights {
+    /// A leg's weight.
+    pub fn of(self, traffic_class: u8) -> u64 {
+        match self {
+            Self::Equal => 1,
+            Self::Dscp => u64::from(traffic_class >> 5) + 1,
+        }
+    }
+}
+
+const KEYS: &str = "rate, rtt, up, cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, keepalive, \
+                    connect-timeout, weights";
+
+impl FromStr for LinkSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let interface = parts.next().unwrap_or_default().trim().to_owned();
+        if interface.is_empty() || interface.contains('=') {
+            return Err("the interface comes first, like sat0,rate=50mbit,rtt=600ms".into());
+        }
+        let (mut rate, mut rtt) = (None, None);
+        let mut spec = Self {
+            interface,
+            rate: Rate::from_bps(0),
+            rtt: Duration::ZERO,
+            up: None,
+            congestion: None,
+            initial_window: None,
+            pacing: None,
+            receive_buffer: None,
+            send_buffer: None,
+            unsent: None,
+            mss: None,
+            rto_min: None,
+            rto_max: None,
+            keepalive: None,
+            connect_timeout: None,
+            weights: Weights::Equal,
+        };
+        let mut seen = HashSet::new();
+        for part in parts {
+            let Some((key, value)) = part.trim().split_once('=') else {
+                return Err(format!("'{part}' is not KEY=VALUE; keys are {KEYS}"));
+            };
+            if !seen.insert(key) {
+                return Err(format!("{key} is given twice"));
+            }
+            let naming = |error: String| format!("{key}: {error}");
+            let bounded = |least: Duration, most: Duration| {
+                let time = units::time(value).map_err(naming)?;
+                match time {
+                    time if time >= least && time <= most => Ok(time),
+                    _ => Err(format!("{key}: '{value}' is out of range: from {least:?} to {most:?}")),
+                }
+            };
+            match key {
+                "rate" => rate = Some(units::rate(value).map_err(naming)?),
+                "rtt" => rtt = Some(bounded(Duration::from_millis(1), Duration::from_secs(10))?),
+                "up" => spec.up = Some(units::rate(value).map_err(naming)?),
+                "cc" if !value.is_empty() => spec.congestion = Some(value.to_owned()),
+                "iw" => spec.initial_window = Some(units::size(value).map_err(naming)?),
+                "pacing" => spec.pacing = Some(units::rate(value).map_err(naming)?),
+                "rcvbuf" => spec.receive_buffer = Some(units::size(value).map_err(naming)?),
+                "sndbuf" => spec.send_buffer = Some(units::size(value).map_err(naming)?),
+                "unsent" => spec.unsent = Some(units::size(value).map_err(naming)?),
+                "mss" => match value.parse() {
+                    Ok(mss @ 88..=32_767) => spec.mss = Some(mss),
+                    _ => return Err(format!("mss: '{value}' is not a segment size, from 88 to 32767 bytes")),
+                },
+                "rto-min" => spec.rto_min = Some(bounded(Duration::from_millis(5), Duration::from_secs(10))?),
+                "rto-max" => spec.rto_max = Some(bounded(Duration::from_secs(1), Duration::from_secs(120))?),
+                "keepalive" => {
+                    spec.keepalive = Some(bounded(Duration::from_secs(1), Duration::from_secs(32_767))?);
+                }
+                "connect-timeout" => {
+                    spec.connect_timeout = Some(bounded(Duration::from_secs(1), Duration::from_secs(3600))?);
+                }
+                "weights" => {
+                    spec.weights = match value {
+                        "equal" => Weights::Equal,
+                        "dscp" => Weights::Dscp,
+                        _ => return Err(format!("weights: '{value}' is neither equal nor dscp")),
+                    }
+                }
+                _ => return Err(format!("'{key}' is not one of {KEYS}")),
+            }
+        }
+        spec.rate = rate.ok_or("rate is missing: how fast the link is, like rate=50mbit")?;
+        spec.rtt = rtt.ok_or("rtt is missing: the link's round trip, like rtt=600ms")?;
+        if let (Some(min), Some(max)) = (spec.rto_min, spec.rto_max) {
+            if min > max {
+                return Err(format!("rto-min={min:?} is more than rto-max={max:?}"));
+            }
+        }
+        if spec.pacing.is_some_and(|pacing| pacing > spec.up.unwrap_or(spec.rate)) {
+            return Err(format!("pacing is more than the link's {}", spec.up.unwrap_or(spec.rate)));
+        }
+        Ok(spec)
+    }
+}
+
+/// Where a value of a profile comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The operator gave it.
+    Given,
+    /// It was worked out; how, in words.
+    Derived(&'static str),
+}
+
+/// A value and where it comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Derived<T> {
+    /// The value.
+    pub value: T,
+    /// Where it comes from.
+    pub origin: Origin,
+}
+
+impl<T> Derived<T> {
+    fn new(given: Option<T>, derived: T, how: &'static str) -> Self {
+        match given {
+            Some(value) => Self { value, origin: Origin::Given },
+            None => Self { value: derived, origin: Origin::Derived(how) },
+        }
+    }
+}
+
+/// How the legs that leave through a link are tuned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkProfile {
+    /// The interface that the link is behind.
+    pub interface: String,
+    /// Round trip of the link.
+    pub rtt: Duration,
+    /// What the link carries towards this gateway.
+    pub receive_rate: Derived<Rate>,
+    /// What the link carries from this gateway.
+    pub send_rate: Derived<Rate>,
+    /// What the legs together may send, in TCP payload.
+    pub pacing: Derived<Rate>,
+    /// Congestion control, where the kernel has it.
+    pub congestion: Derived<String>,
+    /// Most bytes that a leg sends before the first acknowledgement.
+    pub initial_window: Derived<u64>,
+    /// Bytes that a leg's receive window covers from the first segment on.
+    pub receive_buffer: Derived<u64>,
+    /// Bytes that a leg may have sent and unacknowledged.
+    pub send_buffer: Derived<u64>,
+    /// Bytes that may wait unsent in the kernel (TCP_NOTSENT_LOWAT).
+    pub unsent: Derived<u64>,
+    /// Maximum segment size; `None` is the path's.
+    pub mss: Derived<Option<u16>>,
+    /// Shortest retransmission timeout.
+    pub rto_min: Derived<Duration>,
+    /// Longest retransmission timeout.
+    pub rto_max: Derived<Duration>,
+    /// Idle time after which a peer is asked whether it is there.
+    pub keepalive: Derived<Duration>,
+    /// How long a server may take to answer.
+    pub connect_timeout: Derived<Duration>,
+    /// How the legs share the rate.
+    pub weights: Weights,
+}
+
+impl LinkProfile {
+    /// Works out what the operator did not give. `congestion` is what the kernel offers best for links that lose
+    /// packets, `connect_timeout` what holds elsewhere.
+    pub fn derive(spec: &LinkSpec, congestion: &str, connect_timeout: Duration) -> Self {
+        let rtt = spec.rtt;
+        let send_rate = spec.up.unwrap_or(spec.rate);
+        let pacing = spec.pacing.unwrap_or(Rate::from_bps(send_rate.bps() / 100 * 95));
+        let sent = send_rate.bytes_in(rtt);
+        let received = spec.rate.bytes_in(rtt);
+        let seconds = Duration::from_secs;
+        Self {
+            interface: spec.interface.clone(),
+            rtt,
+            receive_rate: Derived { value: spec.rate, origin: Origin::Given },
+            send_rate: Derived::new(spec.up, send_rate, "the rate, as no up is given"),
+            pacing: Derived::new(
+                spec.pacing,
+                pacing,
+                "95 % of the send rate: headers take 3.5 %, the rest lets queues drain",
+            ),
+            congestion: Derived::new(
+                spec.congestion.clone(),
+                congestion.to_owned(),
+                "the best for lossy links that this kernel has",
+            ),
+            initial_window: Derived::new(
+                spec.initial_window,
+                pacing.bytes_in(rtt).max(INITIAL_WINDOW_MIN),
+                "what the pacing rate sends in a round trip; a leg gets its share",
+            ),
+            receive_buffer: Derived::new(
+                spec.receive_buffer,
+                (2 * received + SLACK).min(u64::from(u32::MAX / 4)),
+                "two bandwidth-delay products: one in flight, one for a loss to be repaired",
+            ),
+            send_buffer: Derived::new(
+                spec.send_buffer,
+                (2 * sent + SLACK).min(u64::from(u32::MAX / 4)),
+                "two bandwidth-delay products: one in flight, one for a loss to be repaired",
+            ),
+            unsent: Derived::new(
+                spec.unsent,
+                send_rate.bytes_in(Duration::from_millis(50)).clamp(32 << 10, 4 << 20),
+                "50 ms at the send rate: enough to keep sending, too little to wait long behind",
+            ),
+            mss: Derived { value: spec.mss, origin: spec.mss.map_or(Origin::Derived("the path's"), |_| Origin::Given) },
+            rto_min: Derived::new(
+                spec.rto_min,
+                (rtt / 2).clamp(Duration::from_millis(200), seconds(2)).min(spec.rto_max.unwrap_or(seconds(2))),
+                "half a round trip, at least 200 ms: a modem's scheduling is no loss",
+            ),
+            rto_max: Derived::new(
+                spec.rto_max,
+                (rtt * 10).clamp(seconds(5), seconds(60)).max(spec.rto_min.unwrap_or_default()),
+                "ten round trips: an outage ends, and nobody waits two minutes after it",
+            ),
+            keepalive: Derived::new(spec.keepalive, seconds(600).max(rtt * 100), "ten minutes"),
+            connect_timeout: Derived::new(
+                spec.connect_timeout,
+                connect_timeout.max(rtt * 20),
+                "--connect-timeout, at least twenty round trips",
+            ),
+            weights: spec.weights,
+        }
+    }
+}
+
+/// `TCP_INIT_CWND` of RFC 6928 in bytes: no link is so slow that less would be right.
+const INITIAL_WINDOW_MIN: u64 = 10 * 1448;
+
+/// Room for segments' bookkeeping on links with a small product.
+const SLACK: u64 = 256 << 10;
+
+impl fmt::Display for LinkProfile {
+    /// A table: what, how much, and why.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut row = |name: &str, value: String, origin: Origin| {
+            let origin = match origin {
+                Origin::Given => "given",
+                Origin::Derived(how) => how,
+            };
+            writeln!(f, "  {name:<18} {value:>14}  {origin}")
+        };
+        let size = |derived: &Derived<u64>| (show_size(derived.value), derived.origin);
+        let time = |derived: &Derived<Duration>| (format!("{:?}", derived.value), derived.origin);
+        row("link", self.interface.clone(), Origin::Given)?;
+        row("rtt", format!("{:?}", self.rtt), Origin::Given)?;
+        row("receive rate", self.receive_rate.value.to_string(), self.receive_rate.origin)?;
+        row("send rate", self.send_rate.value.to_string(), self.send_rate.origin)?;
+        row("pacing", self.pacing.value.to_string(), self.pacing.origin)?;
+        row("congestion", self.congestion.value.clone(), self.congestion.origin)?;
+        for (name, (value, origin)) in [
+            ("initial window", size(&self.initial_window)),
+            ("receive window", size(&self.receive_buffer)),
+            ("send buffer", size(&self.send_buffer)),
+            ("unsent at most", size(&self.unsent)),
+            ("rto at least", time(&self.rto_min)),
+            ("rto at most", time(&self.rto_max)),
+            ("keepalive after", time(&self.keepalive)),
+            ("connect timeout", time(&self.connect_timeout)),
+        ] {
+            row(name, value, origin)?;
+        }
+        row("mss", self.mss.value.map_or("path".into(), |mss| format!("{mss} B")), self.mss.origin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn profile(text: &str) -> LinkProfile {
+        LinkProfile::derive(&text.parse().unwrap(), "bbr", Duration::from_secs(60))
+    }
+
+    #[test]
+    fn sizes_follow_from_rate_and_round_trip() {
+        let geo = profile("sat0,rate=50mbit,rtt=600ms");
+        assert_eq!(geo.pacing.value.bps(), 47_500_000);
+        assert_eq!(geo.initial_window.value, 3_562_500);
+        assert_eq!(geo.receive_buffer.value, 2 * 3_750_000 + SLACK);
+        assert_eq!(geo.rto_min.value, Duration::from_millis(300));
+        assert_eq!(geo.rto_max.value, Duration::from_secs(6));
+        assert_eq!(geo.congestion.value, "bbr");
+    }
+
+    #[test]
+    fn each_direction_has_its_own_product() {
+        let terminal = profile("sat0,rate=50mbit,rtt=600ms,up=5mbit");
+        assert_eq!(terminal.initial_window.value, 356_250);
+        assert_eq!(terminal.send_buffer.value, 2 * 375_000 + SLACK);
+        assert_eq!(terminal.receive_buffer.value, 2 * 3_750_000 + SLACK);
+    }
+
+    #[test]
+    fn what_is_given_stays_as_it_is() {
+        let link = profile("sat0,rate=50mbit,rtt=600ms,iw=64KiB,cc=hybla,rcvbuf=1MiB,rto-max=30s,mss=1200");
+        assert_eq!(link.initial_window, Derived { value: 65_536, origin: Origin::Given });
+        assert_eq!(link.congestion, Derived { value: "hybla".into(), origin: Origin::Given });
+        assert_eq!(link.receive_buffer.value, 1 << 20);
+        assert_eq!(link.rto_max.value, Duration::from_secs(30));
+        assert_eq!(link.mss.value, Some(1200));
+    }
+
+    #[test]
+    fn a_slow_link_still_gets_the_standard_initial_window() {
+        assert_eq!(profile("sat0,rate=64kbit,rtt=600ms").initial_window.value, INITIAL_WINDOW_MIN);
+    }
+
+    #[test]
+    fn bad_links_say_what_is_wrong() {
+        for (text, complaint) in [
+            ("sat0", "rate is missing"),
+            ("sat0,rate=50mbit", "rtt is missing"),
+            ("rate=50mbit,rtt=600ms", "the interface comes first"),
+            ("sat0,rate=50,rtt=600ms", "rate: '50' is not a rate"),
+            ("sat0,rate=50mbit,rtt=600", "rtt: '600' is not a time"),
+            ("sat0,rate=50mbit,rtt=11s", "rtt: '11s' is out of range"),
+            ("sat0,rate=50mbit,rtt=600ms,iw=10", "iw: '10' is not a size"),
+            ("sat0,rate=50mbit,rtt=600ms,rate=5mbit", "rate is given twice"),
+            ("sat0,rate=50mbit,rtt=600ms,speed=5mbit", "'speed' is not one of"),
+            ("sat0,rate=50mbit,rtt=600ms,fast", "'fast' is not KEY=VALUE"),
+            ("sat0,rate=50mbit,rtt=600ms,rto-min=5s,rto-max=2s", "rto-min=5s is more than rto-max=2s"),
+            ("sat0,rate=50mbit,rtt=600ms,pacing=60mbit", "pacing is more than the link's 50 Mbit/s"),
+            ("sat0,rate=50mbit,rtt=600ms,weights=size", "weights: 'size' is neither"),
+            ("sat0,rate=50mbit,rtt=600ms,mss=9", "mss: '9'"),
+        ] {
+            let error = text.parse::<LinkSpec>().unwrap_err();
+            assert!(error.contains(complaint), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_table_says_where_values_come_from() {
+        let table = profile("sat0,rate=50mbit,rtt=600ms,iw=64KiB").to_string();
+        let row = |name: &str| table.lines().find(|line| line.trim_start().starts_with(name)).unwrap().to_owned();
+        assert!(row("initial window").ends_with("64 KiB  given"));
+        assert!(row("send rate").contains("the rate, as no up is given"));
+    }
+}
