@@ -29,10 +29,27 @@ pub const PORT_SET_BYTES: usize = 8192;
 /// A set of TCP ports, one bit each: port `p` is bit `p % 8` of byte `p / 8`.
 pub type PortSet = [u8; PORT_SET_BYTES];
 
-/// Slot of the IPv4 listener in the listeners' SockMap.
-pub const LISTENER_V4: u32 = 0;
-/// Slot of the IPv6 listener in the listeners' SockMap.
-pub const LISTENER_V6: u32 = 1;
+/// Most links that can have a profile of their own.
+pub const LINKS_MAX: u32 = 64;
+
+/// The link that stands for all interfaces without a profile.
+pub const NO_LINK: u32 = 0;
+
+/// Slot of a link's IPv4 listener in the listeners' SockMap.
+#[inline(always)]
+pub const fn listener_v4(link: u32) -> u32 {
+    link * 2
+}
+
+/// Slot of a link's IPv6 listener in the listeners' SockMap.
+#[inline(always)]
+pub const fn listener_v6(link: u32) -> u32 {
+    link * 2 + 1
+}
+
+/// The option by which the daemon sets the congestion window of a connection that has not sent data yet, at the level
+/// of TCP: a `u32` of segments. A program on the daemon's cgroup answers it, with the window that only eBPF can set.
+pub const TCP_INITIAL_WINDOW: i32 = 0x5045;
 
 /// The mapped form of an IPv4 address.
 #[inline(always)]
@@ -115,8 +132,10 @@ impl FlowKey {
 pub struct SynRecord {
     /// When the SYN arrived, in nanoseconds of CLOCK_MONOTONIC.
     pub time_ns: u64,
-    /// Index of the interface that it arrived on.
+    /// Index of the interface that it arrived on, which the client leg leaves through.
     pub ingress_ifindex: u32,
+    /// Index of the interface that it would have been forwarded to, which the server leg leaves through.
+    pub egress_ifindex: u32,
     /// IPv6 flow label (RFC 6437), 20 bits; zero for IPv4.
     flow_label: [u8; 4],
     /// IPv4 TOS or IPv6 traffic class, whole: DSCP (RFC 2474) and ECN bits.
@@ -133,7 +152,7 @@ pub struct SynRecord {
     pub tcp_options_len: u8,
     /// Non-zero when an extension header was longer than [`EXTENSION_MAX`] and so was not recorded.
     pub truncated: u8,
-    _pad: [u8; 1],
+    _pad: [u8; 5],
     /// TCP options as they arrived (RFC 9293).
     pub tcp_options: [u8; TCP_OPTIONS_MAX],
     /// IPv4 options as they arrived (RFC 791).
@@ -144,13 +163,14 @@ pub struct SynRecord {
     pub destination: [u8; EXTENSION_MAX],
 }
 
-const _: () = assert!(size_of::<SynRecord>() == 360 && align_of::<SynRecord>() == 8);
+const _: () = assert!(size_of::<SynRecord>() == 368 && align_of::<SynRecord>() == 8);
 
 impl SynRecord {
     /// A record of nothing: what a flow has whose SYN was not seen.
     pub const EMPTY: Self = Self {
         time_ns: 0,
         ingress_ifindex: 0,
+        egress_ifindex: 0,
         flow_label: [0; 4],
         traffic_class: 0,
         ttl: 0,
@@ -159,7 +179,7 @@ impl SynRecord {
         destination_len: 0,
         tcp_options_len: 0,
         truncated: 0,
-        _pad: [0; 1],
+        _pad: [0; 5],
         tcp_options: [0; TCP_OPTIONS_MAX],
         ip_options: [0; IP_OPTIONS_MAX],
         hop_by_hop: [0; EXTENSION_MAX],

@@ -1,9 +1,10 @@
-//! pepsal's kernel side: three programs and the maps between them.
+//! pepsal's kernel side: the programs and the maps between them.
 //!
 //! - [`pepsal_steer`] on the TC ingress of every intercepted interface, [`pepsal_replies`] on that of all the others: mark what
 //!   belongs to a flow, so that a policy rule delivers it locally. The verdict is always "next program, please".
 //! - [`pepsal_listener`] on the network namespace's socket lookup: gives the daemon's listener the connections that
 //!   `pepsal_steer` recorded, and no others.
+//! - [`pepsal_window`] on the daemon's own cgroup: sets initial congestion windows, which plain system calls cannot.
 //!
 //! Whatever cannot be decided is passed on untouched.
 
@@ -22,18 +23,21 @@ use core::{
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{__sk_buff, BPF_F_CURRENT_NETNS, BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup, bpf_sock_tuple},
-    helpers::generated::{
-        bpf_fib_lookup, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_sk_release, bpf_skb_load_bytes_relative,
-        bpf_skc_lookup_tcp,
+    bindings::{
+        __sk_buff, BPF_F_CURRENT_NETNS, BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup, bpf_sock_tuple, bpf_sockopt,
     },
-    macros::{classifier, map, sk_lookup},
+    helpers::generated::{
+        bpf_fib_lookup, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_setsockopt, bpf_sk_release,
+        bpf_skb_load_bytes_relative, bpf_skc_lookup_tcp,
+    },
+    macros::{cgroup_sockopt, classifier, map, sk_lookup},
     maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie},
-    programs::{SkLookupContext, TcContext},
+    programs::{SkLookupContext, SockoptContext, TcContext},
 };
 use aya_log_ebpf::info;
 use pepsal_ebpf::{
-    Counter, FlowKey, LISTENER_V4, LISTENER_V6, MappedAddr, PORT_SET_BYTES, PortSet, SynRecord, map_v4,
+    Counter, FlowKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord, TCP_INITIAL_WINDOW,
+    listener_v4, listener_v6, map_v4,
     packet::{Family, Packet, Parsed, Segment, parse, record_syn},
 };
 
@@ -55,9 +59,14 @@ static LOG_SYNS: u8 = 0;
 #[map]
 static FLOWS: HashMap<FlowKey, SynRecord> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
 
-/// The daemon's listeners by family. A slot empties itself when its socket is closed, however the daemon ended.
+/// The daemon's listeners by link and family: a connection gets its receive window and more from the socket that it was
+/// accepted from. A slot empties itself when its socket is closed, however the daemon ended.
 #[map]
-static LISTENERS: SockMap = SockMap::with_max_entries(2, 0);
+static LISTENERS: SockMap = SockMap::with_max_entries((LINKS_MAX + 1) * 2, 0);
+
+/// Interface index to link.
+#[map]
+static LINKS: HashMap<u32, u32> = HashMap::with_max_entries(LINKS_MAX, 0);
 
 /// Destination prefix to the index of the ports that are intercepted there.
 #[map]
@@ -113,6 +122,15 @@ pub fn pepsal_listener(ctx: SkLookupContext) -> u32 {
         count(counter);
     }
     SK_PASS
+}
+
+/// `setsockopt` of the daemon's sockets.
+#[cgroup_sockopt(setsockopt)]
+pub fn pepsal_window(ctx: SockoptContext) -> i32 {
+    match set_initial_window(ctx.sockopt) {
+        Some(answer) => answer,
+        None => SOCKOPT_PASS,
+    }
 }
 
 #[inline(always)]
@@ -187,12 +205,12 @@ fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: &Segment, intercept: bool) 
     if !selected(syn) {
         return Err(Counter::Unselected);
     }
-    if !listening(syn.family) {
+    // SAFETY: a field of the context that programs of this type may read.
+    let ingress_ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    if !listening(listener(syn.family, ingress_ifindex)) {
         return Err(Counter::NoListener);
     }
-    if !forwarded(ctx, syn) {
-        return Err(Counter::NotForwarded);
-    }
+    let egress_ifindex = forwarded_to(ctx, syn, ingress_ifindex).ok_or(Counter::NotForwarded)?;
     let heartbeat = HEARTBEAT.get_ptr(0).ok_or(Counter::RecordFailed)?;
     // SAFETY: a helper without arguments, an element that the daemon writes whole, a static that the loader sets.
     let (now, heartbeat, bound) = unsafe {
@@ -211,8 +229,8 @@ fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: &Segment, intercept: bool) 
     let record = unsafe { &mut *record };
     record_syn(packet, syn, record)?;
     record.time_ns = now;
-    // SAFETY: a field of the context that programs of this type may read.
-    record.ingress_ifindex = unsafe { (*ctx.skb.skb).ifindex };
+    record.ingress_ifindex = ingress_ifindex;
+    record.egress_ifindex = egress_ifindex;
 
     let flow = syn.flow();
     // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already.
@@ -274,8 +292,7 @@ fn contains_port(prefixes: &LpmTrie<MappedAddr, u32>, addr: MappedAddr, port: [u
 }
 
 #[inline(always)]
-fn listening(family: Family) -> bool {
-    let index = slot(family);
+fn listening(index: u32) -> bool {
     // SAFETY: a helper call on a map of ours; it returns a socket with a reference, which is given back.
     unsafe {
         let map = addr_of!(LISTENERS).cast_mut().cast::<c_void>();
@@ -288,11 +305,14 @@ fn listening(family: Family) -> bool {
     true
 }
 
+/// The slot of the listener for connections that arrive on an interface.
 #[inline(always)]
-fn slot(family: Family) -> u32 {
+fn listener(family: Family, ingress_ifindex: u32) -> u32 {
+    // SAFETY: a whole word, which the daemon writes before it attaches to the interface.
+    let link = unsafe { LINKS.get(ingress_ifindex) }.copied().unwrap_or(NO_LINK);
     match family {
-        Family::V4 => LISTENER_V4,
-        Family::V6 => LISTENER_V6,
+        Family::V4 => listener_v4(link),
+        Family::V6 => listener_v6(link),
     }
 }
 
@@ -318,18 +338,17 @@ struct FibLookup {
 
 const _: () = assert!(size_of::<FibLookup>() == 64);
 
-/// Whether the gateway would forward the packet to somewhere else. Its own addresses and destinations without a route
-/// are left to the stack, which knows the right answer.
+/// The interface that the gateway would forward the packet to. Its own addresses and destinations without a route are
+/// left to the stack, which knows the right answer.
 #[inline(always)]
-fn forwarded(ctx: &TcContext, syn: &Segment) -> bool {
+fn forwarded_to(ctx: &TcContext, syn: &Segment, ingress_ifindex: u32) -> Option<u32> {
     let mut lookup = FibLookup {
         family: AF_INET6,
         l4_protocol: 6,
         sport: 0,
         dport: 0,
         tot_len: 0,
-        // SAFETY: a field of the context that programs of this type may read.
-        ifindex: unsafe { (*ctx.skb.skb).ifindex },
+        ifindex: ingress_ifindex,
         tos_or_flowinfo: 0,
         source: syn.source,
         destination: syn.destination,
@@ -352,7 +371,7 @@ fn forwarded(ctx: &TcContext, syn: &Segment) -> bool {
         )
     };
     // Found; found but the encapsulation or the neighbour is still to be resolved, which the stack does.
-    matches!(result, 0 | 6 | 7)
+    matches!(result, 0 | 6 | 7).then_some(lookup.ifindex)
 }
 
 const TCP_TIME_WAIT: u32 = 6;
@@ -420,10 +439,11 @@ fn leg_state(skb: *mut __sk_buff, segment: &Segment) -> Option<u32> {
 #[inline(always)]
 fn assign(ctx: &SkLookupContext) -> Option<Counter> {
     let (family, flow) = looked_up_flow(ctx.lookup)?;
-    // SAFETY: the record is not looked into.
-    unsafe { FLOWS.get(flow) }?;
+    // SAFETY: a newer SYN may overwrite the record meanwhile; either interface is right then.
+    let ingress_ifindex = unsafe { FLOWS.get(flow) }?.ingress_ifindex;
+    let index = listener(family, ingress_ifindex);
     Some(
-        match LISTENERS.redirect_sk_lookup(ctx, slot(family), u64::from(BPF_SK_LOOKUP_F_REPLACE)) {
+        match LISTENERS.redirect_sk_lookup(ctx, index, u64::from(BPF_SK_LOOKUP_F_REPLACE)) {
             Ok(()) => Counter::Assigned,
             Err(_) => Counter::AssignFailed,
         },
@@ -476,6 +496,36 @@ fn words(words: [u32; 4]) -> MappedAddr {
     [
         a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
     ]
+}
+
+const SOL_TCP: i32 = 6;
+/// `TCP_BPF_IW`: the initial congestion window, in segments.
+const TCP_BPF_IW: i32 = 1001;
+const SOCKOPT_REFUSE: i32 = 0;
+const SOCKOPT_PASS: i32 = 1;
+
+/// Answers [`TCP_INITIAL_WINDOW`]; every other option is the kernel's.
+#[inline(always)]
+fn set_initial_window(sockopt: *mut bpf_sockopt) -> Option<i32> {
+    // SAFETY: fields of the context that programs of this type may read, and the option's value within its bounds.
+    unsafe {
+        if (*sockopt).level != SOL_TCP || (*sockopt).optname != TCP_INITIAL_WINDOW {
+            return None;
+        }
+        let value = (*sockopt).__bindgen_anon_2.optval.cast::<u32>();
+        let end = (*sockopt).__bindgen_anon_3.optval_end.cast::<u32>();
+        if value.add(1) > end {
+            return Some(SOCKOPT_REFUSE);
+        }
+        let mut segments = *value;
+        let socket = (*sockopt).__bindgen_anon_1.sk;
+        if bpf_setsockopt(socket.cast(), SOL_TCP, TCP_BPF_IW, (&raw mut segments).cast(), 4) != 0 {
+            return Some(SOCKOPT_REFUSE);
+        }
+        // The kernel has no such option, and is not to be asked.
+        (*sockopt).optlen = -1;
+    }
+    Some(SOCKOPT_PASS)
 }
 
 /// A socket buffer, read from its network header on, whether the device has a link-layer header or not.

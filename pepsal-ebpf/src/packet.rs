@@ -218,15 +218,18 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
 fn parse_tcp(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Segment, Counter> {
     let header: [u8; 20] = packet.read(ip.payload.offset).ok_or(Counter::Malformed)?;
     let header_len = u32::from(header[12] >> 4) * 4;
-    if header_len < 20 || ip.payload.len < header_len {
+    let (source_port, destination_port) = ([header[0], header[1]], [header[2], header[3]]);
+    // No socket has port 0, so that no leg could have it.
+    let has_ports = source_port != [0, 0] && destination_port != [0, 0];
+    if header_len < 20 || ip.payload.len < header_len || !has_ports {
         return Err(Counter::Malformed);
     }
     Ok(Segment {
         family,
         source: ip.source,
         destination: ip.destination,
-        source_port: [header[0], header[1]],
-        destination_port: [header[2], header[3]],
+        source_port,
+        destination_port,
         flags: header[13],
         tcp: Span {
             offset: ip.payload.offset,

@@ -4,6 +4,23 @@
 //! losing packets: it divides the rate, max-min fair by weight, and caps each leg's pacing at its share. What an
 //! active leg does not need goes to the others; an idle one costs nothing.
 
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpStream,
+    sync::Notify,
+    time::{Instant, MissedTickBehavior, interval},
+};
+use tracing::trace;
+
+use crate::{link::LinkProfile, socket};
+
 /// What a leg asks of its link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Demand {
@@ -32,6 +49,226 @@ pub fn divide(rate: u64, demands: &[Demand]) -> Vec<u64> {
     shares
 }
 
+/// How often the rate is divided anew while legs send.
+const INTERVAL: Duration = Duration::from_millis(100);
+
+/// A share that grew by this factor makes a leg look for its rate anew: by itself BBR would take a minute.
+const REGROWTH: (u64, u64) = (3, 2);
+
+/// The legs of one link and its rate.
+#[derive(Debug)]
+pub struct Budget {
+    /// Bytes of payload per second.
+    rate: u64,
+    rtt: Duration,
+    members: Mutex<Vec<Member>>,
+    woken: Notify,
+}
+
+#[derive(Debug)]
+struct Member {
+    leg: Arc<Sender>,
+    weight: u64,
+    congestion: String,
+    joined: Instant,
+    share: u64,
+    written: u64,
+    unacknowledged: u64,
+    /// Acknowledged bytes per second, averaged over about a round trip.
+    rate: f64,
+}
+
+#[derive(Debug)]
+struct Sender {
+    stream: Arc<TcpStream>,
+    written: AtomicU64,
+    idle: AtomicBool,
+}
+
+/// A leg's part in its link's budget, given up when this is dropped.
+#[derive(Debug)]
+pub struct Membership {
+    budget: Arc<Budget>,
+    leg: Arc<Sender>,
+}
+
+impl Budget {
+    /// The budget of a link.
+    pub fn new(profile: &LinkProfile) -> Self {
+        Self {
+            rate: profile.pacing.value.bps() / 8,
+            rtt: profile.rtt,
+            members: Mutex::default(),
+            woken: Notify::new(),
+        }
+    }
+
+    /// Takes a leg in: it starts with the share that it has if it sends at once.
+    pub fn join(
+        self: &Arc<Self>,
+        stream: Arc<TcpStream>,
+        weight: u64,
+        congestion: &str,
+    ) -> (Membership, u64) {
+        let leg = Arc::new(Sender {
+            stream,
+            written: AtomicU64::new(0),
+            idle: AtomicBool::new(true),
+        });
+        let mut members = self.lock();
+        let others: u64 = members
+            .iter()
+            .filter(|member| !member.leg.is_idle())
+            .map(|member| member.weight)
+            .sum();
+        let share = self.rate * weight / (others + weight);
+        pace(&leg.stream, share);
+        members.push(Member {
+            leg: leg.clone(),
+            weight,
+            congestion: congestion.to_owned(),
+            joined: Instant::now(),
+            share,
+            written: 0,
+            unacknowledged: 0,
+            rate: 0.0,
+        });
+        (
+            Membership {
+                budget: self.clone(),
+                leg,
+            },
+            share,
+        )
+    }
+
+    /// Divides the rate for as long as this is polled: while legs send, and whenever one begins to. It sleeps otherwise.
+    pub async fn keep(&self) {
+        loop {
+            self.woken.notified().await;
+            let mut ticks = interval(INTERVAL);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut before = Instant::now();
+            loop {
+                tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = self.woken.notified() => {}
+                }
+                let now = Instant::now();
+                if !self.redivide(now, now - before) {
+                    break;
+                }
+                before = now;
+            }
+        }
+    }
+
+    /// One division; false when no leg sends any more.
+    fn redivide(&self, now: Instant, elapsed: Duration) -> bool {
+        let mut members = self.lock();
+        let demands: Vec<Demand> = members
+            .iter_mut()
+            .map(|member| Demand {
+                weight: member.weight,
+                want: member.want(now, elapsed, self.rtt),
+            })
+            .collect();
+        let shares = divide(self.rate, &demands);
+        let active: u64 = demands
+            .iter()
+            .filter(|demand| demand.want > 0)
+            .map(|demand| demand.weight)
+            .sum();
+        for ((member, demand), share) in members.iter_mut().zip(&demands).zip(shares) {
+            member.leg.idle.store(demand.want == 0, Ordering::Relaxed);
+            let share = match demand.want {
+                // What it would get if it began to send now; that costs the others nothing until it does.
+                0 => self.rate * member.weight / (active + member.weight),
+                _ => share,
+            };
+            member.set_share(share, now, self.rtt);
+        }
+        active > 0
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Member>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Member {
+    /// Bytes per second that the leg can use; zero when it is idle.
+    fn want(&mut self, now: Instant, elapsed: Duration, rtt: Duration) -> u64 {
+        let written = self.leg.written.load(Ordering::Relaxed);
+        let unacknowledged = socket::unacknowledged(&*self.leg.stream).unwrap_or(0);
+        let acknowledged = (written - self.written + self.unacknowledged).saturating_sub(unacknowledged);
+        if written == self.written && unacknowledged == 0 {
+            (self.unacknowledged, self.rate) = (0, 0.0);
+            return 0;
+        }
+        (self.written, self.unacknowledged) = (written, unacknowledged);
+        let seconds = elapsed.as_secs_f64().max(0.001);
+        let weight = (seconds / rtt.as_secs_f64()).min(1.0);
+        self.rate += weight * (acknowledged as f64 / seconds - self.rate);
+
+        let backlogged = socket::unsent(&*self.leg.stream).unwrap_or(0) > 0;
+        let settled = now - self.joined > 4 * rtt;
+        if backlogged && (!settled || self.rate * 4.0 > self.share as f64) {
+            return u64::MAX;
+        }
+        // Its peer or its source is slower than its share; it may double, but it does not hold what it cannot use.
+        (2.0 * self.rate) as u64 + FLOOR
+    }
+
+    fn set_share(&mut self, share: u64, now: Instant, rtt: Duration) {
+        let share = share.max(FLOOR);
+        if share.abs_diff(self.share) * 50 < self.share {
+            return;
+        }
+        pace(&self.leg.stream, share);
+        let grown = share * REGROWTH.1 > self.share * REGROWTH.0;
+        if grown && !self.leg.is_idle() && now - self.joined > rtt && self.congestion == "bbr" {
+            // Choosing it anew starts it anew, with the window that it has.
+            let _ = socket::set_congestion(&*self.leg.stream, "reno");
+            let _ = socket::set_congestion(&*self.leg.stream, "bbr");
+        }
+        self.share = share;
+    }
+}
+
+/// Bytes per second below which no leg is paced: a segment every tenth of a second.
+const FLOOR: u64 = 14_480;
+
+fn pace(stream: &TcpStream, bytes_per_second: u64) {
+    if let Err(error) = socket::set_pacing_rate(stream, bytes_per_second) {
+        trace!("pacing refused: {error}");
+    }
+}
+
+impl Sender {
+    fn is_idle(&self) -> bool {
+        self.idle.load(Ordering::Relaxed)
+    }
+}
+
+impl Membership {
+    /// Notes that the leg was given bytes to send.
+    pub fn wrote(&self, bytes: usize) {
+        self.leg.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        if self.leg.is_idle() && self.leg.idle.swap(false, Ordering::Relaxed) {
+            self.budget.woken.notify_one();
+        }
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.budget
+            .lock()
+            .retain(|member| !Arc::ptr_eq(&member.leg, &self.leg));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -49,13 +286,19 @@ mod tests {
 
     #[test]
     fn what_one_does_not_need_goes_to_the_others() {
-        assert_eq!(divide(100, &[demand(u64::MAX), demand(10), demand(u64::MAX)]), [45, 10, 45]);
+        assert_eq!(
+            divide(100, &[demand(u64::MAX), demand(10), demand(u64::MAX)]),
+            [45, 10, 45]
+        );
         assert_eq!(divide(100, &[demand(0), demand(u64::MAX)]), [0, 100]);
     }
 
     #[test]
     fn weights_scale_the_shares() {
-        let heavy = Demand { weight: 3, want: u64::MAX };
+        let heavy = Demand {
+            weight: 3,
+            want: u64::MAX,
+        };
         assert_eq!(divide(100, &[demand(u64::MAX), heavy]), [25, 75]);
     }
 

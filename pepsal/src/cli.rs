@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, ValueEnum};
 
-use crate::selection::Rule;
+use crate::{link::LinkSpec, selection::Rule};
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
 ///
@@ -14,8 +14,23 @@ use crate::selection::Rule;
 #[command(name = "pepsal", version, disable_version_flag = true, max_term_width = 100)]
 pub struct Options {
     /// Intercept new TCP connections that arrive on this interface (repeatable)
-    #[arg(short = 'i', long = "interface", value_name = "INTERFACE", required = true)]
+    #[arg(
+        short = 'i',
+        long = "interface",
+        value_name = "INTERFACE",
+        required_unless_present = "explain"
+    )]
     pub interfaces: Vec<String>,
+
+    /// What is known of the link behind an interface (repeatable): its rate and round trip, from which follow the windows,
+    /// buffers, pacing and timeouts of every leg that leaves through it. Other keys: up (the rate that this gateway sends
+    /// at), cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, keepalive, connect-timeout, weights=equal|dscp
+    #[arg(long = "link", value_name = "INTERFACE,rate=RATE,rtt=TIME[,KEY=VALUE…]")]
+    pub links: Vec<LinkSpec>,
+
+    /// Print what follows from each --link, and where every value comes from, and do nothing else
+    #[arg(long)]
+    pub explain: bool,
 
     /// Run in the background once ready
     #[arg(short = 'd', long)]
@@ -30,7 +45,13 @@ pub struct Options {
     version: Option<bool>,
 
     /// Port of the proxy's own listeners, on the loopback addresses
-    #[arg(short = 'p', long, value_name = "PORT", default_value = "5000", help_heading = "Proxy")]
+    #[arg(
+        short = 'p',
+        long,
+        value_name = "PORT",
+        default_value = "5000",
+        help_heading = "Proxy"
+    )]
     pub port: NonZeroU16,
 
     /// Most connections to handle at once; further ones pass through untouched
@@ -112,7 +133,12 @@ pub struct Options {
     pub tcp: TcpArgs,
 
     /// Accepted for PEPsal's sake and ignored: no sniffer is needed
-    #[arg(short = 's', long = "sniff-interface", value_name = "INTERFACE", help_heading = "Proxy")]
+    #[arg(
+        short = 's',
+        long = "sniff-interface",
+        value_name = "INTERFACE",
+        help_heading = "Proxy"
+    )]
     pub sniff_interface: Option<String>,
 }
 
@@ -142,7 +168,12 @@ pub struct SteeringOptions {
     pub source: Source,
 
     /// What of the client's SYN is carried over to the server leg
-    #[arg(long, value_name = "WHAT", value_delimiter = ',', default_value = "dscp,options")]
+    #[arg(
+        long,
+        value_name = "WHAT",
+        value_delimiter = ',',
+        default_value = "dscp,options"
+    )]
     pub replicate: Vec<Replicate>,
 
     /// Log every intercepted SYN from the kernel
@@ -171,7 +202,12 @@ pub struct TcpArgs {
     pub cork: bool,
 
     /// Congestion control of both legs; the kernel's module is loaded when needed
-    #[arg(short = 'C', long = "congestion-algo", alias = "congestion", value_name = "ALGORITHM")]
+    #[arg(
+        short = 'C',
+        long = "congestion-algo",
+        alias = "congestion",
+        value_name = "ALGORITHM"
+    )]
     pub congestion: Option<String>,
 
     /// Congestion control of the client legs
@@ -230,12 +266,18 @@ impl FromStr for Mark {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (value, mask) = text.split_once('/').unwrap_or((text, text));
-        let mark = Self { value: number(value)?, mask: number(mask)? };
+        let mark = Self {
+            value: number(value)?,
+            mask: number(mask)?,
+        };
         if mark.value == 0 {
             return Err("a mark of zero marks nothing: give at least one bit, like 0x1/0x1".into());
         }
         if mark.value & !mark.mask != 0 {
-            return Err(format!("value {:#x} has bits outside mask {:#x}", mark.value, mark.mask));
+            return Err(format!(
+                "value {:#x} has bits outside mask {:#x}",
+                mark.value, mark.mask
+            ));
         }
         Ok(mark)
     }
@@ -258,9 +300,9 @@ fn number(text: &str) -> Result<u32, String> {
 /// Tables that the kernel fills itself would be flushed with ours.
 fn table(text: &str) -> Result<u32, String> {
     match number(text)? {
-        0 | 253..=255 => {
-            Err(format!("table {text} is one of the system's own: choose another, from 1 to 4294967295"))
-        }
+        0 | 253..=255 => Err(format!(
+            "table {text} is one of the system's own: choose another, from 1 to 4294967295"
+        )),
         table => Ok(table),
     }
 }
@@ -274,7 +316,8 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
     match humantime::parse_duration(text) {
         Ok(duration) if duration <= Duration::from_secs(u32::MAX.into()) => Ok(duration),
-        _ => Err(format!("'{text}' is not a time: give seconds, or a number with a unit like 90s, 5min, 15h")),
+        _ => Err(format!(
+            "'{text}' is not a time: give seconds, or a number with a unit like 90s, 5min, 15h"
+        )),
     }
 }
-

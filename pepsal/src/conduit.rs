@@ -2,7 +2,6 @@
 //! to be had. Both are borrowed from a pool that bounds how many there are.
 
 use std::{
-
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{
@@ -37,7 +36,11 @@ pub struct ConduitPool {
 impl ConduitPool {
     /// A pool of at most `most_pipes` pipes; who comes after that gets a buffer.
     pub fn new(most_pipes: usize) -> Self {
-        Self { idle: Mutex::default(), pipes: AtomicUsize::new(0), most_pipes }
+        Self {
+            idle: Mutex::default(),
+            pipes: AtomicUsize::new(0),
+            most_pipes,
+        }
     }
 
     /// A conduit with nothing in it.
@@ -45,9 +48,16 @@ impl ConduitPool {
         let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let way = match idle.or_else(|| self.new_pipe()) {
             Some(pipe) => Way::Pipe(pipe),
-            None => Way::Buffer { bytes: vec![0; BUFFER_BYTES].into(), start: 0 },
+            None => Way::Buffer {
+                bytes: vec![0; BUFFER_BYTES].into(),
+                start: 0,
+            },
         };
-        Conduit { pool: self, way: Some(way), held: 0 }
+        Conduit {
+            pool: self,
+            way: Some(way),
+            held: 0,
+        }
     }
 
     fn new_pipe(&self) -> Option<Pipe> {
@@ -85,7 +95,11 @@ impl Pipe {
         // Refused past the user's quota of pipe pages (pipe-user-pages-soft); the pipe then is smaller, but a pipe.
         let capacity = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES as i32))
             .or_else(|_| fcntl(&write, FcntlArg::F_GETPIPE_SZ))?;
-        Ok(Self { read, write, capacity: capacity.try_into().unwrap_or(4096) })
+        Ok(Self {
+            read,
+            write,
+            capacity: capacity.try_into().unwrap_or(4096),
+        })
     }
 }
 

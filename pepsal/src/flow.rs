@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use nix::sys::socket::{MsgFlags, recv};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
 use thiserror::Error;
 use tokio::{
     net::TcpStream,
@@ -20,6 +23,7 @@ use tracing::debug;
 use crate::{
     conduit::ConduitPool,
     leg::LegConfig,
+    link::{Link, Links},
     metrics::{Event, Metrics},
     relay::{Leg, Limits, Side, relay},
     table::FlowTable,
@@ -100,6 +104,8 @@ impl CloseReason {
 pub struct Shared {
     /// How legs are made.
     pub legs: LegConfig,
+    /// The links that have a profile.
+    pub links: Arc<Links>,
     /// Where flows are entered.
     pub table: Arc<FlowTable>,
     /// What is counted.
@@ -143,12 +149,46 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
     shared.metrics.count(Event::Accepted);
     let progress = &place.flow.progress;
     let reason = async {
-        let Ok(client_leg) = Leg::new(stream, Side::Client) else { return CloseReason::ClientReset };
-        shared.legs.tune_client(client_leg.stream(), client, &record);
-        let early_data = has_data(client_leg.stream());
-        let connect = shared.legs.connect(client, server, &record, early_data, &shared.metrics);
-        let server_leg = tokio::select! {
-            connected = timeout(shared.connect_timeout, connect) => match connected {
+        let (client_link, server_link) = (
+            shared.links.of(record.ingress_ifindex),
+            shared.links.of(record.egress_ifindex),
+        );
+        let start = |leg: &mut Leg, side: Side, link: &Option<Arc<Link>>| {
+            if let Some(link) = link {
+                leg.join(
+                    link,
+                    record.traffic_class,
+                    shared.legs.congestion_of(side, Some(link)).unwrap_or_default(),
+                );
+            }
+        };
+        let Ok(mut client_leg) = Leg::new(stream, Side::Client) else {
+            return CloseReason::ClientReset;
+        };
+        shared
+            .legs
+            .tune_client(client_leg.stream(), client, &record, client_link.as_deref());
+        start(&mut client_leg, Side::Client, &client_link);
+        if let Some(patience) = shared.legs.early_data_patience(server_link.as_deref()) {
+            // Without data in time the SYN goes without.
+            let _ = timeout(patience, client_leg.stream().readable()).await;
+        }
+        let Ok(early_data) = has_data(client_leg.stream()) else {
+            return CloseReason::ClientReset;
+        };
+        let connect = shared.legs.connect(
+            client,
+            server,
+            &record,
+            server_link.as_deref(),
+            early_data,
+            &shared.metrics,
+        );
+        let patience = server_link
+            .as_ref()
+            .map_or(shared.connect_timeout, |link| link.profile.connect_timeout.value);
+        let mut server_leg = tokio::select! {
+            connected = timeout(patience, connect) => match connected {
                 Ok(Ok(stream)) => match Leg::new(stream, Side::Server) {
                     Ok(leg) => leg,
                     Err(_) => return CloseReason::ServerReset,
@@ -163,20 +203,33 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             () = sleep_until(shared.collector.due(progress.started())) => return CloseReason::PendingTooLong,
             () = shared.stop.cancelled() => return CloseReason::Shutdown,
         };
+        start(&mut server_leg, Side::Server, &server_link);
         place.flow.set_open();
-        let limits = Limits { idle: shared.idle_timeout, stop: &shared.stop, conduits: &shared.conduits };
+        let limits = Limits {
+            idle: shared.idle_timeout,
+            stop: &shared.stop,
+            conduits: &shared.conduits,
+        };
         relay(&client_leg, &server_leg, progress, &limits).await
     }
     .await;
-    let (up, down) = (progress.up.load(Ordering::Relaxed), progress.down.load(Ordering::Relaxed));
+    let (up, down) = (
+        progress.up.load(Ordering::Relaxed),
+        progress.down.load(Ordering::Relaxed),
+    );
     shared.metrics.close(reason, up, down);
     debug!(%client, %server, up, down, seconds = progress.started().elapsed().as_secs_f64(), "{reason}");
 }
 
-/// Whether the client has sent something already, in its SYN or right after the handshake.
-fn has_data(stream: &TcpStream) -> bool {
+/// Whether the client has sent something already, in its SYN or right after the handshake. A reset that has come by then
+/// is an error that the kernel reports here and never again.
+fn has_data(stream: &TcpStream) -> io::Result<bool> {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    recv(stream.as_raw_fd(), &mut [0], flags).is_ok_and(|bytes| bytes > 0)
+    match recv(stream.as_raw_fd(), &mut [0], flags) {
+        Ok(bytes) => Ok(bytes > 0),
+        Err(Errno::EAGAIN) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
 }
 
 #[cfg(test)]
@@ -187,7 +240,11 @@ mod tests {
     fn a_pending_connection_ends_at_the_first_round_past_its_lifetime() {
         let epoch = Instant::now();
         let seconds = Duration::from_secs;
-        let collector = Collector { epoch, interval: seconds(10), lifetime: seconds(15) };
+        let collector = Collector {
+            epoch,
+            interval: seconds(10),
+            lifetime: seconds(15),
+        };
         assert_eq!(collector.due(epoch), epoch + seconds(20));
         assert_eq!(collector.due(epoch + seconds(5)), epoch + seconds(20));
         assert_eq!(collector.due(epoch + seconds(6)), epoch + seconds(30));

@@ -26,7 +26,9 @@ impl Instance {
             match claim(&interface_name(interface)) {
                 Ok(listener) => claims.push(listener),
                 Err(owner) => {
-                    bail!("interface {interface}: another pepsal ({owner}) intercepts it already: stop that one first")
+                    bail!(
+                        "interface {interface}: another pepsal ({owner}) intercepts it already: stop that one first"
+                    )
                 }
             }
         }
@@ -42,7 +44,9 @@ impl Instance {
 
 /// Whether an instance that is alive uses a routing table.
 pub fn runs_table(table: u32) -> bool {
-    SocketAddr::from_abstract_name(table_name(table)).and_then(|addr| UnixStream::connect_addr(&addr)).is_ok()
+    SocketAddr::from_abstract_name(table_name(table))
+        .and_then(|addr| UnixStream::connect_addr(&addr))
+        .is_ok()
 }
 
 fn interface_name(interface: &str) -> String {

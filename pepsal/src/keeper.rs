@@ -115,7 +115,10 @@ impl Keeper {
     fn watch_limit(&mut self, refused: u64, open: u64) {
         if refused > self.refused && !self.full {
             self.full = true;
-            warn!(limit = self.limit, "at the limit of connections: new ones pass through untouched");
+            warn!(
+                limit = self.limit,
+                "at the limit of connections: new ones pass through untouched"
+            );
         }
         self.refused = refused;
         if self.full && open * 100 < self.limit * 95 {

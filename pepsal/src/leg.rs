@@ -14,6 +14,7 @@ use tracing::debug;
 
 use crate::{
     cli::{Options, Replicate, Source},
+    link::{Link, Origin},
     metrics::{Event, Metrics},
     relay::Side,
     socket,
@@ -34,6 +35,7 @@ pub struct LegConfig {
     quickack: bool,
     cork: bool,
     mss: Option<u16>,
+    congestion: Option<String>,
     client_congestion: Option<String>,
     server_congestion: Option<String>,
 }
@@ -53,23 +55,62 @@ impl LegConfig {
             quickack: tcp.quickack,
             cork: tcp.cork,
             mss: tcp.mss,
-            client_congestion: tcp.client_congestion.clone().or_else(|| tcp.congestion.clone()),
-            server_congestion: tcp.server_congestion.clone().or_else(|| tcp.congestion.clone()),
+            congestion: tcp.congestion.clone(),
+            client_congestion: tcp.client_congestion.clone(),
+            server_congestion: tcp.server_congestion.clone(),
         }
     }
 
     /// The congestion controls that are asked for.
     pub fn congestion(&self) -> impl Iterator<Item = &str> {
-        [&self.client_congestion, &self.server_congestion].into_iter().flatten().map(String::as_str)
+        [&self.congestion, &self.client_congestion, &self.server_congestion]
+            .into_iter()
+            .flatten()
+            .map(String::as_str)
+    }
+
+    /// The congestion control of a leg: what was given for its link, for its side, for all, and last what its link's
+    /// profile found best. `None` is the kernel's default.
+    pub fn congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a str> {
+        let of_link = link.map(|link| &link.profile.congestion);
+        let given = of_link
+            .filter(|congestion| congestion.origin == Origin::Given)
+            .map(|given| &given.value);
+        let of_side = match side {
+            Side::Client => &self.client_congestion,
+            Side::Server => &self.server_congestion,
+        };
+        let derived = of_link.map(|derived| &derived.value);
+        given
+            .or(of_side.as_ref())
+            .or(self.congestion.as_ref())
+            .or(derived)
+            .map(String::as_str)
+    }
+
+    /// How long to wait for the client's first data, so that fast open can carry it: a fiftieth of the round trip that it
+    /// may save. A client that waits for the server is not kept waiting longer than that.
+    pub fn early_data_patience(&self, link: Option<&Link>) -> Option<Duration> {
+        let rtt = link.filter(|_| self.fastopen)?.profile.rtt;
+        Some((rtt / 50).min(Duration::from_millis(20)))
     }
 
     /// Gives the accepted connection its options. One that the kernel refuses is left out: the flow can do without.
-    pub fn tune_client(&self, stream: &TcpStream, client: SocketAddr, record: &SynRecord) {
+    pub fn tune_client(
+        &self,
+        stream: &TcpStream,
+        client: SocketAddr,
+        record: &SynRecord,
+        link: Option<&Link>,
+    ) {
         if self.dscp && record.traffic_class != 0 {
             let ipv6 = client.is_ipv6();
-            tried("traffic class", socket::set_traffic_class(stream, ipv6, record.traffic_class));
+            tried(
+                "traffic class",
+                socket::set_traffic_class(stream, ipv6, record.traffic_class),
+            );
         }
-        self.tune(stream.as_fd(), Side::Client);
+        self.tune(stream.as_fd(), Side::Client, link);
     }
 
     /// Connects to the server the way the client meant to.
@@ -84,12 +125,24 @@ impl LegConfig {
         client: SocketAddr,
         server: SocketAddr,
         record: &SynRecord,
+        link: Option<&Link>,
         early_data: bool,
         metrics: &Metrics,
     ) -> io::Result<TcpStream> {
-        let socket = Socket::new(Domain::for_address(server), Type::STREAM.nonblocking().cloexec(), None)?;
+        let socket = Socket::new(
+            Domain::for_address(server),
+            Type::STREAM.nonblocking().cloexec(),
+            None,
+        )?;
         self.replicate(&socket, server.is_ipv6(), record, metrics);
-        self.tune(socket.as_fd(), Side::Server);
+        self.tune(socket.as_fd(), Side::Server, link);
+        if let Some(link) = link {
+            // Before the SYN, whose window scale follows from it; then the first acknowledgement opens all of it.
+            tried(
+                "receive buffer",
+                socket::set_receive_buffer(&socket, link.profile.receive_buffer.value),
+            );
+        }
         if self.fastopen && early_data {
             tried("fast open", socket::set_fastopen_connect(&socket));
         }
@@ -99,7 +152,7 @@ impl LegConfig {
         TcpSocket::from_std_stream(socket.into()).connect(server).await
     }
 
-    fn tune(&self, socket: BorrowedFd<'_>, side: Side) {
+    fn tune(&self, socket: BorrowedFd<'_>, side: Side, link: Option<&Link>) {
         let sock = socket2::SockRef::from(&socket);
         if self.cork {
             tried("cork", socket::set_cork(socket));
@@ -109,24 +162,39 @@ impl LegConfig {
         if self.quickack {
             tried("quick ack", socket::set_quickack(socket));
         }
-        if let Some(mss) = self.mss {
+        if let Some(mss) = self.mss.or(link.and_then(|link| link.profile.mss.value)) {
             tried("maximum segment size", socket::set_mss(socket, mss));
         }
-        let congestion = match side {
-            Side::Client => &self.client_congestion,
-            Side::Server => &self.server_congestion,
-        };
-        if let Some(congestion) = congestion {
+        if let Some(congestion) = self.congestion_of(side, link) {
             tried("congestion control", socket::set_congestion(socket, congestion));
         }
-        let (idle, interval, probes) = KEEPALIVE;
+        let (mut idle, interval, probes) = KEEPALIVE;
+        if let Some(Link { profile, .. }) = link {
+            tried(
+                "send buffer",
+                socket::set_send_buffer(socket, profile.send_buffer.value),
+            );
+            tried("unsent bytes", socket::set_unsent(socket, profile.unsent.value));
+            tried(
+                "shortest retransmission timeout",
+                socket::set_rto_min(socket, profile.rto_min.value),
+            );
+            tried(
+                "longest retransmission timeout",
+                socket::set_rto_max(socket, profile.rto_max.value),
+            );
+            idle = profile.keepalive.value;
+        }
         tried("keepalive", socket::set_keepalive(socket, idle, interval, probes));
     }
 
     /// Before `connect`, so that it is on the SYN.
     fn replicate(&self, socket: &Socket, ipv6: bool, record: &SynRecord, metrics: &Metrics) {
         if self.dscp && record.traffic_class != 0 {
-            tried("traffic class", socket::set_traffic_class(socket, ipv6, record.traffic_class));
+            tried(
+                "traffic class",
+                socket::set_traffic_class(socket, ipv6, record.traffic_class),
+            );
         }
         if self.ttl && record.ttl > 1 {
             tried("time to live", socket::set_ttl(socket, ipv6, record.ttl - 1));
@@ -143,7 +211,10 @@ impl LegConfig {
             replicated &= tried("hop-by-hop options", socket::set_hop_by_hop(socket, &header));
         }
         if let Some(header) = settable_header(record.destination()) {
-            replicated &= tried("destination options", socket::set_destination_options(socket, &header));
+            replicated &= tried(
+                "destination options",
+                socket::set_destination_options(socket, &header),
+            );
         }
         if !replicated {
             metrics.count(Event::OptionsNotReplicated);
@@ -236,7 +307,10 @@ mod tests {
 
     #[test]
     fn options_that_contradict_themselves_end_the_list() {
-        assert_eq!(replicable_options(&[148, 4, 0, 0, 7, 40, 4, 0], false), [148, 4, 0, 0]);
+        assert_eq!(
+            replicable_options(&[148, 4, 0, 0, 7, 40, 4, 0], false),
+            [148, 4, 0, 0]
+        );
         assert_eq!(replicable_options(&[7, 1, 0, 0], false), []);
         assert_eq!(replicable_options(&[7], false), []);
         assert_eq!(replicable_options(&[0, 148, 4, 0], false), []);
@@ -244,7 +318,10 @@ mod tests {
 
     #[test]
     fn the_next_header_is_left_to_the_kernel() {
-        assert_eq!(settable_header(&[6, 0, 1, 4, 0, 0, 0, 0]), Some(vec![0, 0, 1, 4, 0, 0, 0, 0]));
+        assert_eq!(
+            settable_header(&[6, 0, 1, 4, 0, 0, 0, 0]),
+            Some(vec![0, 0, 1, 4, 0, 0, 0, 0])
+        );
         assert_eq!(settable_header(&[]), None);
     }
 }

@@ -6,36 +6,40 @@
 //!    says and marks it. [`route`]'s rules deliver marked packets locally, and a second program gives the connection to
 //! 2. [`listener`], where it is accepted.
 //! 3. [`flow`] enters it in the [`table`], and makes
-//! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options.
+//! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options. Both legs get the
+//!    profile of the [`link`] that they leave through and their share of its [`budget`].
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
 //! Around them: [`cli`] says what is wanted, [`preflight`] whether it can be had, [`instance`] that nobody else has it,
+//! [`cgroup`] is the daemon's own,
 //! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
 
-pub mod units;
-pub mod cli;
-pub mod preflight;
-pub mod instance;
-pub mod selection;
-pub mod steer;
-pub mod route;
-pub mod listener;
-pub mod flow;
-pub mod table;
-pub mod link;
 pub mod budget;
-pub mod leg;
-pub mod relay;
+pub mod cgroup;
+pub mod cli;
 pub mod conduit;
-pub mod socket;
-pub mod metrics;
+pub mod flow;
+pub mod instance;
 pub mod keeper;
+pub mod leg;
+pub mod link;
+pub mod listener;
+pub mod metrics;
+pub mod preflight;
+pub mod relay;
+pub mod route;
+pub mod selection;
+pub mod socket;
+pub mod steer;
+pub mod table;
+pub mod units;
 
 use std::{io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{Result, bail};
-use pepsal_ebpf::Counter;
+use futures_util::future::join_all;
+use pepsal_ebpf::{Counter, LINKS_MAX};
 use tokio::{
     net::{TcpListener, TcpStream},
     signal::unix::{Signal, SignalKind, signal},
@@ -51,7 +55,8 @@ use crate::{
     instance::Instance,
     keeper::Keeper,
     leg::LegConfig,
-    listener::Listeners,
+    link::{LinkProfile, Links},
+    listener::{Listeners, Pair},
     metrics::{Event, Metrics},
     route::{Changes, Interfaces, Routes},
     selection::Selection,
@@ -72,7 +77,10 @@ pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
 
     proxy.serve(stopped(&mut stop, &mut stop_too)).await;
 
-    info!(flows = proxy.shared.table.len(), "stopping: new connections pass through");
+    info!(
+        flows = proxy.shared.table.len(),
+        "stopping: new connections pass through"
+    );
     tokio::select! {
         () = proxy.drain(options.drain_timeout) => {}
         () = stopped(&mut stop, &mut stop_too) => info!("stopping at once"),
@@ -111,7 +119,9 @@ impl Proxy {
     async fn start(options: &Options) -> Result<Self> {
         preflight::check()?;
         if options.sniff_interface.is_some() {
-            warn!("-s is ignored: SYN options are recorded by eBPF on every intercepted interface, without a sniffer");
+            warn!(
+                "-s is ignored: SYN options are recorded by eBPF on every intercepted interface, without a sniffer"
+            );
         }
         let interfaces = route::interfaces().await?;
         check_interfaces(&options.interfaces, &interfaces)?;
@@ -121,25 +131,41 @@ impl Proxy {
         for algorithm in legs.congestion() {
             preflight::check_congestion(algorithm)?;
         }
+        let links = Arc::new(Links::new(link_profiles(options, &interfaces)?));
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
-        let listeners = Listeners::bind(options.port.get(), options.tcp.fastopen)?;
 
         let selection = Selection::new(&options.steering.only, &options.steering.bypass);
         let mark = options.steering.mark;
-        let config =
-            steer::Config { mark, limit, selection: &selection, log_syns: options.steering.log_syns };
+        let config = steer::Config {
+            mark,
+            limit,
+            selection: &selection,
+            log_syns: options.steering.log_syns,
+        };
         let mut steering = Steering::load(&config)?;
         steering.beat()?;
+        if !options.links.is_empty() {
+            // Before any socket is opened: a socket belongs to the group that its process was in.
+            if let Err(error) = steering.enable_initial_windows() {
+                warn!("legs start with the kernel's initial window: {error:#}");
+            }
+        }
+        let listeners = Listeners::bind(options.port.get(), options.tcp.fastopen, &links)?;
         let changes = Changes::subscribe()?;
         let routes = Routes::new(mark, table).await?;
         routes.reconcile(&interfaces).await?;
         steering.open(&listeners)?;
         let intercepted = options.interfaces.clone();
-        steering.attach(&interfaces, |name| intercepted.iter().any(|wanted| wanted == name))?;
+        steering.attach(
+            &interfaces,
+            |name| intercepted.iter().any(|wanted| wanted == name),
+            &links,
+        )?;
 
         let shared = Shared {
             legs,
+            links,
             table: Arc::new(FlowTable::new(steering.flows().clone())),
             metrics: Metrics::new(),
             conduits: ConduitPool::new(pipes),
@@ -174,6 +200,10 @@ impl Proxy {
             self.shared.clone(),
             self.flows.clone(),
         )));
+        for link in self.shared.links.iter().cloned() {
+            let keep = async move { link.budget.keep().await };
+            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
+        }
         let mut stop = pin!(stop);
         let mut rounds = interval(keeper::ROUND);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -196,10 +226,18 @@ impl Proxy {
             let before: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
             let added = self.routes.reconcile(&interfaces).await?;
             let intercepted = &self.intercepted;
-            self.steering.attach(&interfaces, |name| intercepted.iter().any(|wanted| wanted == name))?;
+            self.steering.attach(
+                &interfaces,
+                |name| intercepted.iter().any(|wanted| wanted == name),
+                &self.shared.links,
+            )?;
             let after: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
             if before != after {
-                info!(before = before.join(","), now = after.join(","), "intercepted interfaces changed");
+                info!(
+                    before = before.join(","),
+                    now = after.join(","),
+                    "intercepted interfaces changed"
+                );
             }
             anyhow::Ok(added)
         };
@@ -225,7 +263,10 @@ impl Proxy {
             self.flows.wait().await;
         };
         if timeout(deadline, drained).await.is_err() {
-            info!(flows = self.shared.table.len(), "resetting the flows that are still open");
+            info!(
+                flows = self.shared.table.len(),
+                "resetting the flows that are still open"
+            );
             self.shared.stop.cancel();
             let _ = timeout(Duration::from_secs(2), self.flows.wait()).await;
         }
@@ -238,12 +279,19 @@ impl Proxy {
         let metrics = &self.shared.metrics;
         let (up, down) = metrics.bytes();
         let counts = |counts: Vec<(String, u64)>| {
-            let seen: Vec<String> =
-                counts.into_iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}={n}")).collect();
+            let seen: Vec<String> = counts
+                .into_iter()
+                .filter(|(_, n)| *n > 0)
+                .map(|(name, n)| format!("{name}={n}"))
+                .collect();
             seen.join(" ")
         };
-        let kernel = Counter::ALL.iter().map(|counter| (counter.name().to_owned(), self.steering.count(*counter)));
-        let events = Event::ALL.iter().map(|event| (event.name().to_owned(), metrics.events(*event)));
+        let kernel = Counter::ALL
+            .iter()
+            .map(|counter| (counter.name().to_owned(), self.steering.count(*counter)));
+        let events = Event::ALL
+            .iter()
+            .map(|event| (event.name().to_owned(), metrics.events(*event)));
         let closed = CloseReason::ALL
             .iter()
             .map(|reason| (reason.to_string().replace(' ', "_"), metrics.closed(*reason)));
@@ -256,26 +304,68 @@ fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
     for name in wanted {
         if !present.values().any(|interface| interface == name) {
             let names: Vec<&str> = present.values().map(String::as_str).collect();
-            bail!("interface {name}: there is none of that name that can be intercepted; there are {}", names.join(", "));
+            bail!(
+                "interface {name}: there is none of that name that can be intercepted; there are {}",
+                names.join(", ")
+            );
         }
     }
     Ok(())
 }
 
+/// Works out what follows from every `--link`, and shows it.
+fn link_profiles(options: &Options, interfaces: &Interfaces) -> Result<Vec<LinkProfile>> {
+    let profiles = explain(options)?;
+    for profile in &profiles {
+        let name = &profile.interface;
+        if !interfaces.values().any(|interface| interface == name) {
+            bail!("--link {name}: there is no interface of that name");
+        }
+        preflight::check_congestion(&profile.congestion.value)?;
+        info!("legs that leave through {name}:\n{profile}");
+    }
+    Ok(profiles)
+}
+
+/// The profiles that follow from the command line.
+///
+/// # Errors
+/// For two links behind one interface, and for more links than the kernel side has room for.
+pub fn explain(options: &Options) -> Result<Vec<LinkProfile>> {
+    for (i, spec) in options.links.iter().enumerate() {
+        if options.links[..i]
+            .iter()
+            .any(|other| other.interface == spec.interface)
+        {
+            bail!("--link {}: given twice", spec.interface);
+        }
+    }
+    if options.links.len() > LINKS_MAX as usize {
+        bail!(
+            "{} links: at most {LINKS_MAX} can have a profile",
+            options.links.len()
+        );
+    }
+    let congestion = preflight::best_congestion();
+    let profile = |spec| LinkProfile::derive(spec, congestion, options.connect_timeout);
+    Ok(options.links.iter().map(profile).collect())
+}
+
 /// Accepts for as long as it is polled.
 async fn accept(listeners: Arc<Listeners>, shared: Arc<Shared>, flows: TaskTracker) {
-    let v4 = accept_from(&listeners.v4, &shared, &flows);
-    match &listeners.v6 {
-        Some(v6) => drop(tokio::join!(v4, accept_from(v6, &shared, &flows))),
-        None => v4.await,
-    }
+    let accepting = listeners.pairs.iter().flat_map(Pair::iter);
+    join_all(accepting.map(|listener| accept_from(listener, &shared, &flows))).await;
 }
 
 async fn accept_from(listener: &TcpListener, shared: &Arc<Shared>, flows: &TaskTracker) {
     let own = listener.local_addr().ok();
     let mut pause = Duration::from_millis(5);
     loop {
-        match listener.accept().await.and_then(|(stream, client)| Ok((stream.local_addr()?, stream, client))) {
+        match listener
+            .accept()
+            .await
+            .and_then(|(stream, client)| Ok((stream.local_addr()?, stream, client)))
+        {
             Ok((server, stream, _)) if Some(server) == own => {
                 shared.metrics.count(Event::DirectRefused);
                 refuse(&stream);

@@ -1,8 +1,17 @@
 //! What an operator knows of a link, and what follows from it for the legs that leave through it.
 
-use std::{collections::HashSet, fmt, str::FromStr, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    str::FromStr,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
-use crate::units::{self, Rate, show_size};
+use crate::{
+    budget::Budget,
+    units::{self, Rate, show_size},
+};
 
 /// The argument of `--link`: `IFACE,rate=50mbit,rtt=600ms[,up=5mbit][,…]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -90,7 +99,9 @@ impl FromStr for LinkSpec {
                 let time = units::time(value).map_err(naming)?;
                 match time {
                     time if time >= least && time <= most => Ok(time),
-                    _ => Err(format!("{key}: '{value}' is out of range: from {least:?} to {most:?}")),
+                    _ => Err(format!(
+                        "{key}: '{value}' is out of range: from {least:?} to {most:?}"
+                    )),
                 }
             };
             match key {
@@ -105,7 +116,11 @@ impl FromStr for LinkSpec {
                 "unsent" => spec.unsent = Some(units::size(value).map_err(naming)?),
                 "mss" => match value.parse() {
                     Ok(mss @ 88..=32_767) => spec.mss = Some(mss),
-                    _ => return Err(format!("mss: '{value}' is not a segment size, from 88 to 32767 bytes")),
+                    _ => {
+                        return Err(format!(
+                            "mss: '{value}' is not a segment size, from 88 to 32767 bytes"
+                        ));
+                    }
                 },
                 "rto-min" => spec.rto_min = Some(bounded(Duration::from_millis(5), Duration::from_secs(10))?),
                 "rto-max" => spec.rto_max = Some(bounded(Duration::from_secs(1), Duration::from_secs(120))?),
@@ -132,8 +147,14 @@ impl FromStr for LinkSpec {
                 return Err(format!("rto-min={min:?} is more than rto-max={max:?}"));
             }
         }
-        if spec.pacing.is_some_and(|pacing| pacing > spec.up.unwrap_or(spec.rate)) {
-            return Err(format!("pacing is more than the link's {}", spec.up.unwrap_or(spec.rate)));
+        if spec
+            .pacing
+            .is_some_and(|pacing| pacing > spec.up.unwrap_or(spec.rate))
+        {
+            return Err(format!(
+                "pacing is more than the link's {}",
+                spec.up.unwrap_or(spec.rate)
+            ));
         }
         Ok(spec)
     }
@@ -160,8 +181,14 @@ pub struct Derived<T> {
 impl<T> Derived<T> {
     fn new(given: Option<T>, derived: T, how: &'static str) -> Self {
         match given {
-            Some(value) => Self { value, origin: Origin::Given },
-            None => Self { value: derived, origin: Origin::Derived(how) },
+            Some(value) => Self {
+                value,
+                origin: Origin::Given,
+            },
+            None => Self {
+                value: derived,
+                origin: Origin::Derived(how),
+            },
         }
     }
 }
@@ -216,7 +243,10 @@ impl LinkProfile {
         Self {
             interface: spec.interface.clone(),
             rtt,
-            receive_rate: Derived { value: spec.rate, origin: Origin::Given },
+            receive_rate: Derived {
+                value: spec.rate,
+                origin: Origin::Given,
+            },
             send_rate: Derived::new(spec.up, send_rate, "the rate, as no up is given"),
             pacing: Derived::new(
                 spec.pacing,
@@ -245,18 +275,27 @@ impl LinkProfile {
             ),
             unsent: Derived::new(
                 spec.unsent,
-                send_rate.bytes_in(Duration::from_millis(50)).clamp(32 << 10, 4 << 20),
+                send_rate
+                    .bytes_in(Duration::from_millis(50))
+                    .clamp(32 << 10, 4 << 20),
                 "50 ms at the send rate: enough to keep sending, too little to wait long behind",
             ),
-            mss: Derived { value: spec.mss, origin: spec.mss.map_or(Origin::Derived("the path's"), |_| Origin::Given) },
+            mss: Derived {
+                value: spec.mss,
+                origin: spec.mss.map_or(Origin::Derived("the path's"), |_| Origin::Given),
+            },
             rto_min: Derived::new(
                 spec.rto_min,
-                (rtt / 2).clamp(Duration::from_millis(200), seconds(2)).min(spec.rto_max.unwrap_or(seconds(2))),
+                (rtt / 2)
+                    .clamp(Duration::from_millis(200), seconds(2))
+                    .min(spec.rto_max.unwrap_or(seconds(2))),
                 "half a round trip, at least 200 ms: a modem's scheduling is no loss",
             ),
             rto_max: Derived::new(
                 spec.rto_max,
-                (rtt * 10).clamp(seconds(5), seconds(60)).max(spec.rto_min.unwrap_or_default()),
+                (rtt * 10)
+                    .clamp(seconds(5), seconds(60))
+                    .max(spec.rto_min.unwrap_or_default()),
                 "ten round trips: an outage ends, and nobody waits two minutes after it",
             ),
             keepalive: Derived::new(spec.keepalive, seconds(600).max(rtt * 100), "ten minutes"),
@@ -267,6 +306,65 @@ impl LinkProfile {
             ),
             weights: spec.weights,
         }
+    }
+}
+
+/// A link that has a profile, and the legs that share it.
+#[derive(Debug)]
+pub struct Link {
+    /// How its legs are tuned.
+    pub profile: LinkProfile,
+    /// How they share its rate.
+    pub budget: Arc<Budget>,
+}
+
+/// The links that have a profile, numbered from one as the kernel side knows them.
+#[derive(Debug, Default)]
+pub struct Links {
+    links: Vec<Arc<Link>>,
+    by_ifindex: RwLock<HashMap<u32, Arc<Link>>>,
+}
+
+impl Links {
+    /// Takes the profiles.
+    pub fn new(profiles: Vec<LinkProfile>) -> Self {
+        let link = |profile: LinkProfile| {
+            let budget = Arc::new(Budget::new(&profile));
+            Arc::new(Link { profile, budget })
+        };
+        Self {
+            links: profiles.into_iter().map(link).collect(),
+            by_ifindex: RwLock::default(),
+        }
+    }
+
+    /// All of them, in the order of their numbers.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Link>> {
+        self.links.iter()
+    }
+
+    /// The number of the link behind an interface, [`pepsal_ebpf::NO_LINK`] when it has no profile. From now on legs
+    /// find it by the interface's index.
+    pub fn bind(&self, ifindex: u32, interface: &str) -> u32 {
+        let Some(position) = self
+            .links
+            .iter()
+            .position(|link| link.profile.interface == interface)
+        else {
+            return pepsal_ebpf::NO_LINK;
+        };
+        let mut by_ifindex = self.by_ifindex.write().unwrap_or_else(PoisonError::into_inner);
+        by_ifindex.insert(ifindex, self.links[position].clone());
+        position as u32 + 1
+    }
+
+    /// The link behind the interface of an index.
+    pub fn of(&self, ifindex: u32) -> Option<Arc<Link>> {
+        self.by_ifindex
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&ifindex)
+            .cloned()
     }
 }
 
@@ -290,10 +388,22 @@ impl fmt::Display for LinkProfile {
         let time = |derived: &Derived<Duration>| (format!("{:?}", derived.value), derived.origin);
         row("link", self.interface.clone(), Origin::Given)?;
         row("rtt", format!("{:?}", self.rtt), Origin::Given)?;
-        row("receive rate", self.receive_rate.value.to_string(), self.receive_rate.origin)?;
-        row("send rate", self.send_rate.value.to_string(), self.send_rate.origin)?;
+        row(
+            "receive rate",
+            self.receive_rate.value.to_string(),
+            self.receive_rate.origin,
+        )?;
+        row(
+            "send rate",
+            self.send_rate.value.to_string(),
+            self.send_rate.origin,
+        )?;
         row("pacing", self.pacing.value.to_string(), self.pacing.origin)?;
-        row("congestion", self.congestion.value.clone(), self.congestion.origin)?;
+        row(
+            "congestion",
+            self.congestion.value.clone(),
+            self.congestion.origin,
+        )?;
         for (name, (value, origin)) in [
             ("initial window", size(&self.initial_window)),
             ("receive window", size(&self.receive_buffer)),
@@ -306,7 +416,11 @@ impl fmt::Display for LinkProfile {
         ] {
             row(name, value, origin)?;
         }
-        row("mss", self.mss.value.map_or("path".into(), |mss| format!("{mss} B")), self.mss.origin)
+        row(
+            "mss",
+            self.mss.value.map_or("path".into(), |mss| format!("{mss} B")),
+            self.mss.origin,
+        )
     }
 }
 
@@ -340,8 +454,20 @@ mod tests {
     #[test]
     fn what_is_given_stays_as_it_is() {
         let link = profile("sat0,rate=50mbit,rtt=600ms,iw=64KiB,cc=hybla,rcvbuf=1MiB,rto-max=30s,mss=1200");
-        assert_eq!(link.initial_window, Derived { value: 65_536, origin: Origin::Given });
-        assert_eq!(link.congestion, Derived { value: "hybla".into(), origin: Origin::Given });
+        assert_eq!(
+            link.initial_window,
+            Derived {
+                value: 65_536,
+                origin: Origin::Given
+            }
+        );
+        assert_eq!(
+            link.congestion,
+            Derived {
+                value: "hybla".into(),
+                origin: Origin::Given
+            }
+        );
         assert_eq!(link.receive_buffer.value, 1 << 20);
         assert_eq!(link.rto_max.value, Duration::from_secs(30));
         assert_eq!(link.mss.value, Some(1200));
@@ -349,7 +475,10 @@ mod tests {
 
     #[test]
     fn a_slow_link_still_gets_the_standard_initial_window() {
-        assert_eq!(profile("sat0,rate=64kbit,rtt=600ms").initial_window.value, INITIAL_WINDOW_MIN);
+        assert_eq!(
+            profile("sat0,rate=64kbit,rtt=600ms").initial_window.value,
+            INITIAL_WINDOW_MIN
+        );
     }
 
     #[test]
@@ -365,9 +494,18 @@ mod tests {
             ("sat0,rate=50mbit,rtt=600ms,rate=5mbit", "rate is given twice"),
             ("sat0,rate=50mbit,rtt=600ms,speed=5mbit", "'speed' is not one of"),
             ("sat0,rate=50mbit,rtt=600ms,fast", "'fast' is not KEY=VALUE"),
-            ("sat0,rate=50mbit,rtt=600ms,rto-min=5s,rto-max=2s", "rto-min=5s is more than rto-max=2s"),
-            ("sat0,rate=50mbit,rtt=600ms,pacing=60mbit", "pacing is more than the link's 50 Mbit/s"),
-            ("sat0,rate=50mbit,rtt=600ms,weights=size", "weights: 'size' is neither"),
+            (
+                "sat0,rate=50mbit,rtt=600ms,rto-min=5s,rto-max=2s",
+                "rto-min=5s is more than rto-max=2s",
+            ),
+            (
+                "sat0,rate=50mbit,rtt=600ms,pacing=60mbit",
+                "pacing is more than the link's 50 Mbit/s",
+            ),
+            (
+                "sat0,rate=50mbit,rtt=600ms,weights=size",
+                "weights: 'size' is neither",
+            ),
             ("sat0,rate=50mbit,rtt=600ms,mss=9", "mss: '9'"),
         ] {
             let error = text.parse::<LinkSpec>().unwrap_err();
@@ -378,7 +516,13 @@ mod tests {
     #[test]
     fn the_table_says_where_values_come_from() {
         let table = profile("sat0,rate=50mbit,rtt=600ms,iw=64KiB").to_string();
-        let row = |name: &str| table.lines().find(|line| line.trim_start().starts_with(name)).unwrap().to_owned();
+        let row = |name: &str| {
+            table
+                .lines()
+                .find(|line| line.trim_start().starts_with(name))
+                .unwrap()
+                .to_owned()
+        };
         assert!(row("initial window").ends_with("64 KiB  given"));
         assert!(row("send rate").contains("the rate, as no up is given"));
     }

@@ -4,6 +4,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
 };
 
 use anyhow::{Context, Result, bail};
@@ -11,7 +12,10 @@ use socket2::{Domain, Socket, Type};
 use tokio::net::TcpListener;
 use tracing::warn;
 
-use crate::socket;
+use crate::{
+    link::{Link, Links},
+    socket,
+};
 
 /// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
 const BACKLOG: i32 = 65_535;
@@ -19,36 +23,59 @@ const BACKLOG: i32 = 65_535;
 /// SYNs with data that may wait to be acknowledged.
 const FASTOPEN_QUEUE: i32 = 1024;
 
-/// A listener for each family. One for both would be bound to the wildcard address, and would take the listening port
-/// away from clients that use it as their source.
+/// A link's listeners, one for each family. One for both would be bound to the wildcard address, and would take the
+/// listening port away from clients that use it as their source.
 #[derive(Debug)]
-pub struct Listeners {
+pub struct Pair {
     /// On 127.0.0.1.
     pub v4: TcpListener,
     /// On ::1, where the host has IPv6.
     pub v6: Option<TcpListener>,
 }
 
+impl Pair {
+    /// Both.
+    pub fn iter(&self) -> impl Iterator<Item = &TcpListener> {
+        [Some(&self.v4), self.v6.as_ref()].into_iter().flatten()
+    }
+}
+
+/// The listeners of all links: first those for interfaces without a profile, which have the port that the user chose.
+#[derive(Debug)]
+pub struct Listeners {
+    /// By the links' numbers.
+    pub pairs: Vec<Pair>,
+}
+
 impl Listeners {
-    /// Binds both.
+    /// Binds all.
     ///
     /// # Errors
     /// When the port is taken.
-    pub fn bind(port: u16, fastopen: bool) -> Result<Self> {
-        let v4 = match bind(Ipv4Addr::LOCALHOST.into(), port, fastopen) {
-            Ok(listener) => listener,
-            Err(error) => return refuse(error, "127.0.0.1", port),
-        };
-        let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, fastopen) {
-            Ok(listener) => Some(listener),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", port),
-            Err(error) => {
-                warn!("IPv6 connections are not intercepted: cannot listen on [::1]:{port}: {error}");
-                None
-            }
-        };
-        Ok(Self { v4, v6 })
+    pub fn bind(port: u16, fastopen: bool, links: &Links) -> Result<Self> {
+        let mut pairs = vec![bind_pair(port, fastopen, None)?];
+        for link in links.iter() {
+            // Nobody has to know the port: connections come by the eBPF map.
+            pairs.push(bind_pair(0, fastopen, Some(link))?);
+        }
+        Ok(Self { pairs })
     }
+}
+
+fn bind_pair(port: u16, fastopen: bool, link: Option<&Arc<Link>>) -> Result<Pair> {
+    let v4 = match bind(Ipv4Addr::LOCALHOST.into(), port, fastopen, link) {
+        Ok(listener) => listener,
+        Err(error) => return refuse(error, "127.0.0.1", port),
+    };
+    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, fastopen, link) {
+        Ok(listener) => Some(listener),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", port),
+        Err(error) => {
+            warn!("IPv6 connections are not intercepted: cannot listen on [::1]:{port}: {error}");
+            None
+        }
+    };
+    Ok(Pair { v4, v6 })
 }
 
 fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
@@ -58,9 +85,13 @@ fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
     Err(error).with_context(|| format!("cannot listen on {addr} port {port}"))
 }
 
-fn bind(addr: IpAddr, port: u16, fastopen: bool) -> io::Result<TcpListener> {
+fn bind(addr: IpAddr, port: u16, fastopen: bool, link: Option<&Arc<Link>>) -> io::Result<TcpListener> {
     let addr = SocketAddr::new(addr, port);
-    let listener = Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking().cloexec(), None)?;
+    let listener = Socket::new(
+        Domain::for_address(addr),
+        Type::STREAM.nonblocking().cloexec(),
+        None,
+    )?;
     listener.set_reuse_address(true)?;
     socket::set_transparent(&listener, addr.is_ipv6())?;
     if addr.is_ipv6() {
@@ -68,6 +99,13 @@ fn bind(addr: IpAddr, port: u16, fastopen: bool) -> io::Result<TcpListener> {
     }
     if fastopen {
         socket::set_fastopen_queue(&listener, FASTOPEN_QUEUE)?;
+    }
+    if let Some(link) = link {
+        // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
+        socket::set_receive_buffer(&listener, link.profile.receive_buffer.value)?;
+        if let Some(mss) = link.profile.mss.value {
+            socket::set_mss(&listener, mss)?;
+        }
     }
     listener.bind(&addr.into())?;
     listener.listen(BACKLOG)?;

@@ -28,6 +28,12 @@ fn main() -> ExitCode {
 }
 
 fn start(options: Options) -> Result<ExitCode> {
+    if options.explain {
+        for profile in pepsal::explain(&options)? {
+            println!("{profile}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let background = match options.daemon {
         true => match background()? {
             Background::Parent(code) => return Ok(code),
@@ -36,7 +42,10 @@ fn start(options: Options) -> Result<ExitCode> {
         false => None,
     };
     log(options.verbose)?;
-    let threads = options.threads.map_or_else(|| thread::available_parallelism().map_or(1, usize::from), usize::from);
+    let threads = options.threads.map_or_else(
+        || thread::available_parallelism().map_or(1, usize::from),
+        usize::from,
+    );
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(threads)
         .thread_name("pepsal")
@@ -62,9 +71,8 @@ fn log(verbose: u8) -> Result<()> {
     // The libraries' own debug is of no use to who looks for a flow.
     let default = format!("warn,pepsal={level},pepsal_ebpf=info");
     let filter = match std::env::var("RUST_LOG") {
-        Ok(directives) if !directives.is_empty() => {
-            EnvFilter::try_new(&directives).with_context(|| format!("RUST_LOG={directives} is not a log filter"))?
-        }
+        Ok(directives) if !directives.is_empty() => EnvFilter::try_new(&directives)
+            .with_context(|| format!("RUST_LOG={directives} is not a log filter"))?,
         _ => EnvFilter::new(default),
     };
     // What eBPF programs log comes through the `log` crate.
@@ -92,7 +100,11 @@ fn background() -> Result<Background> {
         ForkResult::Parent { .. } => {
             drop(told);
             let said = File::from(ready).read(&mut [0]).unwrap_or(0);
-            Ok(Background::Parent(if said == 1 { ExitCode::SUCCESS } else { ExitCode::FAILURE }))
+            Ok(Background::Parent(if said == 1 {
+                ExitCode::SUCCESS
+            } else {
+                ExitCode::FAILURE
+            }))
         }
         ForkResult::Child => {
             setsid().context("cannot leave the terminal's session")?;

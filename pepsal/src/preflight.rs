@@ -29,20 +29,30 @@ const CAP_SYS_ADMIN: u32 = 21;
 /// # Errors
 /// The first thing that is missing, and what to do about it.
 pub fn check() -> Result<()> {
-    check_kernel(&fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot tell the kernel's version")?)?;
+    check_kernel(
+        &fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot tell the kernel's version")?,
+    )?;
     check_capabilities(&fs::read_to_string("/proc/self/status").context("cannot tell the capabilities")?)?;
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
-        bail!("this kernel has no BTF (/sys/kernel/btf/vmlinux is missing): use one built with CONFIG_DEBUG_INFO_BTF=y");
+        bail!(
+            "this kernel has no BTF (/sys/kernel/btf/vmlinux is missing): use one built with CONFIG_DEBUG_INFO_BTF=y"
+        );
     }
     Ok(())
 }
 
 fn check_kernel(release: &str) -> Result<()> {
-    let mut numbers = release.trim().split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
+    let mut numbers = release
+        .trim()
+        .split(|c: char| !c.is_ascii_digit())
+        .map_while(|n| n.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < OLDEST_KERNEL {
         let (major, minor) = OLDEST_KERNEL;
-        bail!("kernel {} is too old: {major}.{minor} or newer is needed", release.trim());
+        bail!(
+            "kernel {} is too old: {major}.{minor} or newer is needed",
+            release.trim()
+        );
     }
     Ok(())
 }
@@ -61,7 +71,10 @@ fn check_capabilities(status: &str) -> Result<()> {
         .map(|(name, _)| *name)
         .collect();
     if !missing.is_empty() {
-        bail!("missing {}: run as root, or grant them to the service", missing.join(", "));
+        bail!(
+            "missing {}: run as root, or grant them to the service",
+            missing.join(", ")
+        );
     }
     Ok(())
 }
@@ -93,6 +106,12 @@ pub fn fit_descriptors(flows: u32) -> Result<(u32, usize)> {
     Ok((flows, usize::try_from(pipes).unwrap_or(usize::MAX)))
 }
 
+/// The congestion control that keeps its rate best on a link that loses packets, of those that this kernel has.
+pub fn best_congestion() -> &'static str {
+    let usable = |algorithm: &&str| check_congestion(algorithm).is_ok();
+    ["bbr", "hybla"].into_iter().find(usable).unwrap_or("cubic")
+}
+
 /// Makes sure that a congestion control can be used, which loads its module.
 ///
 /// # Errors
@@ -107,10 +126,15 @@ pub fn check_congestion(algorithm: &str) -> Result<()> {
             std::io::ErrorKind::PermissionDenied => {
                 "not allowed in this network namespace (net.ipv4.tcp_allowed_congestion_control)".to_owned()
             }
-            std::io::ErrorKind::NotFound => "unknown to this kernel, and no module of that name loads".to_owned(),
+            std::io::ErrorKind::NotFound => {
+                "unknown to this kernel, and no module of that name loads".to_owned()
+            }
             _ => error.to_string(),
         };
-        bail!("congestion control '{algorithm}' is {why}: available are {}", available.trim().replace(' ', ", "));
+        bail!(
+            "congestion control '{algorithm}' is {why}: available are {}",
+            available.trim().replace(' ', ", ")
+        );
     }
     Ok(())
 }
@@ -134,7 +158,12 @@ mod tests {
         assert!(check_capabilities("CapEff:\t000001ffffffffff\n").is_ok());
         assert!(check_capabilities("CapEff:\t000000c000003400\n").is_ok());
         assert!(check_capabilities("CapEff:\t0000000000203400\n").is_ok());
-        let error = check_capabilities("CapEff:\t0000000000001400\n").unwrap_err().to_string();
-        assert!(error.starts_with("missing CAP_NET_RAW, CAP_PERFMON, CAP_BPF:"), "{error}");
+        let error = check_capabilities("CapEff:\t0000000000001400\n")
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("missing CAP_NET_RAW, CAP_PERFMON, CAP_BPF:"),
+            "{error}"
+        );
     }
 }

@@ -14,7 +14,10 @@ use std::{
     net::Shutdown,
     os::fd::AsFd,
     pin::{Pin, pin},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -25,16 +28,22 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
+use tracing::trace;
 
 use crate::{
+    budget::Membership,
     conduit::{Conduit, ConduitPool},
     flow::CloseReason,
+    link::Link,
     socket,
+    units::Rate,
 };
 
 /// One end of a flow while it is relayed.
 pub struct Leg {
-    stream: TcpStream,
+    /// Given up before the stream is closed.
+    membership: Option<Membership>,
+    stream: Arc<TcpStream>,
     side: Side,
     /// Set once the connection is known to be broken. The kernel reports an error only once, and then pretends an
     /// orderly end of stream.
@@ -57,7 +66,30 @@ impl Leg {
     /// What `setsockopt` says.
     pub fn new(stream: TcpStream, side: Side) -> io::Result<Self> {
         socket::reset_on_close(stream.as_fd(), true)?;
-        Ok(Self { stream, side, broken: AtomicBool::new(false) })
+        Ok(Self {
+            membership: None,
+            stream: Arc::new(stream),
+            side,
+            broken: AtomicBool::new(false),
+        })
+    }
+
+    /// Lets a leg that has not sent anything yet start at its share of its link's rate.
+    pub fn join(&mut self, link: &Link, traffic_class: u8, congestion: &str) {
+        let profile = &link.profile;
+        let weight = profile.weights.of(traffic_class);
+        let (membership, share) = link.budget.join(self.stream.clone(), weight, congestion);
+        self.membership = Some(membership);
+        let window = Rate::from_bps(share.saturating_mul(8))
+            .bytes_in(profile.rtt)
+            .min(profile.initial_window.value);
+        let segments = socket::mss(&self.stream).map_or(0, |mss| window / u64::from(mss.max(1)));
+        // Below that is what the kernel does by itself.
+        if let Ok(segments @ 11..) = u32::try_from(segments) {
+            if let Err(error) = socket::set_initial_window(&self.stream, segments) {
+                trace!("initial window refused: {error}");
+            }
+        }
     }
 
     /// The leg's stream.
@@ -72,7 +104,10 @@ impl Leg {
 
     fn broke(&self, error: io::Error) -> Broken {
         self.broken.store(true, Ordering::Relaxed);
-        Broken { side: self.side, error }
+        Broken {
+            side: self.side,
+            error,
+        }
     }
 
     fn is_broken(&self) -> bool {
@@ -157,7 +192,8 @@ impl Progress {
             Side::Client => &self.down,
         };
         counter.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.last_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.last_ms
+            .store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 }
 
@@ -178,16 +214,15 @@ pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Lim
     let mut down = pin!(pump(server, client, progress, limits.conduits));
     let (mut up_done, mut down_done) = (false, false);
     let broken = loop {
-        // Whoever has sent its end of stream is not read any more, and could break unnoticed.
-        let client_error = async { if up_done { client.error().await } else { pending().await } };
-        let server_error = async { if down_done { server.error().await } else { pending().await } };
         let ended = tokio::select! {
             biased;
             () = limits.stop.cancelled() => return CloseReason::Shutdown,
             ended = &mut up, if !up_done => { up_done = true; ended }
             ended = &mut down, if !down_done => { down_done = true; ended }
-            broken = client_error => Err(broken),
-            broken = server_error => Err(broken),
+            // A leg that is not read at present, because it has sent its end of stream or because the other leg takes
+            // no more, would break unnoticed.
+            broken = client.error() => Err(broken),
+            broken = server.error() => Err(broken),
             () = idle(progress, limits.idle) => return CloseReason::IdleTimeout,
         };
         match ended {
@@ -217,7 +252,10 @@ async fn pump(from: &Leg, to: &Leg, progress: &Progress, pool: &ConduitPool) -> 
         from.stream.readable().await.map_err(|error| from.broke(error))?;
         let mut conduit = pool.take();
         loop {
-            match from.stream.try_io(Interest::READABLE, || conduit.fill(from.stream.as_fd())) {
+            match from
+                .stream
+                .try_io(Interest::READABLE, || conduit.fill(from.stream.as_fd()))
+            {
                 // After an error that the other direction took, the kernel says end of stream too.
                 Ok(0) if from.is_broken() => return Err(from.broke(io::ErrorKind::ConnectionReset.into())),
                 Ok(0) => return to.finish(),
@@ -234,8 +272,16 @@ async fn pump(from: &Leg, to: &Leg, progress: &Progress, pool: &ConduitPool) -> 
 
 async fn drain(conduit: &mut Conduit<'_>, to: &Leg, progress: &Progress) -> Result<(), Broken> {
     while conduit.held() > 0 {
-        match to.stream.try_io(Interest::WRITABLE, || conduit.drain(to.stream.as_fd())) {
-            Ok(bytes) => progress.add(to.side, bytes),
+        match to
+            .stream
+            .try_io(Interest::WRITABLE, || conduit.drain(to.stream.as_fd()))
+        {
+            Ok(bytes) => {
+                progress.add(to.side, bytes);
+                if let Some(membership) = &to.membership {
+                    membership.wrote(bytes);
+                }
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 to.stream.writable().await.map_err(|error| to.broke(error))?;
             }
@@ -261,7 +307,9 @@ where
         }
         delivered(to, 0).await;
     };
-    let stall = limits.idle.map_or(DELIVERY_STALL, |idle| idle.min(DELIVERY_STALL));
+    let stall = limits
+        .idle
+        .map_or(DELIVERY_STALL, |idle| idle.min(DELIVERY_STALL));
     tokio::select! {
         () = deliver => {}
         () = idle(progress, Some(stall)) => {}
@@ -272,8 +320,8 @@ where
 }
 
 /// Waits until the peer has acknowledged all but `most` of what it was sent, is gone, or makes no progress.
-async fn delivered(leg: &Leg, most: usize) {
-    let mut left = usize::MAX;
+async fn delivered(leg: &Leg, most: u64) {
+    let mut left = u64::MAX;
     let mut deadline = Instant::now() + DELIVERY_STALL;
     let mut pause = Duration::from_millis(1);
     while !leg.is_broken() && Instant::now() < deadline {

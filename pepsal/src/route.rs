@@ -4,7 +4,10 @@
 //! `ip route local default dev lo table T`. The rules name their interface, so that they do not change how the host's
 //! own marked packets are routed (`src_valid_mark`, `tcp_fwmark_accept`).
 
-use std::{collections::BTreeMap, io, thread};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io, thread,
+};
 
 use anyhow::{Context, Result};
 use futures_util::{StreamExt, TryStreamExt};
@@ -48,12 +51,19 @@ impl Routes {
     pub async fn new(mark: Mark, table: u32) -> Result<Self> {
         let handle = connect()?;
         for family in FAMILIES {
+            let mut abandoned = BTreeSet::new();
             for rule in rules(&handle, &family).await? {
-                let leftover = is_ours(&rule) && rule_table(&rule).is_some_and(|t| t == table || !instance::runs_table(t));
-                if leftover {
-                    info!(table = rule_table(&rule), "removing a rule that an earlier instance left behind");
+                let Some(of) = rule_table(&rule).filter(|_| is_ours(&rule)) else {
+                    continue;
+                };
+                if of == table || !instance::runs_table(of) {
+                    info!(table = of, "removing a rule that an earlier instance left behind");
                     delete_rule(&handle, rule).await?;
+                    abandoned.insert(of);
                 }
+            }
+            for table in abandoned {
+                Policy { mark, table }.remove_route(&handle, &family).await?;
             }
         }
         Ok(Self(Policy { mark, table }))
@@ -77,8 +87,10 @@ impl Policy {
                 debug!(?family, "this kernel has no policy rules for the family");
                 continue;
             };
-            let mut stale: Vec<RuleMessage> =
-                present.into_iter().filter(|rule| is_ours(rule) && rule_table(rule) == Some(self.table)).collect();
+            let mut stale: Vec<RuleMessage> = present
+                .into_iter()
+                .filter(|rule| is_ours(rule) && rule_table(rule) == Some(self.table))
+                .collect();
             for name in interfaces.values() {
                 let wanted = |rule: &RuleMessage| {
                     rule.attributes.contains(&RuleAttribute::Iifname(name.clone()))
@@ -146,19 +158,25 @@ impl Policy {
     async fn remove(self) -> Result<()> {
         let handle = connect()?;
         for family in FAMILIES {
-            let Ok(present) = rules(&handle, &family).await else { continue };
+            let Ok(present) = rules(&handle, &family).await else {
+                continue;
+            };
             for rule in present {
                 if is_ours(&rule) && rule_table(&rule) == Some(self.table) {
                     delete_rule(&handle, rule).await?;
                 }
             }
-            match handle.route().del(self.route(&family)).execute().await {
-                Ok(()) => {}
-                Err(error) if is_errno(&error, nix::libc::ESRCH) => {}
-                Err(error) => return Err(error).context("cannot remove the local route"),
-            }
+            self.remove_route(&handle, &family).await?;
         }
         Ok(())
+    }
+
+    async fn remove_route(self, handle: &Handle, family: &IpVersion) -> Result<()> {
+        match handle.route().del(self.route(family)).execute().await {
+            Ok(()) => Ok(()),
+            Err(error) if is_errno(&error, nix::libc::ESRCH) => Ok(()),
+            Err(error) => Err(error).context("cannot remove the local route"),
+        }
     }
 }
 
@@ -167,7 +185,9 @@ impl Drop for Routes {
     fn drop(&mut self) {
         let policy = self.0;
         let removed = thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()?;
             runtime.block_on(policy.remove())
         })
         .join();
@@ -186,7 +206,13 @@ impl Drop for Routes {
 /// # Errors
 /// When the kernel refuses to list them.
 pub async fn interfaces() -> Result<Interfaces> {
-    let links: Vec<_> = connect()?.link().get().execute().try_collect().await.context("cannot list interfaces")?;
+    let links: Vec<_> = connect()?
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .context("cannot list interfaces")?;
     let mut interfaces = Interfaces::new();
     for link in links {
         let mut name = None;
@@ -196,7 +222,10 @@ pub async fn interfaces() -> Result<Interfaces> {
                 LinkAttribute::IfName(text) => name = Some(text),
                 LinkAttribute::LinkInfo(infos) => {
                     port |= infos.iter().any(|info| {
-                        matches!(info, LinkInfo::PortKind(InfoPortKind::Bridge | InfoPortKind::Bond))
+                        matches!(
+                            info,
+                            LinkInfo::PortKind(InfoPortKind::Bridge | InfoPortKind::Bond)
+                        )
                     });
                 }
                 _ => {}
@@ -228,9 +257,12 @@ impl Changes {
             MulticastGroup::Ipv4Route,
             MulticastGroup::Ipv6Route,
         ];
-        let (connection, _, messages) = new_multicast_connection(&groups).context("cannot watch the network")?;
+        let (connection, _, messages) =
+            new_multicast_connection(&groups).context("cannot watch the network")?;
         tokio::spawn(connection);
-        Ok(Self { messages: Box::new(messages.map(|_| ())) })
+        Ok(Self {
+            messages: Box::new(messages.map(|_| ())),
+        })
     }
 
     /// Waits for the next change.
@@ -254,7 +286,13 @@ fn connect() -> Result<Handle> {
 }
 
 async fn rules(handle: &Handle, family: &IpVersion) -> Result<Vec<RuleMessage>> {
-    handle.rule().get(family.clone()).execute().try_collect().await.context("cannot list policy rules")
+    handle
+        .rule()
+        .get(family.clone())
+        .execute()
+        .try_collect()
+        .await
+        .context("cannot list policy rules")
 }
 
 async fn delete_rule(handle: &Handle, rule: RuleMessage) -> Result<()> {

@@ -34,7 +34,10 @@ impl FromStr for Rule {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut rule = Self { subject: Subject::Port, ports: ALL_PORTS };
+        let mut rule = Self {
+            subject: Subject::Port,
+            ports: ALL_PORTS,
+        };
         for part in text.split(',') {
             let (key, value) = part.split_once('=').unwrap_or(("dst", part));
             match key {
@@ -50,7 +53,9 @@ impl FromStr for Rule {
                     }
                 }
                 "port" | "ports" | "dst" | "src" => {
-                    return Err(format!("'{text}' names two prefixes or two ranges of ports: make it two rules"));
+                    return Err(format!(
+                        "'{text}' names two prefixes or two ranges of ports: make it two rules"
+                    ));
                 }
                 _ => return Err(format!("'{key}' is not dst, src or port")),
             }
@@ -62,24 +67,34 @@ impl FromStr for Rule {
 /// `PREFIX`, `PREFIX:PORTS`, and for IPv6 with ports `[ADDRESS]/LENGTH:PORTS` or `[PREFIX]:PORTS`.
 fn prefix_and_ports(text: &str) -> Result<(IpNet, Option<RangeInclusive<u16>>), String> {
     if let Some(rest) = text.strip_prefix('[') {
-        let (inside, after) = rest.split_once(']').ok_or_else(|| format!("'{text}' lacks its ']'"))?;
+        let (inside, after) = rest
+            .split_once(']')
+            .ok_or_else(|| format!("'{text}' lacks its ']'"))?;
         return Ok(match after.split_once(':') {
             Some((length, range)) => (prefix(&format!("{inside}{length}"))?, Some(ports(range)?)),
             None => (prefix(&format!("{inside}{after}"))?, None),
         });
     }
     match text.split_once(':') {
-        Some((v4, range)) if !range.contains(':') && v4.contains('.') => Ok((prefix(v4)?, Some(ports(range)?))),
-        Some(("", range)) if !range.contains(':') => Err(format!("':{range}' lacks its prefix: write port={range}")),
+        Some((v4, range)) if !range.contains(':') && v4.contains('.') => {
+            Ok((prefix(v4)?, Some(ports(range)?)))
+        }
+        Some(("", range)) if !range.contains(':') => {
+            Err(format!("':{range}' lacks its prefix: write port={range}"))
+        }
         _ => Ok((prefix(text)?, None)),
     }
 }
 
 fn prefix(text: &str) -> Result<IpNet, String> {
-    let parsed = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+    let parsed = text
+        .parse::<IpNet>()
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
     match parsed {
         Ok(net) => Ok(net.trunc()),
-        Err(_) => Err(format!("'{text}' is not an IPv4 or IPv6 prefix, like 10.0.0.0/8 or fd00::/8")),
+        Err(_) => Err(format!(
+            "'{text}' is not an IPv4 or IPv6 prefix, like 10.0.0.0/8 or fd00::/8"
+        )),
     }
 }
 
@@ -87,7 +102,9 @@ fn ports(text: &str) -> Result<RangeInclusive<u16>, String> {
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     match (first.parse::<u16>(), last.parse::<u16>()) {
         (Ok(first), Ok(last)) if first <= last => Ok(first..=last),
-        _ => Err(format!("'{text}' is not a port or a range of ports, like 443 or 8000-8099")),
+        _ => Err(format!(
+            "'{text}' is not a port or a range of ports, like 443 or 8000-8099"
+        )),
     }
 }
 
@@ -131,7 +148,11 @@ impl Selection {
                 Subject::Destination(net) | Subject::Source(net) => net.prefix_len(),
                 Subject::Port => 0,
             };
-            (prefix_len, std::cmp::Reverse(rule.ports.end() - rule.ports.start()), *action)
+            (
+                prefix_len,
+                std::cmp::Reverse(rule.ports.end() - rule.ports.start()),
+                *action,
+            )
         });
         let list = |wanted: fn(&Subject) -> Option<IpNet>| -> List {
             let of_list = |&(action, rule): &(Action, &Rule)| {
@@ -154,7 +175,12 @@ impl Selection {
         let mut table = |list: &List, and: &[bool]| -> Vec<(MappedAddr, u32, u32)> {
             let entry = |net: IpNet| {
                 let (addr, len) = mapped(net);
-                let ports: Vec<bool> = list.ports_of(net).iter().zip(and).map(|(a, b)| *a && *b).collect();
+                let ports: Vec<bool> = list
+                    .ports_of(net)
+                    .iter()
+                    .zip(and)
+                    .map(|(a, b)| *a && *b)
+                    .collect();
                 (addr, len, sets.index_of(&ports))
             };
             list.prefixes().into_iter().map(entry).collect()
@@ -162,7 +188,11 @@ impl Selection {
         // The port's own verdict rides on the destination's, so that it costs no look-up.
         let destinations = table(&destinations, &by_port);
         let sources = table(&sources, &[true; 65_536]);
-        Self { destinations, sources, port_sets: sets.sets }
+        Self {
+            destinations,
+            sources,
+            port_sets: sets.sets,
+        }
     }
 }
 
@@ -258,7 +288,12 @@ mod tests {
 
     fn selects(only: &[&str], bypass: &[&str], destination: &str, port: u16) -> bool {
         let selection = Selection::new(&rules(only), &rules(bypass));
-        lookup(&selection, "192.0.2.1".parse().unwrap(), destination.parse().unwrap(), port)
+        lookup(
+            &selection,
+            "192.0.2.1".parse().unwrap(),
+            destination.parse().unwrap(),
+            port,
+        )
     }
 
     #[test]
@@ -300,7 +335,10 @@ mod tests {
         assert!(selects(&[], bypass, "11.0.0.1", 22));
         assert!(!selects(&[], bypass, "2001:db8::1", 23));
         assert!(!selects(&[], bypass, "2001:db8:1::1", 80));
-        assert!(!selects(&[], bypass, "2001:db8:1::1", 22), "the shorter prefix's rule holds inside the longer");
+        assert!(
+            !selects(&[], bypass, "2001:db8:1::1", 22),
+            "the shorter prefix's rule holds inside the longer"
+        );
         assert!(selects(&["dst=10.0.0.0/8,port=443"], &[], "10.0.0.1", 443));
         assert!(!selects(&["dst=10.0.0.0/8,port=443"], &[], "10.0.0.1", 80));
     }
@@ -333,15 +371,17 @@ mod tests {
 
     fn any_rule() -> impl Strategy<Value = Rule> {
         // Few addresses and ports, so that rules overlap.
-        let net = (0u8..4, 0u8..4, prop::sample::select(vec![0u8, 8, 16, 24, 32])).prop_map(|(a, b, len)| {
-            IpNet::new(IpAddr::from([10, a, b, 1]), len).unwrap().trunc()
-        });
+        let net = (0u8..4, 0u8..4, prop::sample::select(vec![0u8, 8, 16, 24, 32]))
+            .prop_map(|(a, b, len)| IpNet::new(IpAddr::from([10, a, b, 1]), len).unwrap().trunc());
         let subject = prop_oneof![
             net.clone().prop_map(Subject::Destination),
             net.prop_map(Subject::Source),
             Just(Subject::Port),
         ];
-        let ports = prop_oneof![Just(ALL_PORTS), (0u16..8, 0u16..8).prop_map(|(a, b)| a.min(b)..=a.max(b))];
+        let ports = prop_oneof![
+            Just(ALL_PORTS),
+            (0u16..8, 0u16..8).prop_map(|(a, b)| a.min(b)..=a.max(b))
+        ];
         (subject, ports).prop_map(|(subject, ports)| Rule { subject, ports })
     }
 
@@ -358,13 +398,21 @@ mod tests {
                     })
                     .max()
             };
-            let listed = only.iter().any(|rule| match (&rule.subject, matches(&Subject::Port)) {
-                (Subject::Port, Some(_)) => true,
-                (Subject::Port, None) | (_, Some(_)) => false,
-                (Subject::Destination(_), None) => matches(&Subject::Destination(Ipv4Net::default().into())).is_some(),
-                (Subject::Source(_), None) => matches(&Subject::Source(Ipv4Net::default().into())).is_some(),
-            });
-            best(only, false).max(best(bypass, true)).map_or(!listed, |(.., bypass)| !bypass)
+            let listed = only
+                .iter()
+                .any(|rule| match (&rule.subject, matches(&Subject::Port)) {
+                    (Subject::Port, Some(_)) => true,
+                    (Subject::Port, None) | (_, Some(_)) => false,
+                    (Subject::Destination(_), None) => {
+                        matches(&Subject::Destination(Ipv4Net::default().into())).is_some()
+                    }
+                    (Subject::Source(_), None) => {
+                        matches(&Subject::Source(Ipv4Net::default().into())).is_some()
+                    }
+                });
+            best(only, false)
+                .max(best(bypass, true))
+                .map_or(!listed, |(.., bypass)| !bypass)
         };
         judge(&|subject| match subject {
             Subject::Destination(net) => net.contains(&destination).then(|| net.prefix_len()),

@@ -15,21 +15,31 @@ const TCP_REPAIR_OFF_NO_WP: c_int = -1;
 
 /// Lets a socket of this family be bound to, and accept for, addresses that are not the host's.
 pub fn set_transparent(socket: impl AsFd, ipv6: bool) -> io::Result<()> {
-    let (level, name) =
-        if ipv6 { (libc::SOL_IPV6, libc::IPV6_TRANSPARENT) } else { (libc::SOL_IP, libc::IP_TRANSPARENT) };
+    let (level, name) = if ipv6 {
+        (libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
+    } else {
+        (libc::SOL_IP, libc::IP_TRANSPARENT)
+    };
     set_int(socket, level, name, 1)
 }
 
 /// Sets the TOS byte or the traffic class; the kernel keeps the ECN bits of a TCP socket to itself.
 pub fn set_traffic_class(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
-    let (level, name) = if ipv6 { (libc::SOL_IPV6, libc::IPV6_TCLASS) } else { (libc::SOL_IP, libc::IP_TOS) };
+    let (level, name) = if ipv6 {
+        (libc::SOL_IPV6, libc::IPV6_TCLASS)
+    } else {
+        (libc::SOL_IP, libc::IP_TOS)
+    };
     set_int(socket, level, name, value.into())
 }
 
 /// Sets the TTL or the hop limit of what is sent.
 pub fn set_ttl(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
-    let (level, name) =
-        if ipv6 { (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS) } else { (libc::SOL_IP, libc::IP_TTL) };
+    let (level, name) = if ipv6 {
+        (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS)
+    } else {
+        (libc::SOL_IP, libc::IP_TTL)
+    };
     set_int(socket, level, name, value.into())
 }
 
@@ -55,7 +65,12 @@ pub fn set_v6_only(socket: impl AsFd) -> io::Result<()> {
 
 /// Puts a socket into TCP_REPAIR, in which it binds where others are bound already, or takes it out again.
 pub fn set_repair(socket: impl AsFd, on: bool) -> io::Result<()> {
-    set_int(socket, libc::SOL_TCP, libc::TCP_REPAIR, if on { 1 } else { TCP_REPAIR_OFF_NO_WP })
+    set_int(
+        socket,
+        libc::SOL_TCP,
+        libc::TCP_REPAIR,
+        if on { 1 } else { TCP_REPAIR_OFF_NO_WP },
+    )
 }
 
 /// Caps the size of the segments that are sent and announced, in bytes.
@@ -93,18 +108,131 @@ pub fn set_congestion(socket: impl AsFd, algorithm: &str) -> io::Result<()> {
     set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, algorithm.as_bytes())
 }
 
-/// Bytes that the peer has not acknowledged, those that were not sent yet included.
-pub fn unacknowledged(socket: impl AsFd) -> io::Result<usize> {
+/// Sets the congestion window of a connection that has not sent data, in segments. Only where the daemon's eBPF program
+/// answers it; elsewhere the kernel knows no such option.
+pub fn set_initial_window(socket: impl AsFd, segments: u32) -> io::Result<()> {
+    set(
+        socket,
+        libc::SOL_TCP,
+        pepsal_ebpf::TCP_INITIAL_WINDOW,
+        &segments.to_ne_bytes(),
+    )
+}
+
+/// Caps what is sent at a rate, in bytes of payload per second.
+pub fn set_pacing_rate(socket: impl AsFd, bytes_per_second: u64) -> io::Result<()> {
+    set(
+        socket,
+        libc::SOL_SOCKET,
+        libc::SO_MAX_PACING_RATE,
+        &bytes_per_second.to_ne_bytes(),
+    )
+}
+
+/// Makes the receive window cover this many bytes from the first segment on, past net.core.rmem_max.
+pub fn set_receive_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+    set_int(
+        socket,
+        libc::SOL_SOCKET,
+        libc::SO_RCVBUFFORCE,
+        bytes.try_into().unwrap_or(c_int::MAX),
+    )
+}
+
+/// Lets this many bytes be sent and unacknowledged, past net.core.wmem_max.
+pub fn set_send_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+    set_int(
+        socket,
+        libc::SOL_SOCKET,
+        libc::SO_SNDBUFFORCE,
+        bytes.try_into().unwrap_or(c_int::MAX),
+    )
+}
+
+/// Takes no more for sending while this many bytes wait unsent.
+pub fn set_unsent(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+    set_int(
+        socket,
+        libc::SOL_TCP,
+        libc::TCP_NOTSENT_LOWAT,
+        bytes.try_into().unwrap_or(c_int::MAX),
+    )
+}
+
+/// `TCP_RTO_MAX_MS` and `TCP_RTO_MIN_US` of `uapi/linux/tcp.h`, since Linux 6.15 and 6.18.
+const TCP_RTO_MAX_MS: c_int = 44;
+const TCP_RTO_MIN_US: c_int = 45;
+
+/// Bounds the retransmission timeout from below.
+pub fn set_rto_min(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
+    set_int(
+        socket,
+        libc::SOL_TCP,
+        TCP_RTO_MIN_US,
+        timeout.as_micros().try_into().unwrap_or(c_int::MAX),
+    )
+}
+
+/// Bounds the retransmission timeout from above, however often it was doubled.
+pub fn set_rto_max(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
+    set_int(
+        socket,
+        libc::SOL_TCP,
+        TCP_RTO_MAX_MS,
+        timeout.as_millis().try_into().unwrap_or(c_int::MAX),
+    )
+}
+
+/// The size of the segments that are sent, in bytes of payload.
+pub fn mss(socket: impl AsFd) -> io::Result<u32> {
     let mut bytes: c_int = 0;
-    // SAFETY: the request writes one int.
-    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    let mut len = size_of::<c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes one int.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_TCP,
+            libc::TCP_MAXSEG,
+            (&raw mut bytes).cast(),
+            &raw mut len,
+        )
+    };
+    nix::errno::Errno::result(result)?;
+    Ok(bytes.try_into().unwrap_or(0))
+}
+
+/// `SIOCOUTQNSD` of `uapi/linux/sockios.h`.
+const SIOCOUTQNSD: libc::c_ulong = 0x894b;
+
+/// Bytes that were taken for sending and not sent yet.
+pub fn unsent(socket: impl AsFd) -> io::Result<u64> {
+    queued(socket, SIOCOUTQNSD)
+}
+
+/// Bytes that the peer has not acknowledged, those that were not sent yet included.
+pub fn unacknowledged(socket: impl AsFd) -> io::Result<u64> {
+    queued(socket, libc::TIOCOUTQ)
+}
+
+fn queued(socket: impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
+    let mut bytes: c_int = 0;
+    // SAFETY: these requests write one int.
+    let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), request, &raw mut bytes) };
     nix::errno::Errno::result(result)?;
     Ok(bytes.try_into().unwrap_or(0))
 }
 
 /// Has the kernel probe an idle peer, so that one that is gone does not keep its flow for ever.
-pub fn set_keepalive(socket: BorrowedFd<'_>, idle: Duration, interval: Duration, probes: u32) -> io::Result<()> {
-    let keepalive = socket2::TcpKeepalive::new().with_time(idle).with_interval(interval).with_retries(probes);
+pub fn set_keepalive(
+    socket: BorrowedFd<'_>,
+    idle: Duration,
+    interval: Duration,
+    probes: u32,
+) -> io::Result<()> {
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(idle)
+        .with_interval(interval)
+        .with_retries(probes);
     socket2::SockRef::from(&socket).set_tcp_keepalive(&keepalive)
 }
 

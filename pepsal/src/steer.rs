@@ -14,18 +14,22 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie},
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType,
+        CgroupSockopt, LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType,
+        cgroup_sockopt::CgroupSockoptLink,
+        links::CgroupAttachMode,
         sk_lookup::SkLookupLink,
         tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
     },
     sys::SyscallError,
 };
 use nix::time::{ClockId, clock_gettime};
-use pepsal_ebpf::{Counter, FlowKey, LISTENER_V4, LISTENER_V6, MappedAddr, SynRecord};
+use pepsal_ebpf::{Counter, FlowKey, LINKS_MAX, MappedAddr, NO_LINK, SynRecord, listener_v4, listener_v6};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, info, warn};
 
-use crate::{cli::Mark, listener::Listeners, route::Interfaces, selection::Selection};
+use crate::{
+    cgroup::OwnCgroup, cli::Mark, link::Links, listener::Listeners, route::Interfaces, selection::Selection,
+};
 
 /// The eBPF object that the build embedded, empty when it had none.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pepsal.bpf.o"));
@@ -35,6 +39,7 @@ const STEER: &str = "pepsal_steer";
 /// Recognises only.
 const REPLIES: &str = "pepsal_replies";
 const LISTENER: &str = "pepsal_listener";
+const WINDOW: &str = "pepsal_window";
 
 /// How long the daemon may show no sign of life before new connections pass it by.
 const HEARTBEAT_BOUND: Duration = Duration::from_secs(3);
@@ -58,8 +63,10 @@ pub struct Steering {
     counters: PerCpuArray<MapData, u64>,
     heartbeat: Array<MapData, u64>,
     listeners: SockMap<MapData>,
+    links: HashMap<MapData, u32, u32>,
     attached: BTreeMap<u32, Attachment>,
     lookup: Option<SkLookupLink>,
+    windows: Option<(CgroupSockoptLink, OwnCgroup)>,
     tcx_refused: bool,
 }
 
@@ -105,13 +112,17 @@ impl Steering {
             forward_log(&mut ebpf)?;
         }
         Ok(Self {
-            flows: Arc::new(FlowMap(Mutex::new(HashMap::try_from(take_map(&mut ebpf, "FLOWS")?)?))),
+            flows: Arc::new(FlowMap(Mutex::new(HashMap::try_from(take_map(
+                &mut ebpf, "FLOWS",
+            )?)?))),
             counters: PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?,
             heartbeat: Array::try_from(take_map(&mut ebpf, "HEARTBEAT")?)?,
             listeners: SockMap::try_from(take_map(&mut ebpf, "LISTENERS")?)?,
+            links: HashMap::try_from(take_map(&mut ebpf, "LINKS")?)?,
             ebpf,
             attached: BTreeMap::new(),
             lookup: None,
+            windows: None,
             tcx_refused: false,
         })
     }
@@ -121,14 +132,22 @@ impl Steering {
     /// # Errors
     /// When the kernel refuses.
     pub fn open(&mut self, listeners: &Listeners) -> Result<()> {
-        self.listeners.set(LISTENER_V4, &listeners.v4.as_raw_fd(), 0).context("cannot register the IPv4 listener")?;
-        if let Some(v6) = &listeners.v6 {
-            self.listeners.set(LISTENER_V6, &v6.as_raw_fd(), 0).context("cannot register the IPv6 listener")?;
+        for (link, pair) in (0..).zip(&listeners.pairs) {
+            self.listeners
+                .set(listener_v4(link), &pair.v4.as_raw_fd(), 0)
+                .context("cannot register the IPv4 listener")?;
+            if let Some(v6) = &pair.v6 {
+                self.listeners
+                    .set(listener_v6(link), &v6.as_raw_fd(), 0)
+                    .context("cannot register the IPv6 listener")?;
+            }
         }
         if self.lookup.is_none() {
             let netns = File::open("/proc/self/ns/net").context("cannot open the network namespace")?;
             let program: &mut SkLookup = program(&mut self.ebpf, LISTENER)?;
-            let link = program.attach(netns).context("cannot attach to the network namespace's socket lookup")?;
+            let link = program
+                .attach(netns)
+                .context("cannot attach to the network namespace's socket lookup")?;
             self.lookup = Some(program.take_link(link)?);
         }
         Ok(())
@@ -136,20 +155,50 @@ impl Steering {
 
     /// Lets new connections pass from now on. Those that are being set up are still accepted.
     pub fn close(&mut self) {
-        for slot in [LISTENER_V4, LISTENER_V6] {
+        for slot in 0..listener_v4(LINKS_MAX + 1) {
             // An empty slot is what is wanted.
             let _ = self.listeners.clear_index(&slot);
         }
     }
 
+    /// Lets the daemon set the initial windows of the sockets that it opens from now on.
+    ///
+    /// # Errors
+    /// Where there is no cgroup v2, or the kernel is too old for the program. The daemon can do without.
+    pub fn enable_initial_windows(&mut self) -> Result<()> {
+        let program: &mut CgroupSockopt = program(&mut self.ebpf, WINDOW)?;
+        program.load().map_err(|error| refused(WINDOW, error))?;
+        let cgroup = OwnCgroup::enter()?;
+        let link = program
+            .attach(cgroup.open()?, CgroupAttachMode::Single)
+            .context("cannot attach to the cgroup")?;
+        self.windows = Some((program.take_link(link)?, cgroup));
+        Ok(())
+    }
+
     /// Attaches to the interfaces that are new and forgets those that are gone. `intercepts` says on which of them new
-    /// connections are taken.
+    /// connections are taken, `links` what is known of the link behind each.
     ///
     /// # Errors
     /// When an interface that intercepts cannot be attached to.
-    pub fn attach(&mut self, interfaces: &Interfaces, intercepts: impl Fn(&str) -> bool) -> Result<()> {
+    pub fn attach(
+        &mut self,
+        interfaces: &Interfaces,
+        intercepts: impl Fn(&str) -> bool,
+        links: &Links,
+    ) -> Result<()> {
+        for (index, name) in interfaces {
+            let link = links.bind(*index, name);
+            if link != NO_LINK {
+                self.links
+                    .insert(index, link, 0)
+                    .context("cannot register a link")?;
+            }
+        }
         self.attached.retain(|index, attachment| {
-            interfaces.get(index).is_some_and(|name| intercepts(name) == attachment.intercepts)
+            interfaces
+                .get(index)
+                .is_some_and(|name| intercepts(name) == attachment.intercepts)
         });
         for (index, name) in interfaces {
             let intercepts = intercepts(name);
@@ -160,7 +209,11 @@ impl Steering {
             match self.attach_one(name, if intercepts { STEER } else { REPLIES }) {
                 Ok(link) => {
                     debug!(interface = name, intercepts, "attached");
-                    let attachment = Attachment { name: name.clone(), intercepts, _link: link };
+                    let attachment = Attachment {
+                        name: name.clone(),
+                        intercepts,
+                        _link: link,
+                    };
                     self.attached.insert(*index, attachment);
                 }
                 Err(error) if intercepts => return Err(error),
@@ -172,7 +225,10 @@ impl Steering {
 
     /// The interfaces whose new connections are intercepted at present.
     pub fn intercepting(&self) -> impl Iterator<Item = &str> {
-        self.attached.values().filter(|attachment| attachment.intercepts).map(|attachment| attachment.name.as_str())
+        self.attached
+            .values()
+            .filter(|attachment| attachment.intercepts)
+            .map(|attachment| attachment.name.as_str())
     }
 
     fn attach_one(&mut self, interface: &str, name: &str) -> Result<SchedClassifierLink> {
@@ -210,12 +266,16 @@ impl Steering {
     /// # Errors
     /// When the kernel refuses.
     pub fn beat(&mut self) -> Result<()> {
-        self.heartbeat.set(0, monotonic_ns(), 0).context("cannot write the heartbeat")
+        self.heartbeat
+            .set(0, monotonic_ns(), 0)
+            .context("cannot write the heartbeat")
     }
 
     /// How often something was decided, on all processors together.
     pub fn count(&self, counter: Counter) -> u64 {
-        self.counters.get(&(counter as u32), 0).map_or(0, |values| values.iter().sum())
+        self.counters
+            .get(&(counter as u32), 0)
+            .map_or(0, |values| values.iter().sum())
     }
 }
 
@@ -229,25 +289,34 @@ fn purge(interface: &str) {
 }
 
 fn is_unknown(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(nix::libc::EINVAL | nix::libc::EOPNOTSUPP))
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EINVAL | nix::libc::EOPNOTSUPP)
+    )
 }
 
 fn program<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<T>
 where
     T: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
 {
-    let program = ebpf.program_mut(name).ok_or_else(|| anyhow!("the eBPF object has no program {name}"))?;
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| anyhow!("the eBPF object has no program {name}"))?;
     Ok(program.try_into()?)
 }
 
 fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
-    ebpf.take_map(name).ok_or_else(|| anyhow!("the eBPF object has no map {name}"))
+    ebpf.take_map(name)
+        .ok_or_else(|| anyhow!("the eBPF object has no map {name}"))
 }
 
 /// One line for the user; the verifier's many go to the log.
 fn refused(name: &str, error: ProgramError) -> anyhow::Error {
     match error {
-        ProgramError::LoadError { io_error, verifier_log } => {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => {
             debug!("{verifier_log}");
             anyhow!("the kernel refuses the eBPF program {name}: {io_error} (-v shows the verifier's log)")
         }
@@ -256,7 +325,10 @@ fn refused(name: &str, error: ProgramError) -> anyhow::Error {
 }
 
 fn fill_selection(ebpf: &mut Ebpf, selection: &Selection) -> Result<()> {
-    for (name, entries) in [("DESTINATIONS", &selection.destinations), ("SOURCES", &selection.sources)] {
+    for (name, entries) in [
+        ("DESTINATIONS", &selection.destinations),
+        ("SOURCES", &selection.sources),
+    ] {
         let mut trie: LpmTrie<_, MappedAddr, u32> = LpmTrie::try_from(take_map(ebpf, name)?)?;
         for (addr, len, index) in entries {
             trie.insert(&lpm_trie::Key::new(*len, *addr), index, 0)
@@ -265,7 +337,8 @@ fn fill_selection(ebpf: &mut Ebpf, selection: &Selection) -> Result<()> {
     }
     let mut sets: Array<_, PortSetPod> = Array::try_from(take_map(ebpf, "PORT_SETS")?)?;
     for (index, set) in selection.port_sets.iter().enumerate() {
-        sets.set(index as u32, PortSetPod(**set), 0).context("cannot fill the map PORT_SETS")?;
+        sets.set(index as u32, PortSetPod(**set), 0)
+            .context("cannot fill the map PORT_SETS")?;
     }
     Ok(())
 }
@@ -281,7 +354,8 @@ unsafe impl aya::Pod for PortSetPod {}
 fn forward_log(ebpf: &mut Ebpf) -> Result<()> {
     let logger = aya_log::EbpfLogger::init(ebpf).context("cannot read the log of the eBPF programs")?;
     // SAFETY: the logger keeps one descriptor, its own, for as long as it lives.
-    let mut logger = unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }.map_err(io::Error::from)?;
+    let mut logger =
+        unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }.map_err(io::Error::from)?;
     tokio::spawn(async move {
         while let Ok(mut ready) = logger.readable_mut().await {
             ready.get_inner_mut().flush();

@@ -66,14 +66,27 @@ pub struct FlowTable {
 impl FlowTable {
     /// An empty table over the kernel's map.
     pub fn new(kernel: Arc<FlowMap>) -> Self {
-        Self { kernel, open: Mutex::default() }
+        Self {
+            kernel,
+            open: Mutex::default(),
+        }
     }
 
     /// Enters an accepted connection, and takes what the kernel recorded of its SYN.
-    pub fn enter(self: &Arc<Self>, client: SocketAddr, server: SocketAddr, metrics: &Metrics) -> (Place, SynRecord) {
+    pub fn enter(
+        self: &Arc<Self>,
+        client: SocketAddr,
+        server: SocketAddr,
+        metrics: &Metrics,
+    ) -> (Place, SynRecord) {
         let key = FlowKey::between(client, server);
         let progress = Progress::new();
-        let flow = Arc::new(Flow { client, server, progress, state: AtomicU8::new(State::Pending as u8) });
+        let flow = Arc::new(Flow {
+            client,
+            server,
+            progress,
+            state: AtomicU8::new(State::Pending as u8),
+        });
         let mut open = self.lock();
         let record = self.kernel.record(&key).unwrap_or_else(|| {
             metrics.count(Event::RecordMissing);
@@ -82,7 +95,14 @@ impl FlowTable {
             SynRecord::EMPTY
         });
         open.insert(key, flow.clone());
-        (Place { table: self.clone(), key, flow }, record)
+        (
+            Place {
+                table: self.clone(),
+                key,
+                flow,
+            },
+            record,
+        )
     }
 
     /// How many flows are open or pending.
@@ -98,7 +118,11 @@ impl FlowTable {
     /// How many connections the kernel has admitted that are not accepted yet.
     pub fn pending(&self) -> usize {
         let open = self.lock();
-        self.kernel.keys().iter().filter(|key| !open.contains_key(key)).count()
+        self.kernel
+            .keys()
+            .iter()
+            .filter(|key| !open.contains_key(key))
+            .count()
     }
 
     /// Frees the places of connections whose handshake was not completed within `age`, and returns how many there were
@@ -140,7 +164,10 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut open = self.table.lock();
         // A newer flow between the same ports may have taken the place over.
-        if open.get(&self.key).is_some_and(|flow| Arc::ptr_eq(flow, &self.flow)) {
+        if open
+            .get(&self.key)
+            .is_some_and(|flow| Arc::ptr_eq(flow, &self.flow))
+        {
             open.remove(&self.key);
             self.table.kernel.remove(&self.key);
         }
@@ -159,7 +186,10 @@ impl fmt::Display for FlowTable {
         }
         let header = ("CLIENT", "SERVER", "STATE", "AGE", "IDLE", "UP", "DOWN");
         let (client, server, state, age, idle, up, down) = header;
-        writeln!(f, "{client:<42} {server:<42} {state:<8} {age:>10} {idle:>10} {up:>15} {down:>15}")?;
+        writeln!(
+            f,
+            "{client:<42} {server:<42} {state:<8} {age:>10} {idle:>10} {up:>15} {down:>15}"
+        )?;
         let now = Instant::now();
         for flow in flows {
             let (client, server) = (flow.client.to_string(), flow.server.to_string());
@@ -171,7 +201,10 @@ impl fmt::Display for FlowTable {
             let idle = format!("{} s", (now - flow.progress.last()).as_secs());
             let up = flow.progress.up.load(Ordering::Relaxed);
             let down = flow.progress.down.load(Ordering::Relaxed);
-            writeln!(f, "{client:<42} {server:<42} {state:<8} {age:>10} {idle:>10} {up:>15} {down:>15}")?;
+            writeln!(
+                f,
+                "{client:<42} {server:<42} {state:<8} {age:>10} {idle:>10} {up:>15} {down:>15}"
+            )?;
         }
         Ok(())
     }

@@ -19,11 +19,18 @@ impl Rate {
 
     /// Bytes that pass in a time.
     pub fn bytes_in(self, time: Duration) -> u64 {
-        (u128::from(self.0) * time.as_nanos() / 8_000_000_000).try_into().unwrap_or(u64::MAX)
+        (u128::from(self.0) * time.as_nanos() / 8_000_000_000)
+            .try_into()
+            .unwrap_or(u64::MAX)
     }
 }
 
-const RATES: [(&str, u64); 4] = [("kbit", 1_000), ("mbit", 1_000_000), ("gbit", 1_000_000_000), ("bit", 1)];
+const RATES: [(&str, u64); 4] = [
+    ("kbit", 1_000),
+    ("mbit", 1_000_000),
+    ("gbit", 1_000_000_000),
+    ("bit", 1),
+];
 
 const SIZES: [(&str, u64); 7] = [
     ("kib", 1 << 10),
@@ -44,8 +51,12 @@ pub fn rate(text: &str) -> Result<Rate, String> {
     let plain = plain.strip_suffix("/s").unwrap_or(&plain);
     match scaled(plain, &RATES) {
         Some(bps @ 1_000..=100_000_000_000) => Ok(Rate(bps)),
-        Some(_) => Err(format!("'{text}' is out of range: a rate is from 1kbit to 100gbit")),
-        None => Err(format!("'{text}' is not a rate: give a number with kbit, mbit or gbit, like 50mbit")),
+        Some(_) => Err(format!(
+            "'{text}' is out of range: a rate is from 1kbit to 100gbit"
+        )),
+        None => Err(format!(
+            "'{text}' is not a rate: give a number with kbit, mbit or gbit, like 50mbit"
+        )),
     }
 }
 
@@ -57,7 +68,9 @@ pub fn size(text: &str) -> Result<u64, String> {
     match scaled(&text.to_ascii_lowercase(), &SIZES) {
         Some(bytes @ 1..=0x1_0000_0000) => Ok(bytes),
         Some(_) => Err(format!("'{text}' is out of range: a size is from 1B to 4GiB")),
-        None => Err(format!("'{text}' is not a size: give a number with B, KiB, MiB, KB or MB, like 64KiB")),
+        None => Err(format!(
+            "'{text}' is not a size: give a number with B, KiB, MiB, KB or MB, like 64KiB"
+        )),
     }
 }
 
@@ -69,13 +82,16 @@ pub fn time(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(time) if time <= Duration::from_secs(u32::MAX.into()) => Ok(time),
         Ok(_) => Err(format!("'{text}' is out of range: a time is at most 136 years")),
-        Err(_) => Err(format!("'{text}' is not a time: give a number with us, ms, s, min or h, like 600ms")),
+        Err(_) => Err(format!(
+            "'{text}' is not a time: give a number with us, ms, s, min or h, like 600ms"
+        )),
     }
 }
 
 fn scaled(text: &str, units: &[(&str, u64)]) -> Option<u64> {
-    let (number, factor) =
-        units.iter().find_map(|(unit, factor)| Some((text.strip_suffix(unit)?.trim_end(), *factor)))?;
+    let (number, factor) = units
+        .iter()
+        .find_map(|(unit, factor)| Some((text.strip_suffix(unit)?.trim_end(), *factor)))?;
     let plain = !number.is_empty() && number.bytes().all(|b| b.is_ascii_digit() || b == b'.');
     let number = plain.then(|| number.parse::<f64>().ok())??;
     let value = (number * factor as f64).round();
@@ -152,6 +168,9 @@ mod tests {
         assert_eq!(Rate::from_bps(50_000_000).to_string(), "50 Mbit/s");
         assert_eq!(Rate::from_bps(2_500_000_000).to_string(), "2.5 Gbit/s");
         assert_eq!(show_size(3_750_000), "3.58 MiB");
-        assert_eq!(Rate::from_bps(50_000_000).bytes_in(Duration::from_millis(600)), 3_750_000);
+        assert_eq!(
+            Rate::from_bps(50_000_000).bytes_in(Duration::from_millis(600)),
+            3_750_000
+        );
     }
 }

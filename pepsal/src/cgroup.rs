@@ -1,0 +1,130 @@
+//! A control group of the daemon's own, so that the eBPF program that sets initial windows sees its sockets and no others.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    path::{Path, PathBuf},
+    process,
+};
+
+use anyhow::{Context, Result};
+use nix::{errno::Errno, libc};
+
+/// What the names of pepsal's groups begin with; the process follows.
+const PREFIX: &str = "pepsal.";
+
+/// The group that this process is in until this is dropped.
+#[derive(Debug)]
+pub struct OwnCgroup {
+    path: PathBuf,
+    before: PathBuf,
+    /// The paths lead through it where cgroup v2 is mounted nowhere.
+    _mount: Option<OwnedFd>,
+}
+
+impl OwnCgroup {
+    /// Moves this process into a group below the one that it is in. Sockets that were opened before stay outside.
+    ///
+    /// # Errors
+    /// Where there is no cgroup v2, or it may not be changed.
+    pub fn enter() -> Result<Self> {
+        let (mount, own_mount) = hierarchy()?;
+        let groups = fs::read_to_string("/proc/self/cgroup").context("no list of control groups")?;
+        let group = own_group(&groups).context("this process has no cgroup v2")?;
+        let before = mount.join(group.trim_start_matches('/'));
+        remove_leftovers(&before);
+        let path = before.join(format!("{PREFIX}{}", process::id()));
+        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        let entered = Self { path, before, _mount: own_mount };
+        enter(&entered.path).with_context(|| format!("cannot enter {}", entered.path.display()))?;
+        Ok(entered)
+    }
+
+    /// The group, for programs to be attached to.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(&self) -> io::Result<File> {
+        File::open(&self.path)
+    }
+}
+
+impl Drop for OwnCgroup {
+    fn drop(&mut self) {
+        let left = enter(&self.before).and_then(|()| fs::remove_dir(&self.path));
+        if let Err(error) = left {
+            tracing::debug!("{} may be left behind: {error}", self.path.display());
+        }
+    }
+}
+
+/// Where cgroup v2 is: mounted for all, or else, as under `ip netns exec`, which hides it, mounted for this process only.
+fn hierarchy() -> Result<(PathBuf, Option<OwnedFd>)> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("no list of mounts")?;
+    if let Some(mount) = mount_point(&mounts) {
+        return Ok((mount, None));
+    }
+    let mount = mount_detached().context("cgroup v2 is not mounted, and cannot be")?;
+    Ok((format!("/proc/self/fd/{}", mount.as_raw_fd()).into(), Some(mount)))
+}
+
+/// A mount of cgroup v2 that is nowhere in the tree and goes away with its descriptor (fsopen(2), fsmount(2)).
+fn mount_detached() -> io::Result<OwnedFd> {
+    // SAFETY: system calls on descriptors made here and a terminated string; each returned descriptor is owned once.
+    unsafe {
+        let context = libc::syscall(libc::SYS_fsopen, c"cgroup2".as_ptr(), libc::FSOPEN_CLOEXEC);
+        let context = OwnedFd::from_raw_fd(Errno::result(context)? as RawFd);
+        let null = std::ptr::null::<libc::c_char>();
+        let created =
+            libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), libc::FSCONFIG_CMD_CREATE, null, null, 0);
+        Errno::result(created)?;
+        let mount = libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), libc::FSMOUNT_CLOEXEC, 0);
+        Ok(OwnedFd::from_raw_fd(Errno::result(mount)? as RawFd))
+    }
+}
+
+fn enter(group: &Path) -> io::Result<()> {
+    fs::write(group.join("cgroup.procs"), process::id().to_string())
+}
+
+/// A killed daemon leaves its group behind, empty. One that is in use cannot be removed.
+fn remove_leftovers(parent: &Path) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let _ = fs::remove_dir(entry.path());
+        }
+    }
+}
+
+/// Fields of `/proc/self/mountinfo` as proc_pid_mountinfo(5) has them.
+fn mount_point(mounts: &str) -> Option<PathBuf> {
+    mounts.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        kind.starts_with("cgroup2 ")
+            .then(|| mount.split(' ').nth(4).map(PathBuf::from))?
+    })
+}
+
+/// The line of the unified hierarchy has the number zero and no controllers (cgroups(7)).
+fn own_group(groups: &str) -> Option<&str> {
+    groups.lines().find_map(|line| line.strip_prefix("0::"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_unified_hierarchy_is_found_beside_the_old_one() {
+        let mounts = "32 31 0:27 / /sys/fs/cgroup/cpu rw,relatime shared:9 - cgroup cgroup rw,cpu\n\
+                      33 31 0:28 / /sys/fs/cgroup/unified rw,relatime shared:10 - cgroup2 cgroup2 rw\n";
+        assert_eq!(mount_point(mounts), Some("/sys/fs/cgroup/unified".into()));
+        assert_eq!(mount_point("1 2 0:3 / / rw - ext4 /dev/vda rw\n"), None);
+        assert_eq!(
+            own_group("4:cpu:/\n0::/system.slice/pepsal.service\n"),
+            Some("/system.slice/pepsal.service")
+        );
+    }
+}
