@@ -2,9 +2,9 @@
 
 use std::env;
 use std::io::{BufRead, BufReader};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, ExitStatus, Stdio};
+use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -82,6 +82,22 @@ impl Daemon {
             exit.log
         );
         Ok(exit)
+    }
+
+    /// The command that runs it, for those who want it in other surroundings; see [`Daemon::start_command`].
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn command(namespace: &Namespace, arguments: &[&str]) -> Result<Command> {
+        Ok(command(&binary()?, namespace, arguments))
+    }
+
+    /// Runs a command made from [`Daemon::command`] and waits until its log says that it is ready.
+    ///
+    /// # Errors
+    /// See [`Daemon::start`].
+    pub fn start_command(command: Command) -> Result<Self> {
+        Self::spawn_command(command, Echo::On)?.ready()
     }
 
     /// Its process id.
@@ -168,15 +184,18 @@ impl Daemon {
     }
 
     fn spawn(binary: &Path, namespace: &Namespace, arguments: &[&str], echo: Echo) -> Result<Self> {
-        let mut child = namespace
-            .command(binary)
-            .args(arguments)
-            .env_remove("RUST_LOG")
+        Self::spawn_command(command(binary, namespace, arguments), echo)
+    }
+
+    fn spawn_command(mut command: Command, echo: Echo) -> Result<Self> {
+        let mut child = command
+            // Ctrl-C is for whoever started it.
+            .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .with_context(|| binary.display().to_string())?;
+            .with_context(|| command.get_program().display().to_string())?;
         let stderr = child.stderr.take().expect("stderr was asked to be piped");
         let log = Arc::<Mutex<String>>::default();
         let reader = thread::spawn({
@@ -232,6 +251,12 @@ fn collect(stderr: ChildStderr, log: &Mutex<String>, echo: Echo) {
         log.lock().unwrap_or_else(PoisonError::into_inner).push_str(&text);
         line.clear();
     }
+}
+
+fn command(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Command {
+    let mut command = namespace.command(binary);
+    command.args(arguments).env_remove("RUST_LOG");
+    command
 }
 
 /// The binary under test: `PEPSAL_BIN`, or the workspace's debug build.

@@ -10,6 +10,7 @@
 
 mod daemon;
 mod emulator;
+mod footprint;
 mod netns;
 mod socket;
 mod syn;
@@ -19,6 +20,7 @@ mod wait;
 
 pub use daemon::{Daemon, Exit};
 pub use emulator::{DirectionCounters, Emulator, LinkCounters, LinkProfile};
+pub use footprint::Footprint;
 pub use netns::Namespace;
 pub use socket::{Accepted, Connector, Listener, reset};
 pub use syn::SavedSyn;

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{SigSet, Signal};
 
 /// A network namespace that lives as long as something of ours is in it: this value, its threads, its processes.
 ///
@@ -84,9 +84,11 @@ impl Namespace {
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let handle = Arc::clone(&self.handle);
         let mut command = Command::new(program);
-        // SAFETY: between fork and exec the closure only makes two system calls; it neither allocates nor locks.
+        // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks.
         unsafe {
             command.pre_exec(move || {
+                // Signals that the caller keeps blocked for itself are none of the command's.
+                SigSet::empty().thread_set_mask().map_err(io::Error::from)?;
                 prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
                 enter(&handle)
             });

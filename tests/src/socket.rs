@@ -73,6 +73,8 @@ impl Connector {
             socket.set_tcp_congestion(congestion.as_bytes())?;
         }
         if let Some(source) = self.source {
+            // So that several connections may share a port, at once or one after the other.
+            socket.set_reuse_address(true)?;
             socket.bind(&source.into())?;
         }
         socket.connect_timeout(&server.into(), self.timeout)?;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! client eth0 ──── lan0 gateway sat0 ──── eth0 server                          sat0: veth, TUN, or an emulated link
-//! client eth0 ──── lan0 gateway sat0 ──── sat1 router wan0 ──── eth0 server    with `path_mtu`
+//! client eth0 ──── lan0 gateway sat0 ──── sat1 router wan0 ──── eth0 server    with `router`
 //! ```
 //!
 //! | Subnet | Hosts |
@@ -77,7 +77,7 @@ pub struct Topology {
     pub client: Namespace,
     /// Forwards between `lan0` (towards the client) and `sat0` (towards the server).
     pub gateway: Namespace,
-    /// Between gateway and server, where a path MTU is asked for.
+    /// Between `sat1` (towards the gateway) and `wan0` (towards the server), where one is asked for.
     pub router: Option<Namespace>,
     /// Where connections go to; its interface is `eth0`.
     pub server: Namespace,
@@ -96,6 +96,7 @@ impl Topology {
     pub fn builder() -> Builder {
         Builder {
             link: Link::Veth,
+            has_router: false,
             path_mtu: None,
             extra_clients: 0,
         }
@@ -111,6 +112,7 @@ impl Topology {
 #[derive(Clone, Copy, Debug)]
 pub struct Builder {
     link: Link,
+    has_router: bool,
     path_mtu: Option<u16>,
     extra_clients: u8,
 }
@@ -121,12 +123,20 @@ impl Builder {
         Self { link, ..self }
     }
 
-    /// Puts a router between gateway and server which answers packets above `mtu` bytes, either way, with ICMP errors. All
-    /// interfaces keep an MTU of 1500, so that no MSS gives the path away.
+    /// Puts a router between gateway and server: the far end of the satellite link.
+    pub fn router(self) -> Self {
+        Self {
+            has_router: true,
+            ..self
+        }
+    }
+
+    /// Puts a router between gateway and server which answers packets above `mtu` bytes, either way, with ICMP errors.
+    /// All interfaces keep an MTU of 1500, so that no MSS gives the path away.
     pub fn path_mtu(self, mtu: u16) -> Self {
         Self {
             path_mtu: Some(mtu),
-            ..self
+            ..self.router()
         }
     }
 
@@ -150,7 +160,7 @@ impl Builder {
         );
         let client = host("client")?;
         let gateway = forwarder("gateway")?;
-        let router = self.path_mtu.map(|_| forwarder("router")).transpose()?;
+        let router = self.has_router.then(|| forwarder("router")).transpose()?;
         let server = host("server")?;
 
         veth(&client, "eth0", &gateway, "lan0")?;
@@ -160,14 +170,14 @@ impl Builder {
         }
         default_route(&client, LAN, 1)?;
 
-        let emulator = if let (Some(router), Some(mtu)) = (&router, self.path_mtu) {
+        let emulator = if let Some(router) = &router {
             let emulator = join(&gateway, router, "sat1", self.link)?;
             TRANSIT.assign(&gateway, "sat0", 1)?;
             TRANSIT.assign(router, "sat1", 2)?;
             default_route(&gateway, TRANSIT, 2)?;
             veth(router, "wan0", &server, "eth0")?;
             OUTER.assign(router, "wan0", 1)?;
-            narrow(router, mtu)?;
+            route_lan_back(router, self.path_mtu)?;
             emulator
         } else {
             let emulator = join(&gateway, &server, "eth0", self.link)?;
@@ -264,13 +274,16 @@ fn default_route(namespace: &Namespace, subnet: Subnet, host: u8) -> Result<()> 
     ))
 }
 
-/// The router's routes carry the MTU, since a veth end with a smaller one swallows its peer's larger packets.
-fn narrow(router: &Namespace, mtu: u16) -> Result<()> {
+/// Routes to the client's subnet and, with a path MTU, both of the router's ways narrowed to it. Routes carry the MTU,
+/// since a veth end with a smaller one swallows its peer's larger packets. 256 is the metric of the kernel's own route to
+/// a subnet, which only a route with the same metric replaces.
+fn route_lan_back(router: &Namespace, path_mtu: Option<u16>) -> Result<()> {
+    let mtu = path_mtu.map(|mtu| format!("mtu lock {mtu}")).unwrap_or_default();
     router.ip(format!(
-        "route replace 10.2.0.0/24 dev wan0 mtu lock {mtu}
-         route add 10.1.0.0/24 via 10.3.0.1 mtu lock {mtu}
-         route replace fd02::/64 dev wan0 mtu lock {mtu}
-         route add fd01::/64 via fd03::1 mtu lock {mtu}"
+        "route add 10.1.0.0/24 via 10.3.0.1 {mtu}
+         route add fd01::/64 via fd03::1 {mtu}
+         route replace 10.2.0.0/24 dev wan0 {mtu}
+         route replace fd02::/64 dev wan0 metric 256 {mtu}"
     ))
 }
 

@@ -208,22 +208,27 @@ impl Server {
     pub fn received(&self) -> u64 {
         self.shared.received.load(Ordering::Relaxed)
     }
-}
 
-impl Drop for Server {
-    fn drop(&mut self) {
+    /// Ends all connections and accepts no more.
+    pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         self.shared
             .stop
             .write(1)
             .expect("the counter of an eventfd takes 1");
-        if let Some(thread) = self.thread.take() {
-            // A panic there has been printed; panicking here as well would abort.
-            let _ = thread.join();
-        }
         for stream in self.shared.open().drain(..).filter_map(|stream| stream.upgrade()) {
             // Fails on a connection that has just ended, which is as good.
             let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed; panicking here as well would abort.
+            let _ = thread.join();
         }
     }
 }
@@ -253,6 +258,10 @@ fn serve_on_own_thread(accepted: Accepted, shared: &Arc<Shared>) {
     let Accepted { stream, peer, syn } = accepted;
     let stream = Arc::new(stream);
     let mut open = shared.open();
+    // Looked at under the lock, so that no connection escapes `Server::stop`.
+    if shared.stopping.load(Ordering::Relaxed) {
+        return;
+    }
     open.retain(|stream| stream.strong_count() > 0);
     open.push(Arc::downgrade(&stream));
     drop(open);

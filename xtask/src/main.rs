@@ -1,4 +1,4 @@
-//! pepsal's own commands: `cargo xtask setup`, `build`, `build-and-load`, `test`.
+//! pepsal's own commands: `cargo xtask setup`, `build`, `build-and-load`, `demo`, `test`.
 
 use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 
@@ -7,6 +7,7 @@ use clap::Parser;
 
 mod build;
 mod debian;
+mod demo;
 mod linker;
 mod report;
 mod setup;
@@ -41,6 +42,8 @@ enum Xtask {
         #[arg(last = true)]
         args: Vec<OsString>,
     },
+    /// Move a file over an emulated satellite link, with and without pepsal, and show what changes.
+    Demo(demo::Options),
     /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
     Test(test::Options),
 }
@@ -58,6 +61,7 @@ impl Xtask {
             Self::Setup { needs } => println!("Everything is in place: {}.", setup::run(needs)?),
             Self::Build { release } => println!("Built {}.", build::daemon(release)?.display()),
             Self::BuildAndLoad { release, args } => return load(release, &args),
+            Self::Demo(options) => return demo::run(&options),
             Self::Test(options) => return Ok(test::run(&options)),
         }
         Ok(ExitCode::SUCCESS)
