@@ -383,3 +383,493 @@ impl TcpOptions {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+    use etherparse::{LaxSlicedPacket, NetSlice, SlicedPacket, TransportSlice};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    impl Packet for &[u8] {
+        fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+            self.get(offset as usize..)?.first_chunk().copied()
+        }
+
+        fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool {
+            let from = self
+                .get(offset as usize..)
+                .and_then(|bytes| bytes.get(..len as usize));
+            match (from, to.get_mut(..len as usize)) {
+                (Some(from), Some(to)) if len > 0 => {
+                    to.copy_from_slice(from);
+                    true
+                }
+                _ => false,
+            }
+        }
+    }
+
+    /// A SYN to be built, and what it is to be parsed to.
+    #[derive(Clone, Debug)]
+    struct Syn {
+        source: SocketAddr,
+        destination: SocketAddr,
+        traffic_class: u8,
+        ttl: u8,
+        flow_label: u32,
+        ip_options: Vec<u8>,
+        /// Protocol number, and all of the header but its next-header byte.
+        extensions: Vec<(u8, Vec<u8>)>,
+        tcp_options: Vec<u8>,
+        payload: Vec<u8>,
+    }
+
+    impl Syn {
+        fn family(&self) -> Family {
+            if self.source.is_ipv4() {
+                Family::V4
+            } else {
+                Family::V6
+            }
+        }
+
+        fn flow(&self) -> FlowKey {
+            FlowKey::between(self.source, self.destination)
+        }
+
+        fn segment(&self) -> Vec<u8> {
+            let mut tcp = [
+                self.source.port().to_be_bytes(),
+                self.destination.port().to_be_bytes(),
+            ]
+            .concat();
+            tcp.extend([1; 8]);
+            tcp.push((((20 + self.tcp_options.len()) / 4) << 4) as u8);
+            tcp.extend([SYN, 0xff, 0xff, 0, 0, 0, 0]);
+            tcp.extend(&self.tcp_options);
+            tcp.extend(&self.payload);
+            tcp
+        }
+
+        fn packet(&self) -> Vec<u8> {
+            self.ip(PROTO_TCP, &self.segment())
+        }
+
+        /// Without the payload.
+        fn headers_len(&self) -> usize {
+            self.packet().len() - self.payload.len()
+        }
+
+        fn ip(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
+            match (self.source.ip(), self.destination.ip()) {
+                (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                    let header_len = 20 + self.ip_options.len();
+                    let total_len = (header_len + payload.len()) as u16;
+                    let mut packet = vec![0x40 | (header_len / 4) as u8, self.traffic_class];
+                    packet.extend(total_len.to_be_bytes());
+                    packet.extend([0, 1, 0x40, 0, self.ttl, protocol, 0, 0]);
+                    packet.extend(source.octets());
+                    packet.extend(destination.octets());
+                    packet.extend(&self.ip_options);
+                    packet.extend(payload);
+                    packet
+                }
+                (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                    let mut protocols: Vec<u8> =
+                        self.extensions.iter().map(|(protocol, _)| *protocol).collect();
+                    protocols.push(protocol);
+                    let chain: Vec<u8> = self
+                        .extensions
+                        .iter()
+                        .zip(&protocols[1..])
+                        .flat_map(|((_, rest), next)| [&[*next], &rest[..]].concat())
+                        .collect();
+                    let word = 0x6000_0000 | u32::from(self.traffic_class) << 20 | self.flow_label;
+                    let mut packet = word.to_be_bytes().to_vec();
+                    packet.extend(((chain.len() + payload.len()) as u16).to_be_bytes());
+                    packet.extend([protocols[0], self.ttl]);
+                    packet.extend(source.octets());
+                    packet.extend(destination.octets());
+                    packet.extend(chain);
+                    packet.extend(payload);
+                    packet
+                }
+                _ => unreachable!("both ends are of one family"),
+            }
+        }
+
+        /// The last extension header of a kind as the record is to hold it: whole, or not at all.
+        fn extension(&self, protocol: u8) -> Vec<u8> {
+            let index = self.extensions.iter().rposition(|(found, _)| *found == protocol);
+            let Some(index) = index else { return Vec::new() };
+            let next = self
+                .extensions
+                .get(index + 1)
+                .map_or(PROTO_TCP, |(next, _)| *next);
+            let header = [&[next], &self.extensions[index].1[..]].concat();
+            if header.len() > EXTENSION_MAX {
+                Vec::new()
+            } else {
+                header
+            }
+        }
+    }
+
+    fn parse_bytes(packet: &[u8], family: Family) -> Result<Parsed, Counter> {
+        parse(&packet, family)
+    }
+
+    /// What a router sends back when it cannot forward the packet: the quoted bytes behind an ICMP header.
+    fn icmp_error(syn: &Syn, icmp_type: u8, quoted: &[u8]) -> Vec<u8> {
+        let message = [&[icmp_type, 0, 0, 0, 0, 0, 0, 0], quoted].concat();
+        let protocol = if syn.family() == Family::V4 {
+            PROTO_ICMP
+        } else {
+            PROTO_ICMPV6
+        };
+        Syn {
+            extensions: Vec::new(),
+            ..syn.clone()
+        }
+        .ip(protocol, &message)
+    }
+
+    /// Bytes in multiples of `unit`.
+    fn words(unit: usize, count: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u8>> {
+        count.prop_flat_map(move |count| prop::collection::vec(any::<u8>(), count * unit))
+    }
+
+    /// An extension header that a packet may have on its way: no segments left where it is a routing header.
+    fn extension() -> impl Strategy<Value = (u8, Vec<u8>)> {
+        let protocol = prop::sample::select(vec![EXT_HOP_BY_HOP, EXT_ROUTING, EXT_DESTINATION]);
+        // Now and then longer than a record holds.
+        let eights = prop_oneof![9 => 0..4_usize, 1 => 10..20_usize];
+        (protocol, eights).prop_flat_map(|(protocol, eights)| {
+            prop::collection::vec(any::<u8>(), eights * 8 + 7).prop_map(move |mut rest| {
+                rest[0] = eights as u8;
+                if protocol == EXT_ROUTING {
+                    rest[2] = 0;
+                }
+                (protocol, rest)
+            })
+        })
+    }
+
+    fn address(family: Family) -> BoxedStrategy<IpAddr> {
+        match family {
+            Family::V4 => any::<u32>().prop_map(|bits| Ipv4Addr::from(bits).into()).boxed(),
+            Family::V6 => any::<u128>().prop_map(|bits| Ipv6Addr::from(bits).into()).boxed(),
+        }
+    }
+
+    fn any_family() -> impl Strategy<Value = Family> {
+        prop::sample::select(vec![Family::V4, Family::V6])
+    }
+
+    fn syn_of(family: Family) -> impl Strategy<Value = Syn> {
+        let is_v4 = family == Family::V4;
+        let extensions =
+            prop::collection::vec(extension(), if is_v4 { 0..1 } else { 0..EXTENSIONS_WALKED + 1 });
+        (
+            (address(family), 1_u16..),
+            (address(family), 1_u16..),
+            (
+                any::<u8>(),
+                any::<u8>(),
+                if is_v4 { 0..1 } else { 0..1_u32 << 20 },
+            ),
+            words(4, if is_v4 { 0..11 } else { 0..1 }),
+            extensions,
+            words(4, 0..11),
+            prop::collection::vec(any::<u8>(), 0..50),
+        )
+            .prop_map(
+                |(
+                    source,
+                    destination,
+                    (traffic_class, ttl, flow_label),
+                    ip_options,
+                    extensions,
+                    tcp_options,
+                    payload,
+                )| Syn {
+                    source: source.into(),
+                    destination: destination.into(),
+                    traffic_class,
+                    ttl,
+                    flow_label,
+                    ip_options,
+                    extensions,
+                    tcp_options,
+                    payload,
+                },
+            )
+    }
+
+    fn any_syn() -> impl Strategy<Value = Syn> {
+        any_family().prop_flat_map(syn_of)
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_parsed_without_panic(
+            family in any_family(),
+            mut packet in prop::collection::vec(any::<u8>(), 0..200),
+            looks_real in any::<bool>(),
+        ) {
+            if let (true, Some(first)) = (looks_real, packet.first_mut()) {
+                *first = if family == Family::V4 { 0x45 } else { 0x60 };
+            }
+            if let Ok(Parsed::Tcp(segment)) = parse_bytes(&packet, family) {
+                let mut record = SynRecord::EMPTY;
+                let _ = record_syn(&packet.as_slice(), &segment, &mut record);
+                record.tcp_options();
+            }
+        }
+
+        #[test]
+        fn syn_is_parsed_and_recorded_as_it_was_built(syn in any_syn()) {
+            let packet = syn.packet();
+            let Ok(Parsed::Tcp(segment)) = parse_bytes(&packet, syn.family()) else {
+                return Err(TestCaseError::fail(format!("{:?}", parse_bytes(&packet, syn.family()))));
+            };
+            prop_assert!(segment.is_syn());
+            prop_assert_eq!(segment.flow(), syn.flow());
+            let mut record = SynRecord::EMPTY;
+            record.truncated = 7;
+            prop_assert_eq!(record_syn(&packet.as_slice(), &segment, &mut record), Ok(()));
+            prop_assert_eq!((record.traffic_class, record.ttl), (syn.traffic_class, syn.ttl));
+            prop_assert_eq!(record.flow_label(), syn.flow_label);
+            prop_assert_eq!(record.ip_options(), &syn.ip_options);
+            prop_assert_eq!(record.hop_by_hop(), syn.extension(EXT_HOP_BY_HOP));
+            prop_assert_eq!(record.destination(), syn.extension(EXT_DESTINATION));
+            prop_assert_eq!(&record.tcp_options[..usize::from(record.tcp_options_len)], &syn.tcp_options);
+            let too_long = [EXT_HOP_BY_HOP, EXT_DESTINATION].iter().any(|protocol| {
+                let last = syn.extensions.iter().rfind(|(found, _)| found == protocol);
+                last.is_some_and(|(_, rest)| rest.len() >= EXTENSION_MAX)
+            });
+            prop_assert_eq!(record.truncated, u8::from(too_long));
+        }
+
+        #[test]
+        fn syn_cut_short_is_malformed_or_the_same_flow(syn in any_syn()) {
+            let packet = syn.packet();
+            for len in 0..packet.len() {
+                let cut = &packet[..len];
+                match parse_bytes(cut, syn.family()) {
+                    Err(counter) => prop_assert_eq!(counter, Counter::Malformed, "{} bytes", len),
+                    Ok(Parsed::Tcp(segment)) => {
+                        prop_assert_eq!(segment.flow(), syn.flow());
+                        let recorded = record_syn(&cut, &segment, &mut { SynRecord::EMPTY });
+                        prop_assert_eq!(recorded.is_ok(), len >= syn.headers_len(), "{} bytes", len);
+                    }
+                    Ok(other) => prop_assert!(false, "{len} bytes: {other:?}"),
+                }
+            }
+        }
+
+        #[test]
+        fn etherparse_agrees_on_syns(syn in any_syn()) {
+            // It takes hop-by-hop options nowhere but first (RFC 8200, 4.1).
+            let hop_by_hop = |(kind, _): &(u8, Vec<u8>)| *kind == EXT_HOP_BY_HOP;
+            prop_assume!(!syn.extensions.iter().skip(1).any(hop_by_hop));
+            let packet = syn.packet();
+            let sliced = SlicedPacket::from_ip(&packet).map_err(|error| TestCaseError::fail(error.to_string()))?;
+            let Some((flow, flags)) = sliced_flow(sliced.net.as_ref(), sliced.transport.as_ref()) else {
+                return Err(TestCaseError::fail("etherparse sees no TCP"));
+            };
+            let Ok(Parsed::Tcp(segment)) = parse_bytes(&packet, syn.family()) else {
+                return Err(TestCaseError::fail("pepsal sees no TCP"));
+            };
+            prop_assert_eq!((segment.flow(), segment.is_syn()), (flow, flags));
+        }
+
+        #[test]
+        fn etherparse_agrees_on_packets_with_errors(
+            syn in any_syn(),
+            errors in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        ) {
+            let mut packet = syn.packet();
+            for (index, byte) in errors {
+                let index = index.index(packet.len().min(80));
+                packet[index] = byte;
+            }
+            let Ok(Parsed::Tcp(segment)) = parse_bytes(&packet, syn.family()) else { return Ok(()) };
+            let Ok(sliced) = LaxSlicedPacket::from_ip(&packet) else { return Ok(()) };
+            let net = sliced.net.as_ref().map(|net| match net {
+                etherparse::LaxNetSlice::Ipv4(ip) => {
+                    (IpAddr::from(ip.header().source_addr()), IpAddr::from(ip.header().destination_addr()))
+                }
+                etherparse::LaxNetSlice::Ipv6(ip) => {
+                    (ip.header().source_addr().into(), ip.header().destination_addr().into())
+                }
+                other => unreachable!("{other:?} is not IP"),
+            });
+            if let (Some((source, destination)), Some(TransportSlice::Tcp(tcp))) = (net, sliced.transport) {
+                let flow = FlowKey::between((source, tcp.source_port()).into(), (destination, tcp.destination_port()).into());
+                prop_assert_eq!(segment.flow(), flow);
+            }
+        }
+
+        #[test]
+        fn fragments_are_told_apart(syn in any_syn(), offset in 0_u16..8192, more in any::<bool>(), at in any::<prop::sample::Index>()) {
+            match syn.family() {
+                Family::V4 => {
+                    let mut packet = syn.packet();
+                    let field = 0x4000 | u16::from(more) << 13 | offset;
+                    packet[6..8].copy_from_slice(&field.to_be_bytes());
+                    let is_fragment = more || offset > 0;
+                    prop_assert_eq!(parse_bytes(&packet, Family::V4) == Err(Counter::Fragment), is_fragment);
+                }
+                Family::V6 => {
+                    let mut syn = syn;
+                    syn.extensions.truncate(EXTENSIONS_WALKED - 1);
+                    let field = (offset << 3 | u16::from(more)).to_be_bytes();
+                    let header = (EXT_FRAGMENT, vec![0, field[0], field[1], 0, 0, 0, 1]);
+                    syn.extensions.insert(at.index(syn.extensions.len() + 1), header);
+                    prop_assert_eq!(parse_bytes(&syn.packet(), Family::V6), Err(Counter::Fragment));
+                }
+            }
+        }
+
+        #[test]
+        fn packet_at_a_waypoint_of_its_source_route_is_left_alone(
+            mut syn in syn_of(Family::V6), left in 1_u8.., at in any::<prop::sample::Index>(),
+        ) {
+            syn.extensions.truncate(EXTENSIONS_WALKED - 1);
+            let header = (EXT_ROUTING, vec![0, 4, left, 0, 0, 0, 0]);
+            syn.extensions.insert(at.index(syn.extensions.len() + 1), header);
+            prop_assert_eq!(parse_bytes(&syn.packet(), Family::V6), Err(Counter::NotTcp));
+        }
+
+        #[test]
+        fn icmp_error_names_the_quoted_flow_turned_round(syn in any_syn(), icmp_type in any::<u8>(), more in 0..50_usize) {
+            let segment_at = syn.packet().len() - syn.segment().len();
+            let quoted = &syn.packet()[..(segment_at + 8 + more).min(syn.packet().len())];
+            let error = icmp_error(&syn, icmp_type, quoted);
+            let expected = FlowKey::between(syn.destination, syn.source);
+            let parsed = parse_bytes(&error, syn.family());
+            if !is_error(syn.family(), icmp_type) {
+                prop_assert_eq!(parsed, Err(Counter::NotTcp));
+                return Ok(());
+            }
+            let Ok(Parsed::IcmpError(segment)) = parsed else {
+                return Err(TestCaseError::fail(format!("{parsed:?}")));
+            };
+            prop_assert_eq!(segment.flow(), expected);
+            prop_assert!(!segment.is_syn(), "an error opens no flow");
+            let needed = error.len() - quoted.len() + segment_at + 8;
+            for len in 0..error.len() {
+                match parse_bytes(&error[..len], syn.family()) {
+                    Err(counter) => {
+                        prop_assert!(len < needed);
+                        prop_assert_eq!(counter, Counter::Malformed);
+                    }
+                    Ok(same) => prop_assert_eq!(same, Parsed::IcmpError(segment)),
+                }
+            }
+        }
+
+        #[test]
+        fn tcp_options_are_read_up_to_what_contradicts_itself(
+            mss in any::<Option<u16>>(),
+            window_scale in any::<Option<u8>>(),
+            (sack, timestamps, fast_open) in any::<(bool, bool, bool)>(),
+            noise in prop::collection::vec(any::<u8>(), 0..10),
+        ) {
+            let mut options = vec![1];
+            // One that nobody knows.
+            options.extend([254, 4, 0xf9, 0x89]);
+            if let Some(mss) = mss {
+                options.extend([2, 4]);
+                options.extend(mss.to_be_bytes());
+            }
+            if let Some(shift) = window_scale {
+                options.extend([1, 3, 3, shift]);
+            }
+            if sack {
+                options.extend([4, 2]);
+            }
+            if timestamps {
+                options.extend([8, 10, 0, 0, 0, 1, 0, 0, 0, 0]);
+            }
+            if fast_open {
+                options.extend([34, 2]);
+            }
+            let expected = TcpOptions { mss, window_scale, sack, timestamps, fast_open };
+            prop_assert_eq!(TcpOptions::parse(&options), expected);
+            for end in [&[0][..], &[99, 0], &[99, 1], &[99, 200], &[99]] {
+                let hidden = if end == [99] { Vec::new() } else { noise.clone() };
+                let options = [&options, end, &hidden].concat();
+                prop_assert_eq!(TcpOptions::parse(&options), expected, "{:?}", options);
+            }
+        }
+
+        #[test]
+        fn arbitrary_tcp_options_are_read_without_panic(options in prop::collection::vec(any::<u8>(), 0..60)) {
+            TcpOptions::parse(&options);
+        }
+    }
+
+    /// The flow that etherparse sees, and whether it is a plain SYN.
+    fn sliced_flow(
+        net: Option<&NetSlice<'_>>,
+        transport: Option<&TransportSlice<'_>>,
+    ) -> Option<(FlowKey, bool)> {
+        let (source, destination): (IpAddr, IpAddr) = match net? {
+            NetSlice::Ipv4(ip) => (
+                ip.header().source_addr().into(),
+                ip.header().destination_addr().into(),
+            ),
+            NetSlice::Ipv6(ip) => (
+                ip.header().source_addr().into(),
+                ip.header().destination_addr().into(),
+            ),
+            _ => return None,
+        };
+        let TransportSlice::Tcp(tcp) = transport? else {
+            return None;
+        };
+        let flow = FlowKey::between(
+            (source, tcp.source_port()).into(),
+            (destination, tcp.destination_port()).into(),
+        );
+        Some((flow, tcp.syn() && !tcp.ack() && !tcp.rst() && !tcp.fin()))
+    }
+
+    #[test]
+    fn lengths_within_the_headers_are_malformed() {
+        let syn = Syn {
+            source: "192.0.2.1:40000".parse().unwrap(),
+            destination: "198.51.100.1:80".parse().unwrap(),
+            traffic_class: 0,
+            ttl: 64,
+            flow_label: 0,
+            ip_options: Vec::new(),
+            extensions: Vec::new(),
+            tcp_options: Vec::new(),
+            payload: Vec::new(),
+        };
+        let packet = syn.packet();
+        // Total length, header length, data offset.
+        for (offset, byte) in [(3, 19), (3, 39), (0, 0x44), (0, 0x4f), (32, 0x40), (32, 0xf0)] {
+            let mut packet = packet.clone();
+            packet[offset] = byte;
+            assert_eq!(
+                parse_bytes(&packet, Family::V4),
+                Err(Counter::Malformed),
+                "byte {offset}: {byte:#x}"
+            );
+        }
+        assert_eq!(parse_bytes(&packet, Family::V6), Err(Counter::Malformed));
+        for (source, destination) in [(0, 80), (40_000, 0)] {
+            let mut syn = syn.clone();
+            syn.source.set_port(source);
+            syn.destination.set_port(destination);
+            assert_eq!(parse_bytes(&syn.packet(), Family::V4), Err(Counter::Malformed));
+        }
+    }
+}

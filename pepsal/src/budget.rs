@@ -19,7 +19,7 @@ use tokio::{
 };
 use tracing::trace;
 
-use crate::{link::LinkProfile, socket};
+use crate::{link::LinkProfile, socket, units::Rate};
 
 /// What a leg asks of its link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,13 +103,15 @@ impl Budget {
         }
     }
 
-    /// Takes a leg in: it starts with the share that it has if it sends at once.
+    /// Takes a leg in that has not sent anything yet: it starts with the share that it has if it sends at once, and with
+    /// the window for it, but not more than `window` bytes.
     pub fn join(
         self: &Arc<Self>,
         stream: Arc<TcpStream>,
         weight: u64,
         congestion: &str,
-    ) -> (Membership, u64) {
+        window: u64,
+    ) -> Membership {
         let leg = Arc::new(Sender {
             stream,
             written: AtomicU64::new(0),
@@ -123,6 +125,11 @@ impl Budget {
             .sum();
         let share = self.rate * weight / (others + weight);
         pace(&leg.stream, share);
+        set_initial_window(
+            &leg.stream,
+            Rate::from_bps(share * 8).bytes_in(self.rtt).min(window),
+            congestion,
+        );
         members.push(Member {
             leg: leg.clone(),
             weight,
@@ -133,13 +140,10 @@ impl Budget {
             unacknowledged: 0,
             rate: 0.0,
         });
-        (
-            Membership {
-                budget: self.clone(),
-                leg,
-            },
-            share,
-        )
+        Membership {
+            budget: self.clone(),
+            leg,
+        }
     }
 
     /// Divides the rate for as long as this is polled: while legs send, and whenever one begins to. It sleeps otherwise.
@@ -228,11 +232,32 @@ impl Member {
         pace(&self.leg.stream, share);
         let grown = share * REGROWTH.1 > self.share * REGROWTH.0;
         if grown && !self.leg.is_idle() && now - self.joined > rtt && self.congestion == "bbr" {
-            // Choosing it anew starts it anew, with the window that it has.
-            let _ = socket::set_congestion(&*self.leg.stream, "reno");
-            let _ = socket::set_congestion(&*self.leg.stream, "bbr");
+            restart_bbr(&self.leg.stream);
         }
         self.share = share;
+    }
+}
+
+fn set_initial_window(stream: &TcpStream, bytes: u64, congestion: &str) {
+    let mss = socket::mss(stream).map_or(1448, |mss| u64::from(mss.max(1)));
+    match u32::try_from(bytes / mss) {
+        // That much the kernel takes by itself.
+        Ok(0..=10) | Err(_) => {}
+        Ok(segments) => match socket::set_initial_window(stream, segments) {
+            Ok(()) if congestion == "bbr" => restart_bbr(stream),
+            Ok(()) => {}
+            Err(error) => trace!("initial window refused: {error}"),
+        },
+    }
+}
+
+/// Has BBR take the congestion window that there is for its first estimate of the rate, instead of ten segments or of the
+/// rate that the leg was held to. Choosing it anew starts it anew.
+fn restart_bbr(stream: &TcpStream) {
+    let restarted =
+        socket::set_congestion(stream, "reno").and_then(|()| socket::set_congestion(stream, "bbr"));
+    if let Err(error) = restarted {
+        trace!("cannot restart BBR: {error}");
     }
 }
 

@@ -36,7 +36,11 @@ impl OwnCgroup {
         remove_leftovers(&before);
         let path = before.join(format!("{PREFIX}{}", process::id()));
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        let entered = Self { path, before, _mount: own_mount };
+        let entered = Self {
+            path,
+            before,
+            _mount: own_mount,
+        };
         enter(&entered.path).with_context(|| format!("cannot enter {}", entered.path.display()))?;
         Ok(entered)
     }
@@ -76,8 +80,14 @@ fn mount_detached() -> io::Result<OwnedFd> {
         let context = libc::syscall(libc::SYS_fsopen, c"cgroup2".as_ptr(), libc::FSOPEN_CLOEXEC);
         let context = OwnedFd::from_raw_fd(Errno::result(context)? as RawFd);
         let null = std::ptr::null::<libc::c_char>();
-        let created =
-            libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), libc::FSCONFIG_CMD_CREATE, null, null, 0);
+        let created = libc::syscall(
+            libc::SYS_fsconfig,
+            context.as_raw_fd(),
+            libc::FSCONFIG_CMD_CREATE,
+            null,
+            null,
+            0,
+        );
         Errno::result(created)?;
         let mount = libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), libc::FSMOUNT_CLOEXEC, 0);
         Ok(OwnedFd::from_raw_fd(Errno::result(mount)? as RawFd))

@@ -28,7 +28,6 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::trace;
 
 use crate::{
     budget::Membership,
@@ -36,7 +35,6 @@ use crate::{
     flow::CloseReason,
     link::Link,
     socket,
-    units::Rate,
 };
 
 /// One end of a flow while it is relayed.
@@ -77,19 +75,8 @@ impl Leg {
     /// Lets a leg that has not sent anything yet start at its share of its link's rate.
     pub fn join(&mut self, link: &Link, traffic_class: u8, congestion: &str) {
         let profile = &link.profile;
-        let weight = profile.weights.of(traffic_class);
-        let (membership, share) = link.budget.join(self.stream.clone(), weight, congestion);
-        self.membership = Some(membership);
-        let window = Rate::from_bps(share.saturating_mul(8))
-            .bytes_in(profile.rtt)
-            .min(profile.initial_window.value);
-        let segments = socket::mss(&self.stream).map_or(0, |mss| window / u64::from(mss.max(1)));
-        // Below that is what the kernel does by itself.
-        if let Ok(segments @ 11..) = u32::try_from(segments) {
-            if let Err(error) = socket::set_initial_window(&self.stream, segments) {
-                trace!("initial window refused: {error}");
-            }
-        }
+        let (weight, window) = (profile.weights.of(traffic_class), profile.initial_window.value);
+        self.membership = Some(link.budget.join(self.stream.clone(), weight, congestion, window));
     }
 
     /// The leg's stream.

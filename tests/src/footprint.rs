@@ -1,8 +1,9 @@
 //! What a daemon adds to a namespace, as the tools of iproute2 show it.
 
 use std::fmt;
+use std::io::ErrorKind;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::netns::Namespace;
 
@@ -11,10 +12,11 @@ use crate::netns::Namespace;
 pub struct Footprint(Vec<String>);
 
 impl Footprint {
-    /// Takes it, on the interfaces `lan0` and `sat0` as far as they are there.
+    /// Takes it, on the interfaces `lan0` and `sat0` as far as they are there. Programs attached by tcx are shown by
+    /// bpftool only, and only where it is installed; all of them vanish with their process.
     ///
     /// # Errors
-    /// When a tool is missing.
+    /// When a tool of iproute2 is missing.
     pub fn of(namespace: &Namespace) -> Result<Self> {
         let mut lines = Vec::new();
         for command in [
@@ -26,12 +28,14 @@ impl Footprint {
             "tc filter show dev sat0 ingress",
             "tc qdisc show",
             "ss -Hltn",
+            "bpftool net show",
         ] {
             let mut words = command.split(' ');
             let program = words.next().expect("every command has a first word");
-            let output = namespace.command(program).args(words).output()?;
-            // An interface may be missing, a program may not.
-            ensure!(output.status.code() != Some(127), "{command}: not found");
+            let output = match namespace.command(program).args(words).output() {
+                Err(error) if error.kind() == ErrorKind::NotFound && program == "bpftool" => continue,
+                output => output.with_context(|| command.to_owned())?,
+            };
             let text = String::from_utf8_lossy(&output.stdout);
             let shown = text.lines().map(str::trim_end).filter(|line| !is_volatile(line));
             lines.extend(shown.map(|line| format!("{command}: {line}")));

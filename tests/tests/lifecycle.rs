@@ -1,0 +1,572 @@
+//! How the daemon starts, refuses to start, and stops.
+
+use std::fs;
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{self, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{self, Signal};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::Pid;
+use pepsal_tests::{
+    Accepted, Connector, Daemon, Family, Footprint, Listener, Namespace, Server, Topology, Transfer,
+    eventually,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Arguments that make a daemon work in both directions.
+const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
+
+/// Whether the client's connections are split: the server then sees another sender than the client's own stack, whose
+/// SYN has lost one hop on its way.
+fn is_split(topology: &Topology, server: SocketAddr) -> Result<bool> {
+    let outcome = Transfer::upload(1).run(&topology.client, server)?;
+    assert!(outcome.intact);
+    Ok(outcome.syn.ttl() == 64)
+}
+
+/// Runs the daemon with what it has to refuse, and returns its one line of error.
+fn refusal(namespace: &Namespace, arguments: &[&str]) -> Result<String> {
+    let before = Footprint::of(namespace)?;
+    let exit = Daemon::expect_failure(namespace, arguments)?;
+    assert!(exit.code().is_some_and(|code| code != 0), "{:?}", exit.status);
+    assert_eq!(
+        Footprint::of(namespace)?,
+        before,
+        "{arguments:?} leaves something behind"
+    );
+    one_line(&exit.log)
+}
+
+/// The one line of an error; clap's errors go on after an empty line with where to find help.
+fn one_line(log: &str) -> Result<String> {
+    let log = log.split("\n\n").next().unwrap_or_default().trim_end();
+    assert!(log.lines().all(|line| !line.contains("panicked")), "{log}");
+    assert_eq!(log.lines().count(), 1, "not one line: {log:?}");
+    Ok(log.to_owned())
+}
+
+/// A path of this test's own, removed in the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        Self(std::env::temp_dir().join(format!("pepsal-test-{}-{number}", process::id())))
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().expect("the name is made of ASCII")
+    }
+
+    fn text(&self) -> String {
+        fs::read_to_string(&self.0).unwrap_or_default()
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // It may never have been made.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
+    let topology = Topology::new()?;
+    let cases: &[(&[&str], &str)] = &[
+        (&["-i", "nosuch0"], "pepsal: interface nosuch0: there is none"),
+        (&["-i", "lan0", "-i", "nosuch0"], "there are lan0, sat0"),
+        (&["-i", "lo"], "pepsal: interface lo: there is none"),
+        (&["-i", ""], "pepsal: interface : there is none"),
+        (
+            &["-i", "lan0", "--only", "10.0.0.0/33"],
+            "'10.0.0.0/33' is not an IPv4 or IPv6 prefix",
+        ),
+        (
+            &["-i", "lan0", "--bypass", "fd00::/129"],
+            "'fd00::/129' is not an IPv4 or IPv6 prefix",
+        ),
+        (
+            &["-i", "lan0", "--bypass", "port=90-80"],
+            "'90-80' is not a port or a range of ports",
+        ),
+        (
+            &["-i", "lan0", "--bypass", "10.0.0.0/8:65536"],
+            "'65536' is not a port",
+        ),
+        (
+            &["-i", "lan0", "-c", "0"],
+            "invalid value '0' for '--conns <MAXCONN>'",
+        ),
+        (
+            &["-i", "lan0", "-p", "0"],
+            "invalid value '0' for '--port <PORT>'",
+        ),
+        (
+            &["-i", "lan0", "-p", "65536"],
+            "invalid value '65536' for '--port <PORT>'",
+        ),
+        (&["-i", "lan0", "--mark", "0"], "a mark of zero marks nothing"),
+        (
+            &["-i", "lan0", "--mark", "0x3/0x1"],
+            "value 0x3 has bits outside mask 0x1",
+        ),
+        (&["-i", "lan0", "--mark", "0x1ffffffff"], "is not a 32-bit number"),
+        (
+            &["-i", "lan0", "--table", "254"],
+            "table 254 is one of the system's own",
+        ),
+        (
+            &["-i", "lan0", "--table", "main"],
+            "'main' is not a 32-bit number",
+        ),
+        (&["-i", "lan0", "-g", "soon"], "'soon' is not a time"),
+        (
+            &["-i", "lan0", "-l", "/nosuch/table"],
+            "pepsal: cannot write the flow table to /nosuch/table: No such file",
+        ),
+        (
+            &["-i", "lan0", "-m", "20"],
+            "invalid value '20' for '--max-segment-size <MSS>'",
+        ),
+        (&["-i", "lan0", "-k", "-n"], "cannot be used with"),
+    ];
+    for (arguments, complaint) in cases {
+        let line = refusal(&topology.gateway, arguments)?;
+        assert!(line.contains(complaint), "{arguments:?}: {line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_interface_has_to_be_named() -> Result<()> {
+    let exit = Daemon::expect_failure(&Namespace::new("gateway")?, &[])?;
+    assert!(
+        exit.log.contains("required arguments were not provided"),
+        "{}",
+        exit.log
+    );
+    assert!(exit.log.contains("--interface <INTERFACE>"), "{}", exit.log);
+    Ok(())
+}
+
+#[test]
+fn unknown_congestion_control_lists_those_available() -> Result<()> {
+    let topology = Topology::new()?;
+    for option in ["-C", "--client-congestion", "--server-congestion"] {
+        let line = refusal(&topology.gateway, &["-i", "lan0", option, "nosuch"])?;
+        assert!(
+            line.starts_with("pepsal: congestion control 'nosuch' is unknown to this kernel"),
+            "{line}"
+        );
+        let available = line.split("available are ").nth(1).context("a list")?;
+        assert!(available.split(", ").any(|name| name == "reno"), "{line}");
+    }
+    Ok(())
+}
+
+#[test]
+fn port_in_use_is_said_with_its_address() -> Result<()> {
+    let topology = Topology::new()?;
+    // Each has a port of its own: what another test forks holds a closed listener until it executes its program.
+    for (taken, port, shown) in [
+        ("127.0.0.1:5000", "5000", "127.0.0.1"),
+        ("0.0.0.0:5001", "5001", "127.0.0.1"),
+        ("[::1]:5002", "5002", "::1"),
+    ] {
+        let _taker = Listener::bind(&topology.gateway, taken.parse()?)?;
+        let line = refusal(&topology.gateway, &["-i", "lan0", "-p", port])?;
+        let complaint = format!("pepsal: port {port} is in use on {shown}: ");
+        assert!(line.starts_with(&complaint), "{taken}: {line}");
+    }
+    Ok(())
+}
+
+/// A daemon's command with only some capabilities.
+fn with_capabilities(namespace: &Namespace, capabilities: &str) -> Result<Command> {
+    let daemon = Daemon::command(namespace, &BOTH)?;
+    let mut command = namespace.command("setpriv");
+    let inherited = format!("--inh-caps=-all{capabilities}");
+    let bounding = format!("--bounding-set=-all{capabilities}");
+    command
+        .args([inherited, bounding])
+        .arg(daemon.get_program())
+        .args(daemon.get_args());
+    Ok(command)
+}
+
+#[test]
+fn missing_capabilities_are_named() -> Result<()> {
+    let topology = Topology::new()?;
+    let before = Footprint::of(&topology.gateway)?;
+    for (has, lacks) in [
+        (
+            "",
+            "missing CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_PERFMON, CAP_BPF: ",
+        ),
+        (
+            ",+net_bind_service,+net_admin,+perfmon,+bpf",
+            "missing CAP_NET_RAW: ",
+        ),
+        (
+            ",+net_bind_service,+net_raw,+perfmon,+bpf",
+            "missing CAP_NET_ADMIN: ",
+        ),
+        (
+            ",+net_bind_service,+net_admin,+net_raw,+chown",
+            "missing CAP_PERFMON, CAP_BPF: ",
+        ),
+    ] {
+        let output = with_capabilities(&topology.gateway, has)?.output()?;
+        let line = one_line(&String::from_utf8(output.stderr)?)?;
+        assert_eq!(output.status.code(), Some(1), "{line}");
+        assert!(line.starts_with(&format!("pepsal: {lacks}")), "{line}");
+    }
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+#[test]
+fn five_capabilities_are_enough() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let before = Footprint::of(&topology.gateway)?;
+    let five = ",+net_bind_service,+net_admin,+net_raw,+perfmon,+bpf";
+    let daemon = Daemon::start_command(with_capabilities(&topology.gateway, five)?)?;
+    for family in Family::BOTH {
+        assert!(is_split(&topology, server.address(family))?, "{family:?}");
+    }
+    assert!(daemon.terminate()?.status.success());
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+#[test]
+fn second_instance_on_the_same_interface_or_table_is_refused_and_the_first_works_on() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let pid = first.pid();
+    for (arguments, complaint) in [
+        (
+            &[
+                "-i", "sat0", "-i", "lan0", "-p", "5001", "--table", "5001", "--mark", "0x2",
+            ][..],
+            format!("pepsal: interface lan0: another pepsal (process {pid}) intercepts it already: "),
+        ),
+        (
+            &["-i", "sat0", "-p", "5001", "--mark", "0x2"],
+            format!("pepsal: table 5000: another pepsal (process {pid}) uses it: "),
+        ),
+        (
+            &["-i", "sat0", "--table", "5001", "--mark", "0x2"],
+            "pepsal: port 5000 is in use on 127.0.0.1: ".into(),
+        ),
+    ] {
+        let line = refusal(&topology.gateway, arguments)?;
+        assert!(line.starts_with(&complaint), "{line}");
+        assert!(
+            is_split(&topology, server.address(Family::V4))?,
+            "after {arguments:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn two_instances_on_different_interfaces_coexist_and_stop_apart() -> Result<()> {
+    let topology = Topology::new()?;
+    let outside = Server::start(&topology.server)?;
+    let inside = Server::start(&topology.client)?;
+    let split_out = || is_split(&topology, outside.address(Family::V4));
+    let split_in = || -> Result<bool> {
+        let address = SocketAddr::new(Family::V4.client(), inside.port());
+        let outcome = Transfer::upload(100_000).run(&topology.server, address)?;
+        assert!(outcome.intact);
+        Ok(outcome.syn.ttl() == 64)
+    };
+    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let second = ["-i", "sat0", "-p", "5001", "--table", "5001", "--mark", "0x2"];
+    let second = Daemon::start(&topology.gateway, &second)?;
+    assert_eq!((split_out()?, split_in()?), (true, true));
+    first.terminate()?;
+    assert_eq!((split_out()?, split_in()?), (false, true));
+    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    assert_eq!((split_out()?, split_in()?), (true, true));
+    second.kill()?;
+    assert_eq!((split_out()?, split_in()?), (true, false));
+    drop(first);
+    Ok(())
+}
+
+#[test]
+fn help_and_version_are_printed_and_succeed() -> Result<()> {
+    let namespace = Namespace::new("gateway")?;
+    for (option, expected) in [
+        ("-V", format!("pepsal {}\n", env!("CARGO_PKG_VERSION"))),
+        ("--version", format!("pepsal {}\n", env!("CARGO_PKG_VERSION"))),
+        ("-h", "Usage: pepsal [OPTIONS]".into()),
+        ("--help", "Usage: pepsal [OPTIONS]".into()),
+    ] {
+        let output = Daemon::command(&namespace, &[option])?.output()?;
+        assert!(output.status.success(), "{option}");
+        let text = String::from_utf8(output.stdout)?;
+        assert!(text.contains(&expected), "{option}: {text}");
+        assert!(output.stderr.is_empty(), "{option}");
+    }
+    let output = Daemon::command(&namespace, &["-h"])?.output()?;
+    let help = String::from_utf8(output.stdout)?;
+    for option in "dvhVpclgtTfnqkCmMsi".chars() {
+        assert!(
+            help.contains(&format!("  -{option}, --")),
+            "-{option} is not in the help"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn sniffer_option_is_accepted_with_a_warning() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-s", "whatever0"])?;
+    let log = daemon.log();
+    let warning = log
+        .lines()
+        .find(|line| line.contains("-s is ignored"))
+        .context("a warning")?;
+    assert!(warning.contains("WARN"), "{warning}");
+    assert!(is_split(&topology, server.address(Family::V4))?);
+    Ok(())
+}
+
+#[test]
+fn verbosity_follows_v_unless_rust_log_says_otherwise() -> Result<()> {
+    let topology = Topology::new()?;
+    for (arguments, variable, has_debug) in [
+        (&["-i", "lan0"][..], None, false),
+        (&["-i", "lan0", "-v"], None, true),
+        (&["-i", "lan0", "-v"], Some(""), true),
+        (&["-i", "lan0", "-v"], Some("pepsal=info"), false),
+        (&["-i", "lan0"], Some("pepsal::steer=debug,pepsal=info"), true),
+    ] {
+        let mut command = Daemon::command(&topology.gateway, arguments)?;
+        command.envs(variable.map(|directives| ("RUST_LOG", directives)));
+        let exit = Daemon::start_command(command)?.terminate()?;
+        assert_eq!(
+            exit.log.contains("DEBUG"),
+            has_debug,
+            "{arguments:?} {variable:?}: {}",
+            exit.log
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn bad_rust_log_is_one_line() -> Result<()> {
+    let topology = Topology::new()?;
+    let output = Daemon::command(&topology.gateway, &BOTH)?
+        .env("RUST_LOG", "pepsal=loud")
+        .output()?;
+    let line = one_line(&String::from_utf8(output.stderr)?)?;
+    assert!(
+        line.starts_with("pepsal: RUST_LOG=pepsal=loud is not a log filter"),
+        "{line}"
+    );
+    assert_eq!(output.status.code(), Some(1));
+    Ok(())
+}
+
+#[test]
+fn syns_are_logged_from_the_kernel_when_asked_for() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--log-syns"])?;
+    for family in Family::BOTH {
+        let address = server.address(family);
+        let outcome = Transfer::upload(1).run(&topology.client, address)?;
+        // aya-log writes IPv6 addresses in their canonical form and IPv4 ones as mapped.
+        let shown = format!(":{} -> ", outcome.local.port());
+        daemon.wait_for_log(&shown)?;
+        let log = daemon.log();
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(&shown)).collect();
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(lines[0].contains(&family.client().to_string()), "{}", lines[0]);
+    }
+    Ok(())
+}
+
+/// Who holds the claim on `lan0` in a namespace.
+fn owner_of_lan0(namespace: &Namespace) -> Option<Pid> {
+    namespace.run(|| {
+        let address = std::os::unix::net::SocketAddr::from_abstract_name("pepsal/interface/lan0").ok()?;
+        let stream = UnixStream::connect_addr(&address).ok()?;
+        Some(Pid::from_raw(getsockopt(&stream, PeerCredentials).ok()?.pid()))
+    })
+}
+
+/// Ends a daemon in the background that the test has not ended itself.
+struct Background<'a>(&'a Namespace);
+
+impl Drop for Background<'_> {
+    fn drop(&mut self) {
+        if let Some(pid) = owner_of_lan0(self.0) {
+            // It may have gone just now.
+            let _ = signal::kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
+#[test]
+fn background_daemon_is_ready_when_the_command_returns_and_stops_on_sigterm() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let before = Footprint::of(&topology.gateway)?;
+    let log = Scratch::new();
+    let _background = Background(&topology.gateway);
+    let status = Daemon::command(&topology.gateway, &["-d", "-i", "lan0"])?
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log.0)?)
+        .status()?;
+    assert!(status.success(), "{}", log.text());
+    assert!(is_split(&topology, server.address(Family::V4))?, "ready");
+    let pid = owner_of_lan0(&topology.gateway).context("the daemon holds its interface")?;
+    assert_eq!(fs::read_link(format!("/proc/{pid}/cwd"))?, PathBuf::from("/"));
+    assert_eq!(nix::unistd::getsid(Some(pid))?, pid, "a session of its own");
+
+    signal::kill(pid, Signal::SIGTERM)?;
+    eventually(PATIENCE, || owner_of_lan0(&topology.gateway).is_none());
+    eventually(PATIENCE, || {
+        Footprint::of(&topology.gateway).is_ok_and(|now| now == before)
+    });
+    assert!(
+        !is_split(&topology, server.address(Family::V4))?,
+        "passes through again"
+    );
+    assert!(
+        log.text().contains("packets: "),
+        "the log goes on where it was sent: {}",
+        log.text()
+    );
+    Ok(())
+}
+
+#[test]
+fn background_daemon_that_cannot_start_says_why_before_the_command_returns() -> Result<()> {
+    let topology = Topology::new()?;
+    let output = Daemon::command(&topology.gateway, &["-d", "-i", "nosuch0"])?.output()?;
+    assert_eq!(output.status.code(), Some(1));
+    let line = one_line(&String::from_utf8(output.stderr)?)?;
+    assert!(line.starts_with("pepsal: interface nosuch0: "), "{line}");
+    Ok(())
+}
+
+/// A connection and its other end.
+fn connected(topology: &Topology, listener: &Listener, family: Family) -> Result<(TcpStream, Accepted)> {
+    let address = SocketAddr::new(family.server(), listener.port());
+    let client = Connector::default().connect(&topology.client, address)?;
+    Ok((client, listener.accept(PATIENCE)?))
+}
+
+#[test]
+fn flow_table_lists_the_flows_that_are_open() -> Result<()> {
+    let topology = Topology::new()?;
+    let listener = Listener::bind(&topology.server, (Ipv6Addr::UNSPECIFIED, 0).into())?;
+    let table = Scratch::new();
+    fs::write(&table.0, "what was there before\n")?;
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-v", "-l", table.path()])?;
+    let (mut client, mut server) = connected(&topology, &listener, Family::V6)?;
+    client.write_all(b"up")?;
+    server.stream.read_exact(&mut [0; 2])?;
+
+    let ends = [client.local_addr()?.to_string(), client.peer_addr()?.to_string()];
+    // The first asks it to wait for the flow, the second not to.
+    daemon.signal(Signal::SIGTERM)?;
+    daemon.wait_for_log("stopping: ")?;
+    assert!(daemon.terminate()?.status.success());
+    let text = table.text();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "what was there before", "{text}");
+    assert!(
+        lines[1].starts_with("=== ") && lines[1].ends_with(" 1 flows ==="),
+        "{text}"
+    );
+    let columns: Vec<&str> = lines[3].split_whitespace().collect();
+    assert_eq!(columns[..3], [&ends[0], &ends[1], "open"], "{text}");
+    assert_eq!(columns[7..], ["2", "0"], "bytes up and down: {text}");
+    Ok(())
+}
+
+#[test]
+fn second_signal_stops_at_once_and_resets_what_is_open() -> Result<()> {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let topology = Topology::new()?;
+        let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+        let before = Footprint::of(&topology.gateway)?;
+        let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--drain-timeout", "1h"])?;
+        let (mut client, mut server) = connected(&topology, &listener, Family::V4)?;
+        daemon.signal(signal)?;
+        daemon.wait_for_log("stopping: ")?;
+        client.write_all(b"still")?;
+        server.stream.read_exact(&mut [0; 5])?;
+
+        let start = Instant::now();
+        daemon.signal(signal)?;
+        assert!(daemon.wait()?.status.success());
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "the drain timeout is an hour"
+        );
+        for stream in [&mut client, &mut server.stream] {
+            assert_eq!(
+                stream.read(&mut [0]).expect_err("a reset").kind(),
+                ErrorKind::ConnectionReset
+            );
+        }
+        eventually(PATIENCE, || {
+            Footprint::of(&topology.gateway).is_ok_and(|now| now == before)
+        });
+    }
+    Ok(())
+}
+
+#[test]
+fn monitor_is_told_when_the_limit_is_near_and_when_it_is_not_any_more() -> Result<()> {
+    let topology = Topology::new()?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let script =
+        "trap 'echo crowded' USR1; trap 'echo relieved' USR2; echo watching; while :; do sleep 0.05; done";
+    let mut monitor = topology
+        .gateway
+        .command("sh")
+        .args(["-c", script])
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut told = BufReader::new(monitor.stdout.take().context("stdout was asked for")?).lines();
+    assert_eq!(told.next().context("a line")??, "watching");
+    let pid = monitor.id().to_string();
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-c", "4", "-M", &pid])?;
+    let mut flows = Vec::new();
+    for _ in 0..4 {
+        flows.push(connected(&topology, &listener, Family::V4)?);
+    }
+    assert_eq!(told.next().context("a line")??, "crowded");
+    flows.pop();
+    assert_eq!(told.next().context("a line")??, "relieved");
+    drop(daemon);
+    monitor.kill()?;
+    monitor.wait()?;
+    assert!(told.next().is_none(), "each is told once");
+    Ok(())
+}

@@ -1,0 +1,1145 @@
+//! Crafted packets through the programs as the kernel runs them: verdict, mark, counters and records.
+//!
+//! The programs pass every packet on, so what they decide shows in the mark, in the one counter that each packet moves
+//! and in the map of flows.
+
+use std::env;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie};
+use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions};
+use aya::{Ebpf, EbpfLoader};
+use nix::libc;
+use nix::net::if_::if_nametoindex;
+use nix::time::{ClockId, clock_gettime};
+use pepsal_ebpf::{
+    Counter, EXTENSION_MAX, FlowKey, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord, listener_v4,
+    listener_v6, map_addr,
+};
+use pepsal_tests::{Connector, Family, Listener, Topology, eventually};
+
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Intercepts and recognises.
+const STEER: &str = "pepsal_steer";
+/// Recognises only.
+const REPLIES: &str = "pepsal_replies";
+
+/// `TCX_NEXT` and `TC_ACT_UNSPEC`: whatever comes next sees the packet.
+const NEXT: u32 = u32::MAX;
+
+const MARK: u32 = 0x40;
+const MARK_MASK: u32 = 0xc0;
+/// What others have set, with both bits of ours wrong.
+const OTHERS: u32 = 0xdead_be80;
+const STEERED: u32 = OTHERS & !MARK_MASK | MARK;
+
+const LIMIT: u32 = 4;
+const HEARTBEAT_BOUND: Duration = Duration::from_secs(60);
+
+const SYN: u8 = 0x02;
+const ACK: u8 = 0x10;
+const CLIENT_PORT: u16 = 40_000;
+const SERVER_PORT: u16 = 80;
+
+/// The loaded programs on a gateway with routes, listeners and a daemon that is alive.
+struct Gateway {
+    topology: Topology,
+    ebpf: Ebpf,
+    lan0: u32,
+    _listeners: [TcpListener; 2],
+}
+
+impl Gateway {
+    fn new() -> Result<Self> {
+        let topology = Topology::new()?;
+        let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
+        let mut ebpf = EbpfLoader::new()
+            .override_global("MARK", &MARK, true)
+            .override_global("MARK_MASK", &MARK_MASK, true)
+            .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+            .map_max_entries("FLOWS", LIMIT)
+            .map_max_entries("DESTINATIONS", 8)
+            .map_max_entries("SOURCES", 8)
+            .map_max_entries("PORT_SETS", 2)
+            .load_file(object()?)?;
+        for name in [STEER, REPLIES] {
+            program(&mut ebpf, name)?.load()?;
+        }
+        let (lan0, listeners) = topology.gateway.run(|| -> Result<_> {
+            let listeners = [
+                TcpListener::bind("127.0.0.1:5000")?,
+                TcpListener::bind("[::1]:5000")?,
+            ];
+            Ok((if_nametoindex("lan0")?, listeners))
+        })?;
+        let mut slots: SockMap<_> = ebpf.map_mut("LISTENERS").context("LISTENERS")?.try_into()?;
+        for (slot, listener) in [listener_v4(NO_LINK), listener_v6(NO_LINK)]
+            .into_iter()
+            .zip(&listeners)
+        {
+            slots.set(slot, &listener.as_raw_fd(), 0)?;
+        }
+        let mut gateway = Self {
+            topology,
+            ebpf,
+            lan0,
+            _listeners: listeners,
+        };
+        gateway.beat(Duration::ZERO)?;
+        let mut sets: Array<_, PortSet> = gateway
+            .ebpf
+            .map_mut("PORT_SETS")
+            .context("PORT_SETS")?
+            .try_into()?;
+        sets.set(1, [0xff; PORT_SET_BYTES], 0)?;
+        for family in Family::BOTH {
+            gateway.select("DESTINATIONS", family, true)?;
+            gateway.select("SOURCES", family, true)?;
+        }
+        Ok(gateway)
+    }
+
+    /// Lets the daemon's last sign of life be so old.
+    fn beat(&mut self, age: Duration) -> Result<()> {
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+        let beat = now.saturating_sub(age).as_nanos() as u64;
+        let mut heartbeat: Array<_, u64> = self.ebpf.map_mut("HEARTBEAT").context("HEARTBEAT")?.try_into()?;
+        Ok(heartbeat.set(0, beat, 0)?)
+    }
+
+    /// Selects all or nothing of a family.
+    fn select(&mut self, trie: &str, family: Family, all: bool) -> Result<()> {
+        let (prefix, len) = match family {
+            Family::V4 => (map_addr(Ipv4Addr::UNSPECIFIED.into()), 96),
+            Family::V6 => ([0; 16], 0),
+        };
+        let mut trie: LpmTrie<_, MappedAddr, u32> = self.ebpf.map_mut(trie).context("a trie")?.try_into()?;
+        Ok(trie.insert(&lpm_trie::Key::new(len, prefix), u32::from(all), 0)?)
+    }
+
+    fn count(&self, counter: Counter) -> Result<u64> {
+        let counters: PerCpuArray<_, u64> = self.ebpf.map("COUNTERS").context("COUNTERS")?.try_into()?;
+        Ok(counters.get(&(counter as u32), 0)?.iter().sum())
+    }
+
+    fn flows(&self) -> Result<Vec<(FlowKey, SynRecord)>> {
+        let flows: HashMap<_, FlowKey, SynRecord> = self.ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
+        Ok(flows.iter().collect::<Result<_, _>>()?)
+    }
+
+    fn forget_flows(&mut self) -> Result<()> {
+        let keys: Vec<FlowKey> = self.flows()?.into_iter().map(|(key, _)| key).collect();
+        let mut flows: HashMap<_, FlowKey, SynRecord> =
+            self.ebpf.map_mut("FLOWS").context("FLOWS")?.try_into()?;
+        Ok(keys.iter().try_for_each(|key| flows.remove(key))?)
+    }
+
+    /// Runs a program on a frame that has arrived on `lan0`, and returns what it counted. Checks the verdict, that one
+    /// thing is counted, and that the mark is set or left as it was.
+    fn run(&mut self, name: &str, frame: &[u8]) -> Result<Counter> {
+        let counts = |gateway: &Self| {
+            Counter::ALL
+                .iter()
+                .map(|counter| gateway.count(*counter))
+                .collect::<Result<Vec<_>>>()
+        };
+        let before = counts(self)?;
+        let mut context = [0; SK_BUFF_LEN];
+        context[8..12].copy_from_slice(&OTHERS.to_ne_bytes());
+        context[40..44].copy_from_slice(&self.lan0.to_ne_bytes());
+        let mut context_out = [0; SK_BUFF_LEN];
+        let mut frame_out = vec![0; frame.len() + 64];
+        let program: &SchedClassifier = program(&mut self.ebpf, name)?;
+        let result = self.topology.gateway.run(|| {
+            program.test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut frame_out),
+                ctx_in: Some(&context),
+                ctx_out: Some(&mut context_out),
+                ..TestRunOptions::default()
+            })
+        })?;
+        ensure!(
+            result.return_value == NEXT,
+            "verdict {}",
+            result.return_value as i32
+        );
+        ensure!(
+            &frame_out[..result.data_size_out as usize] == frame,
+            "the packet is changed"
+        );
+        let counted: Vec<Counter> = Counter::ALL
+            .iter()
+            .zip(before.iter().zip(counts(self)?))
+            .filter(|(_, (before, after))| after > before)
+            .map(|(counter, _)| *counter)
+            .collect();
+        ensure!(counted.len() == 1, "counted as {counted:?}");
+        let mark = u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]]);
+        let expected = if is_steered(counted[0]) { STEERED } else { OTHERS };
+        ensure!(mark == expected, "{:?} with mark {mark:#x}", counted[0]);
+        Ok(counted[0])
+    }
+
+    /// What the intercepting program counts a packet as, from its IP header on.
+    fn steer(&mut self, packet: &[u8]) -> Result<Counter> {
+        self.run(STEER, &ethernet(packet))
+    }
+
+    /// Attaches the intercepting program to `lan0`, for frames that the client sends.
+    fn attach(&mut self) -> Result<()> {
+        let program = program(&mut self.ebpf, STEER)?;
+        self.topology
+            .gateway
+            .run(|| program.attach("lan0", TcAttachType::Ingress))?;
+        Ok(())
+    }
+
+    /// A connection of the gateway's own, as a segment that comes in for it names it.
+    fn leg(&self, family: Family) -> Result<(Tcp, [TcpStream; 2])> {
+        let listener = Listener::bind_any(&self.topology.client, family.client())?;
+        let to = SocketAddr::new(family.client(), listener.port());
+        let near = Connector::default().connect(&self.topology.gateway, to)?;
+        let tcp = Tcp {
+            source: to,
+            destination: near.local_addr()?,
+            flags: ACK,
+            ..Tcp::syn(family)
+        };
+        Ok((tcp, [near, listener.accept(PATIENCE)?.stream]))
+    }
+}
+
+fn is_steered(counter: Counter) -> bool {
+    use Counter::{IcmpError, Intercepted, Pending, Retransmitted, Steered};
+    matches!(
+        counter,
+        Intercepted | Retransmitted | Steered | Pending | IcmpError
+    )
+}
+
+/// `struct __sk_buff` of `uapi/linux/bpf.h`: mark at 8, ifindex at 40.
+const SK_BUFF_LEN: usize = 192;
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+    Ok(ebpf.program_mut(name).context("no such program")?.try_into()?)
+}
+
+/// The eBPF object: `PEPSAL_EBPF_OBJECT`, or the workspace's.
+fn object() -> Result<PathBuf> {
+    let built = "../target/ebpf/bpfel-unknown-none/release/pepsal-ebpf";
+    let path = env::var_os("PEPSAL_EBPF_OBJECT").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join(built),
+        PathBuf::from,
+    );
+    ensure!(
+        path.is_file(),
+        "no eBPF object at {}: run `cargo xtask build` first",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// Puts an Ethernet header before a packet, with the type that its version asks for.
+fn ethernet(packet: &[u8]) -> Vec<u8> {
+    let ethertype = if packet[0] >> 4 == 6 {
+        [0x86, 0xdd]
+    } else {
+        [0x08, 0x00]
+    };
+    [&[0; 12][..], &ethertype, packet].concat()
+}
+
+/// A TCP segment to be made.
+#[derive(Clone, Debug)]
+struct Tcp {
+    source: SocketAddr,
+    destination: SocketAddr,
+    flags: u8,
+    traffic_class: u8,
+    ttl: u8,
+    flow_label: u32,
+    ip_options: Vec<u8>,
+    /// IPv6 extension headers: protocol number, and all of the header but its next-header byte.
+    extensions: Vec<(u8, Vec<u8>)>,
+    tcp_options: Vec<u8>,
+}
+
+impl Tcp {
+    /// The client's plain SYN to the server.
+    fn syn(family: Family) -> Self {
+        Self {
+            source: (family.client(), CLIENT_PORT).into(),
+            destination: (family.server(), SERVER_PORT).into(),
+            flags: SYN,
+            traffic_class: 0,
+            ttl: 64,
+            flow_label: 0,
+            ip_options: Vec::new(),
+            extensions: Vec::new(),
+            tcp_options: Vec::new(),
+        }
+    }
+
+    fn with_flags(family: Family, flags: u8) -> Self {
+        Self {
+            flags,
+            ..Self::syn(family)
+        }
+    }
+
+    fn with_extensions(extensions: &[(u8, &[u8])]) -> Self {
+        let extensions = extensions
+            .iter()
+            .map(|(protocol, rest)| (*protocol, rest.to_vec()))
+            .collect();
+        Self {
+            extensions,
+            ..Self::syn(Family::V6)
+        }
+    }
+
+    fn key(&self) -> FlowKey {
+        FlowKey::between(self.source, self.destination)
+    }
+
+    /// From the IP header on, without checksums, which are not steering's to check.
+    fn packet(&self) -> Vec<u8> {
+        let mut tcp = [
+            self.source.port().to_be_bytes(),
+            self.destination.port().to_be_bytes(),
+        ]
+        .concat();
+        tcp.extend([0; 8]);
+        tcp.push((((20 + self.tcp_options.len()) / 4) << 4) as u8);
+        tcp.extend([self.flags, 0xff, 0xff, 0, 0, 0, 0]);
+        tcp.extend(&self.tcp_options);
+        self.ip(6, &tcp)
+    }
+
+    /// The same IP header before another payload.
+    fn ip(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
+        match (self.source.ip(), self.destination.ip()) {
+            (IpAddr::V4(source), IpAddr::V4(destination)) => {
+                let header_len = 20 + self.ip_options.len();
+                let total_len = (header_len + payload.len()) as u16;
+                let mut packet = vec![0x40 | (header_len / 4) as u8, self.traffic_class];
+                packet.extend(total_len.to_be_bytes());
+                packet.extend([0, 1, 0x40, 0, self.ttl, protocol, 0, 0]);
+                packet.extend(source.octets());
+                packet.extend(destination.octets());
+                packet.extend(&self.ip_options);
+                packet.extend(payload);
+                packet
+            }
+            (IpAddr::V6(source), IpAddr::V6(destination)) => {
+                let following = self
+                    .extensions
+                    .iter()
+                    .map(|(protocol, _)| *protocol)
+                    .chain([protocol]);
+                let mut chain = Vec::new();
+                for (next, (_, rest)) in following.clone().skip(1).zip(&self.extensions) {
+                    chain.push(next);
+                    chain.extend(rest);
+                }
+                let first = following.clone().next().expect("at least the payload's");
+                let word = 0x6000_0000 | u32::from(self.traffic_class) << 20 | self.flow_label;
+                let mut packet = word.to_be_bytes().to_vec();
+                packet.extend(((chain.len() + payload.len()) as u16).to_be_bytes());
+                packet.extend([first, self.ttl]);
+                packet.extend(source.octets());
+                packet.extend(destination.octets());
+                packet.extend(chain);
+                packet.extend(payload);
+                packet
+            }
+            _ => panic!("both ends are of one family"),
+        }
+    }
+
+    /// What this segment's sender is told when it could not be forwarded: the first bytes of it behind an ICMP header.
+    fn icmp_error(&self, icmp_type: u8, quoted_bytes: usize) -> Vec<u8> {
+        let packet = self.packet();
+        let mut message = vec![icmp_type, 4, 0, 0, 0, 0, 0x05, 0x78];
+        message.extend(&packet[..quoted_bytes.min(packet.len())]);
+        let router = Self {
+            source: self.destination,
+            destination: self.source,
+            extensions: Vec::new(),
+            ..self.clone()
+        };
+        router.ip(icmp_protocol(self.source.ip()), &message)
+    }
+
+    fn swapped(&self) -> Self {
+        Self {
+            source: self.destination,
+            destination: self.source,
+            ..self.clone()
+        }
+    }
+}
+
+/// Without options and extension headers.
+fn ip_header_len(tcp: &Tcp) -> usize {
+    if tcp.source.is_ipv4() { 20 } else { 40 }
+}
+
+fn icmp_protocol(address: IpAddr) -> u8 {
+    if address.is_ipv4() { 1 } else { 58 }
+}
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const ESP: u8 = 50;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION: u8 = 60;
+const MOBILITY: u8 = 135;
+
+/// Router alert, and padding of the header's rest.
+const ROUTER_ALERT: &[u8] = &[0, 5, 2, 0, 0, 1, 0];
+const PADDING: &[u8] = &[0, 1, 4, 0, 0, 0, 0];
+/// Type 4 without segments left.
+const ROUTED: &[u8] = &[0, 4, 0, 0, 0, 0, 0];
+const MSS_AND_MORE: [u8; 20] = [2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
+
+#[test]
+fn syn_is_recorded_as_it_came() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    let v4 = Tcp {
+        traffic_class: 0xb9,
+        ttl: 61,
+        ip_options: vec![148, 4, 0, 0, 7, 7, 4, 0, 0, 0, 0, 0],
+        tcp_options: MSS_AND_MORE.into(),
+        ..Tcp::syn(Family::V4)
+    };
+    let v6 = Tcp {
+        traffic_class: 0x48,
+        ttl: 60,
+        flow_label: 0xabcde,
+        extensions: vec![(HOP_BY_HOP, ROUTER_ALERT.into()), (DESTINATION, PADDING.into())],
+        tcp_options: MSS_AND_MORE.into(),
+        ..Tcp::syn(Family::V6)
+    };
+    for tcp in [v4, v6] {
+        assert_eq!(gateway.steer(&tcp.packet())?, Counter::Intercepted);
+        let [(key, record)] = gateway.flows()?.try_into().ok().context("one flow")?;
+        assert_eq!(key, tcp.key());
+        assert_eq!((key.client(), key.server()), (tcp.source, tcp.destination));
+        assert_eq!((record.traffic_class, record.ttl), (tcp.traffic_class, tcp.ttl));
+        assert_eq!(record.flow_label(), tcp.flow_label);
+        assert_eq!(record.ip_options(), tcp.ip_options);
+        let header = |protocol| {
+            let (_, rest) = tcp.extensions.iter().find(|(found, _)| *found == protocol)?;
+            Some([&[if protocol == HOP_BY_HOP { DESTINATION } else { 6 }], &rest[..]].concat())
+        };
+        assert_eq!(record.hop_by_hop(), header(HOP_BY_HOP).unwrap_or_default());
+        assert_eq!(record.destination(), header(DESTINATION).unwrap_or_default());
+        let options = record.tcp_options();
+        assert_eq!((options.mss, options.window_scale), (Some(1460), Some(7)));
+        assert!(options.sack && options.timestamps && !options.fast_open);
+        assert_eq!(record.ingress_ifindex, gateway.lan0);
+        assert_eq!(
+            record.egress_ifindex,
+            gateway.topology.gateway.run(|| if_nametoindex("sat0"))?
+        );
+        assert_eq!(record.truncated, 0);
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?).as_nanos() as u64;
+        assert!(record.time_ns <= now && now - record.time_ns < 10_000_000_000);
+        gateway.forget_flows()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn syn_is_found_behind_extension_headers_that_a_router_may_pass() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    let long = [&[EXTENSION_MAX as u8 / 8][..], &[0; EXTENSION_MAX + 6]].concat();
+    type Extensions<'a> = &'a [(u8, &'a [u8])];
+    let cases: &[(Extensions<'_>, Counter, u8)] = &[
+        (&[(HOP_BY_HOP, ROUTER_ALERT)], Counter::Intercepted, 0),
+        (
+            &[(DESTINATION, PADDING), (ROUTING, ROUTED), (DESTINATION, PADDING)],
+            Counter::Intercepted,
+            0,
+        ),
+        (&[(DESTINATION, PADDING); 8], Counter::Intercepted, 0),
+        (&[(DESTINATION, &long)], Counter::Intercepted, 1),
+        (&[(HOP_BY_HOP, &long)], Counter::Intercepted, 1),
+        (&[(DESTINATION, PADDING); 9], Counter::NotTcp, 0),
+        (&[(ROUTING, &[0, 4, 1, 0, 0, 0, 0])], Counter::NotTcp, 0),
+        (
+            &[(HOP_BY_HOP, ROUTER_ALERT), (ROUTING, &[0, 4, 255, 0, 0, 0, 0])],
+            Counter::NotTcp,
+            0,
+        ),
+        (&[(AUTHENTICATION, &[4; 23])], Counter::NotTcp, 0),
+        (&[(ESP, &[0; 7])], Counter::NotTcp, 0),
+        (&[(MOBILITY, PADDING)], Counter::NotTcp, 0),
+        (&[(253, PADDING)], Counter::NotTcp, 0),
+        (&[(59, PADDING)], Counter::NotTcp, 0),
+        (&[(FRAGMENT, &[0, 0, 1, 0, 0, 0, 1])], Counter::Fragment, 0),
+        (&[(FRAGMENT, &[0, 0, 8, 0, 0, 0, 1])], Counter::Fragment, 0),
+        // An atomic fragment (RFC 6946).
+        (&[(FRAGMENT, &[0, 0, 0, 0, 0, 0, 1])], Counter::Fragment, 0),
+        (
+            &[(HOP_BY_HOP, ROUTER_ALERT), (FRAGMENT, &[0, 0, 1, 0, 0, 0, 1])],
+            Counter::Fragment,
+            0,
+        ),
+        (&[(DESTINATION, &[255, 0, 0, 0, 0, 0, 0])], Counter::Malformed, 0),
+    ];
+    for (extensions, expected, truncated) in cases {
+        let counted = gateway.steer(&Tcp::with_extensions(extensions).packet())?;
+        assert_eq!(counted, *expected, "{extensions:?}");
+        let records: Vec<u8> = gateway
+            .flows()?
+            .iter()
+            .map(|(_, record)| record.truncated)
+            .collect();
+        let expected: &[u8] = if counted == Counter::Intercepted {
+            &[*truncated]
+        } else {
+            &[]
+        };
+        assert_eq!(records, expected, "{extensions:?}");
+        gateway.forget_flows()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn packets_cut_short_pass_at_every_length() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    let v4 = Tcp {
+        ip_options: vec![1; 8],
+        tcp_options: MSS_AND_MORE.into(),
+        ..Tcp::syn(Family::V4)
+    };
+    let v6 = Tcp {
+        tcp_options: MSS_AND_MORE.into(),
+        ..Tcp::with_extensions(&[
+            (HOP_BY_HOP, ROUTER_ALERT),
+            (ROUTING, ROUTED),
+            (DESTINATION, PADDING),
+        ])
+    };
+    for tcp in [v4, v6] {
+        let packet = tcp.packet();
+        // A test run refuses to do without an IP header.
+        for len in ip_header_len(&tcp)..packet.len() {
+            assert_eq!(
+                gateway.steer(&packet[..len])?,
+                Counter::Malformed,
+                "{len} of {} bytes",
+                packet.len()
+            );
+            assert!(gateway.flows()?.is_empty());
+        }
+        assert_eq!(gateway.steer(&packet)?, Counter::Intercepted);
+        gateway.forget_flows()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn frames_that_end_within_the_ip_header_pass() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    gateway.attach()?;
+    let mut sent = 0;
+    for family in Family::BOTH {
+        let syn = Tcp::syn(family);
+        for len in 0..ip_header_len(&syn) {
+            let frame = [&[0xff; 6], &ethernet(&syn.packet())[6..14 + len]].concat();
+            gateway.topology.client.run(|| send_frame("eth0", &frame))?;
+            sent += 1;
+        }
+    }
+    eventually(PATIENCE, || {
+        gateway.count(Counter::Malformed).is_ok_and(|count| count == sent)
+    });
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn icmp_errors_cut_short_pass_at_every_length() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        let (incoming, _ends) = gateway.leg(family)?;
+        let header_len = ip_header_len(&incoming);
+        let error = incoming
+            .swapped()
+            .icmp_error(if family == Family::V4 { 3 } else { 2 }, header_len + 8);
+        for len in header_len..error.len() {
+            assert_eq!(
+                gateway.steer(&error[..len])?,
+                Counter::Malformed,
+                "{len} of {} bytes",
+                error.len()
+            );
+        }
+        assert_eq!(gateway.steer(&error)?, Counter::IcmpError);
+    }
+    Ok(())
+}
+
+#[test]
+fn headers_that_contradict_themselves_pass() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    let (v4, v6) = (Tcp::syn(Family::V4).packet(), Tcp::syn(Family::V6).packet());
+    // What is wrong, the packet, and what is written where.
+    let cases: &[(&str, &[u8], usize, &[u8])] = &[
+        ("version 5", &v4, 0, &[0x55]),
+        ("header of 16 bytes", &v4, 0, &[0x44]),
+        ("header of no bytes", &v4, 0, &[0x40]),
+        ("header longer than the packet", &v4, 0, &[0x4f]),
+        ("total length within the header", &v4, 2, &[0, 19]),
+        ("total length of no bytes", &v4, 2, &[0, 0]),
+        ("total length within the TCP header", &v4, 2, &[0, 39]),
+        ("TCP header of 16 bytes", &v4, 32, &[0x40]),
+        ("TCP header of no bytes", &v4, 32, &[0x00]),
+        ("TCP header longer than the packet", &v4, 32, &[0xf0]),
+        ("source port 0", &v4, 20, &[0, 0]),
+        ("destination port 0", &v4, 22, &[0, 0]),
+        ("payload within the TCP header", &v6, 4, &[0, 19]),
+        ("payload of no bytes", &v6, 4, &[0, 0]),
+        ("TCP header of 16 bytes", &v6, 52, &[0x40]),
+        ("TCP header longer than the packet", &v6, 52, &[0xf0]),
+        ("source port 0", &v6, 40, &[0, 0]),
+        ("destination port 0", &v6, 42, &[0, 0]),
+    ];
+    for (wrong, packet, offset, bytes) in cases {
+        let mut packet = packet.to_vec();
+        packet[*offset..offset + bytes.len()].copy_from_slice(bytes);
+        assert_eq!(gateway.steer(&packet)?, Counter::Malformed, "{wrong}");
+    }
+    for (ethertype, packet) in [([0x08, 0x00], &v6), ([0x86, 0xdd], &v4)] {
+        let frame = [&[0; 12][..], &ethertype, packet].concat();
+        assert_eq!(gateway.run(STEER, &frame)?, Counter::Malformed, "{ethertype:x?}");
+    }
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn ipv4_fragments_pass() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for (flags_and_offset, expected) in [
+        ([0x20, 0x00], Counter::Fragment),
+        ([0x20, 0x01], Counter::Fragment),
+        ([0x00, 0x01], Counter::Fragment),
+        ([0x1f, 0x00], Counter::Fragment),
+        ([0x00, 0x00], Counter::Intercepted),
+    ] {
+        let mut packet = Tcp::syn(Family::V4).packet();
+        packet[6..8].copy_from_slice(&flags_and_offset);
+        assert_eq!(gateway.steer(&packet)?, expected, "{flags_and_offset:x?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_not_tcp_passes() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for (ethertype, expected) in [
+        ([0x08, 0x06], Counter::NotIp),
+        // Tagged twice: the outer tag has been taken off, or had a type that nobody knows.
+        ([0x81, 0x00], Counter::NotIp),
+        ([0x88, 0xa8], Counter::NotIp),
+        ([0x88, 0x47], Counter::NotIp),
+        ([0x88, 0x64], Counter::NotIp),
+    ] {
+        let frame = [&[0; 12][..], &ethertype, &Tcp::syn(Family::V4).packet()].concat();
+        assert_eq!(gateway.run(STEER, &frame)?, expected, "{ethertype:x?}");
+    }
+    for family in Family::BOTH {
+        let syn = Tcp::syn(family);
+        let tcp = &syn.packet()[ip_header_len(&syn)..];
+        for protocol in [2, 4, 17, 33, 41, 47, 50, 51, 89, 132, 255] {
+            assert_eq!(
+                gateway.steer(&syn.ip(protocol, tcp))?,
+                Counter::NotTcp,
+                "{family:?} protocol {protocol}"
+            );
+        }
+        // Each family's ICMP means nothing in the other.
+        let (own, other) = if family == Family::V4 { (1, 58) } else { (58, 1) };
+        assert_eq!(gateway.steer(&syn.ip(other, &[3; 64]))?, Counter::NotTcp);
+        let echo = if family == Family::V4 { 8 } else { 128 };
+        assert_eq!(gateway.steer(&syn.ip(own, &[echo; 64]))?, Counter::NotTcp);
+    }
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn icmp_errors_about_legs_are_steered_and_all_other_messages_pass() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        let (incoming, _ends) = gateway.leg(family)?;
+        let leg = incoming.swapped();
+        let stranger = Tcp::syn(family);
+        let header_len = ip_header_len(&leg);
+        for icmp_type in 0..=255 {
+            let is_error = match family {
+                Family::V4 => [3, 11, 12].contains(&icmp_type),
+                Family::V6 => (1..=4).contains(&icmp_type),
+            };
+            for name in [STEER, REPLIES] {
+                let about_leg = gateway.run(name, &ethernet(&leg.icmp_error(icmp_type, header_len + 8)))?;
+                let about_stranger =
+                    gateway.run(name, &ethernet(&stranger.icmp_error(icmp_type, header_len + 8)))?;
+                let expected = match is_error {
+                    true => (Counter::IcmpError, Counter::Foreign),
+                    false => (Counter::NotTcp, Counter::NotTcp),
+                };
+                assert_eq!(
+                    (about_leg, about_stranger),
+                    expected,
+                    "{family:?} type {icmp_type}"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn icmp_errors_are_understood_by_what_they_quote() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    let (v4, _ends_v4) = gateway.leg(Family::V4)?;
+    let (v6, _ends_v6) = gateway.leg(Family::V6)?;
+    let (v4, v6) = (v4.swapped(), v6.swapped());
+    let with_options = Tcp {
+        ip_options: vec![1; 40],
+        ..v4.clone()
+    };
+    assert_eq!(
+        gateway.steer(&with_options.icmp_error(3, usize::MAX))?,
+        Counter::IcmpError
+    );
+    let extended = Tcp {
+        extensions: vec![(HOP_BY_HOP, ROUTER_ALERT.into()), (DESTINATION, PADDING.into())],
+        ..v6.clone()
+    };
+    assert_eq!(
+        gateway.steer(&extended.icmp_error(2, usize::MAX))?,
+        Counter::IcmpError
+    );
+    let later_fragment = Tcp {
+        extensions: vec![(FRAGMENT, vec![0, 0, 8, 0, 0, 0, 1])],
+        ..v6.clone()
+    };
+    assert_eq!(
+        gateway.steer(&later_fragment.icmp_error(2, usize::MAX))?,
+        Counter::Fragment
+    );
+    // Quoting the wrong way round: sent by the peer, not by us.
+    assert_eq!(
+        gateway.steer(&v4.swapped().icmp_error(3, usize::MAX))?,
+        Counter::Foreign
+    );
+
+    let udp_quoted = [&[3, 4, 0, 0, 0, 0, 5, 120][..], &v4.ip(17, &[0; 8])].concat();
+    assert_eq!(gateway.steer(&v4.swapped().ip(1, &udp_quoted))?, Counter::NotTcp);
+    let v6_in_v4 = [&[3, 4, 0, 0, 0, 0, 5, 120][..], &v6.packet()].concat();
+    assert_eq!(gateway.steer(&v4.swapped().ip(1, &v6_in_v4))?, Counter::Malformed);
+    Ok(())
+}
+
+#[test]
+fn only_a_plain_syn_opens_a_flow() -> Result<()> {
+    const FLAGS: [(u8, &str); 4] = [
+        (0x01, "FIN"),
+        (0x04, "RST"),
+        (ACK, "ACK"),
+        (0x15, "FIN, RST, ACK"),
+    ];
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        for (flags, name) in FLAGS {
+            for flags in [flags, flags | SYN] {
+                let counted = gateway.steer(&Tcp::with_flags(family, flags).packet())?;
+                assert_eq!(counted, Counter::Foreign, "{family:?} {name} {flags:#x}");
+            }
+        }
+        for flags in [0, 0x08, 0x20, 0xc0] {
+            assert_eq!(
+                gateway.steer(&Tcp::with_flags(family, flags).packet())?,
+                Counter::Foreign,
+                "{flags:#x}"
+            );
+        }
+        assert!(gateway.flows()?.is_empty());
+        // ECN setup, push, urgent: odd, but a SYN.
+        for flags in [0xc0, 0x08, 0x20] {
+            assert_eq!(
+                gateway.steer(&Tcp::with_flags(family, SYN | flags).packet())?,
+                Counter::Intercepted
+            );
+            gateway.forget_flows()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn segments_of_a_flow_that_is_being_set_up_are_steered() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        let syn = Tcp {
+            ttl: 64,
+            ..Tcp::syn(family)
+        };
+        assert_eq!(gateway.steer(&syn.packet())?, Counter::Intercepted);
+        let again = Tcp {
+            ttl: 63,
+            ..syn.clone()
+        };
+        assert_eq!(gateway.steer(&again.packet())?, Counter::Retransmitted);
+        let (_, record) = gateway
+            .flows()?
+            .into_iter()
+            .find(|(key, _)| *key == syn.key())
+            .context("the flow")?;
+        assert_eq!(record.ttl, 63, "the newest SYN counts");
+        for name in [STEER, REPLIES] {
+            let ack = ethernet(&Tcp::with_flags(family, ACK).packet());
+            assert_eq!(gateway.run(name, &ack)?, Counter::Pending);
+        }
+        let answer = Tcp::with_flags(family, ACK).swapped();
+        assert_eq!(
+            gateway.steer(&answer.packet())?,
+            Counter::Foreign,
+            "the server is not to answer"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn segments_of_legs_are_steered_on_every_interface() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        let (leg, _ends) = gateway.leg(family)?;
+        for name in [STEER, REPLIES] {
+            for flags in [ACK, 0x04, 0x11, SYN, SYN | ACK] {
+                let segment = Tcp { flags, ..leg.clone() };
+                assert_eq!(
+                    gateway.run(name, &ethernet(&segment.packet()))?,
+                    Counter::Steered,
+                    "{flags:#x}"
+                );
+            }
+        }
+    }
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn syn_on_an_interface_that_is_not_intercepted_passes() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        let syn = ethernet(&Tcp::syn(family).packet());
+        assert_eq!(gateway.run(REPLIES, &syn)?, Counter::NotIntercepted);
+    }
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn syn_that_would_not_be_forwarded_passes() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    gateway.topology.gateway.ip("route add unreachable 10.66.0.0/16
+         route add prohibit 10.67.0.0/16
+         route add blackhole 10.68.0.0/16
+         route add unreachable fd66::/16")?;
+    for (wrong, address) in [
+        ("the gateway's own", "10.1.0.1"),
+        ("the gateway's own, on the other side", "10.2.0.1"),
+        ("loopback", "127.0.0.1"),
+        ("no route", "192.0.2.1"),
+        ("unreachable", "10.66.0.1"),
+        ("prohibited", "10.67.0.1"),
+        ("black hole", "10.68.0.1"),
+        ("subnet's broadcast", "10.2.0.255"),
+        ("broadcast", "255.255.255.255"),
+        ("multicast", "224.0.0.1"),
+        ("the gateway's own", "fd01::1"),
+        ("the gateway's own, on the other side", "fd02::1"),
+        ("loopback", "::1"),
+        ("no route", "2001:db8::1"),
+        ("unreachable", "fd66::1"),
+        ("multicast", "ff02::1"),
+        ("link-local", "fe80::1"),
+    ] {
+        let address: IpAddr = address.parse()?;
+        let family = if address.is_ipv4() { Family::V4 } else { Family::V6 };
+        let syn = Tcp {
+            destination: (address, SERVER_PORT).into(),
+            ..Tcp::syn(family)
+        };
+        assert_eq!(
+            gateway.steer(&syn.packet())?,
+            Counter::NotForwarded,
+            "{wrong}: {address}"
+        );
+    }
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn syn_passes_when_forwarding_is_off() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    gateway
+        .topology
+        .gateway
+        .sysctl("net.ipv4.conf.all.forwarding", 0)?;
+    gateway
+        .topology
+        .gateway
+        .sysctl("net.ipv6.conf.all.forwarding", 0)?;
+    for family in Family::BOTH {
+        assert_eq!(
+            gateway.steer(&Tcp::syn(family).packet())?,
+            Counter::NotForwarded,
+            "{family:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn syn_that_is_not_selected_passes() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        for trie in ["DESTINATIONS", "SOURCES"] {
+            gateway.select(trie, family, false)?;
+            assert_eq!(
+                gateway.steer(&Tcp::syn(family).packet())?,
+                Counter::Unselected,
+                "{family:?} {trie}"
+            );
+            gateway.select(trie, family, true)?;
+        }
+    }
+    assert!(gateway.flows()?.is_empty());
+    // Set 1 takes all ports but those around the server's.
+    let mut ports = [0xff; PORT_SET_BYTES];
+    ports[usize::from(SERVER_PORT) / 8] = !0b0000_0001;
+    let mut sets: Array<_, PortSet> = gateway
+        .ebpf
+        .map_mut("PORT_SETS")
+        .context("PORT_SETS")?
+        .try_into()?;
+    sets.set(1, ports, 0)?;
+    for (port, expected) in [
+        (79, Counter::Intercepted),
+        (80, Counter::Unselected),
+        (81, Counter::Intercepted),
+        (65_535, Counter::Intercepted),
+        (1, Counter::Intercepted),
+    ] {
+        let syn = Tcp {
+            destination: (Family::V4.server(), port).into(),
+            ..Tcp::syn(Family::V4)
+        };
+        assert_eq!(gateway.steer(&syn.packet())?, expected, "port {port}");
+    }
+    Ok(())
+}
+
+#[test]
+fn without_a_listener_of_its_family_a_syn_passes() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for (slot, family) in [
+        (listener_v6(NO_LINK), Family::V6),
+        (listener_v4(NO_LINK), Family::V4),
+    ] {
+        assert_eq!(gateway.steer(&Tcp::syn(family).packet())?, Counter::Intercepted);
+        gateway.forget_flows()?;
+        let mut slots: SockMap<_> = gateway
+            .ebpf
+            .map_mut("LISTENERS")
+            .context("LISTENERS")?
+            .try_into()?;
+        slots.clear_index(&slot)?;
+        assert_eq!(gateway.steer(&Tcp::syn(family).packet())?, Counter::NoListener);
+    }
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn slot_of_a_listener_that_is_closed_is_empty() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    gateway._listeners = gateway.topology.gateway.run(|| -> io::Result<_> {
+        Ok([
+            TcpListener::bind("127.0.0.1:5001")?,
+            TcpListener::bind("[::1]:5001")?,
+        ])
+    })?;
+    for family in Family::BOTH {
+        // What another test forks holds a closed listener until it executes its program.
+        eventually(PATIENCE, || {
+            let counted = gateway.steer(&Tcp::syn(family).packet()).expect("a test run");
+            counted == Counter::NoListener
+        });
+    }
+    Ok(())
+}
+
+#[test]
+fn hung_daemon_is_passed_by() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    gateway.beat(HEARTBEAT_BOUND + Duration::from_secs(1))?;
+    assert_eq!(
+        gateway.steer(&Tcp::syn(Family::V4).packet())?,
+        Counter::Unresponsive
+    );
+    assert!(gateway.flows()?.is_empty());
+    gateway.beat(HEARTBEAT_BOUND - Duration::from_secs(30))?;
+    assert_eq!(
+        gateway.steer(&Tcp::syn(Family::V4).packet())?,
+        Counter::Intercepted
+    );
+    // What has begun goes on.
+    gateway.beat(HEARTBEAT_BOUND + Duration::from_secs(1))?;
+    assert_eq!(
+        gateway.steer(&Tcp::with_flags(Family::V4, ACK).packet())?,
+        Counter::Pending
+    );
+    Ok(())
+}
+
+#[test]
+fn at_the_limit_new_flows_pass_and_those_that_are_known_do_not() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    let syn = |index: u32| {
+        let port = CLIENT_PORT + index as u16;
+        Tcp {
+            source: (Family::V4.client(), port).into(),
+            ..Tcp::syn(Family::V4)
+        }
+    };
+    for index in 0..LIMIT {
+        assert_eq!(gateway.steer(&syn(index).packet())?, Counter::Intercepted);
+    }
+    for index in LIMIT..LIMIT + 3 {
+        assert_eq!(gateway.steer(&syn(index).packet())?, Counter::LimitReached);
+    }
+    assert_eq!(gateway.steer(&syn(0).packet())?, Counter::Retransmitted);
+    assert_eq!(
+        gateway.steer(&Tcp { flags: ACK, ..syn(1) }.packet())?,
+        Counter::Pending
+    );
+    assert_eq!(gateway.flows()?.len(), LIMIT as usize);
+    gateway.forget_flows()?;
+    assert_eq!(gateway.steer(&syn(LIMIT).packet())?, Counter::Intercepted);
+    Ok(())
+}
+
+#[test]
+fn syn_takes_over_ports_of_a_connection_in_time_wait() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for (family, address, net) in [
+        (Family::V4, "10.9.0.9", "10.9.0.0/24"),
+        (Family::V6, "fd09::9", "fd09::/64"),
+    ] {
+        let host = &gateway.topology.gateway;
+        let next_hop = family.server();
+        // A leg whose near end has an address that is not the gateway's, once it is taken away again.
+        let (prefix, nodad) = if family == Family::V4 {
+            (32, "")
+        } else {
+            (128, "nodad")
+        };
+        host.ip(format!(
+            "address add {address}/{prefix} dev lo {nodad}\nroute add {net} via {next_hop}"
+        ))?;
+        let listener = Listener::bind_any(&gateway.topology.client, family.client())?;
+        let source = Some(SocketAddr::new(address.parse()?, 0));
+        let to = SocketAddr::new(family.client(), listener.port());
+        let near = Connector {
+            source,
+            ..Connector::default()
+        }
+        .connect(host, to)?;
+        let syn = Tcp {
+            source: to,
+            destination: near.local_addr()?,
+            ..Tcp::syn(family)
+        };
+        let far = listener.accept(PATIENCE)?.stream;
+        drop(near);
+        drop(far);
+        host.ip(format!("address del {address}/{prefix} dev lo"))?;
+        eventually(PATIENCE, || {
+            gateway
+                .steer(&syn.packet())
+                .is_ok_and(|counted| counted == Counter::Intercepted)
+        });
+        let ack = Tcp { flags: ACK, ..syn };
+        assert_eq!(
+            gateway.steer(&ack.packet())?,
+            Counter::Steered,
+            "the old one is still there"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn tagged_frame_passes_on_the_parent_of_its_vlan() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    gateway.attach()?;
+    let syn = ethernet(&Tcp::syn(Family::V4).packet());
+    let tagged = [&syn[..12], &[0x81, 0x00, 0x00, 0x64], &syn[12..]].concat();
+    for frame in [&tagged, &syn] {
+        let frame = [&[0xff; 6], &frame[6..]].concat();
+        gateway.topology.client.run(|| send_frame("eth0", &frame))?;
+    }
+    eventually(PATIENCE, || {
+        gateway.count(Counter::Intercepted).is_ok_and(|count| count == 1)
+    });
+    assert_eq!(gateway.count(Counter::Vlan)?, 1);
+    assert_eq!(gateway.flows()?.len(), 1, "that of the untagged one");
+    Ok(())
+}
+
+/// Sends a frame from an interface of the thread's namespace.
+fn send_frame(interface: &str, frame: &[u8]) -> Result<()> {
+    // SAFETY: a system call without pointers.
+    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0) };
+    nix::errno::Errno::result(socket)?;
+    // SAFETY: the descriptor is open and nobody else's.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    // SAFETY: all zeroes is a valid address.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_ifindex = if_nametoindex(interface)? as i32;
+    // SAFETY: `frame` and `address` are as long as is said and outlive the call.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const address).cast(),
+            size_of_val(&address) as u32,
+        )
+    };
+    ensure!(nix::errno::Errno::result(sent)? as usize == frame.len());
+    Ok(())
+}
