@@ -19,7 +19,7 @@ use tokio::{
 };
 use tracing::trace;
 
-use crate::{link::LinkProfile, socket, units::Rate};
+use crate::{link::LinkProfile, rate_control::RateControl, socket, units::Rate};
 
 /// What a leg asks of its link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,33 +231,38 @@ impl Member {
         }
         pace(&self.leg.stream, share);
         let grown = share * REGROWTH.1 > self.share * REGROWTH.0;
-        if grown && !self.leg.is_idle() && now - self.joined > rtt && self.congestion == "bbr" {
-            restart_bbr(&self.leg.stream);
+        if grown && !self.leg.is_idle() && now - self.joined > rtt && self.congestion == BBR {
+            restart(&self.leg.stream, BBR);
         }
         self.share = share;
     }
 }
 
 fn set_initial_window(stream: &TcpStream, bytes: u64, congestion: &str) {
+    if RateControl::is_named(congestion) {
+        return restart(stream, congestion);
+    }
     let mss = socket::mss(stream).map_or(1448, |mss| u64::from(mss.max(1)));
     match u32::try_from(bytes / mss) {
         // That much the kernel takes by itself.
         Ok(0..=10) | Err(_) => {}
         Ok(segments) => match socket::set_initial_window(stream, segments) {
-            Ok(()) if congestion == "bbr" => restart_bbr(stream),
+            Ok(()) if congestion == BBR => restart(stream, congestion),
             Ok(()) => {}
             Err(error) => trace!("initial window refused: {error}"),
         },
     }
 }
 
-/// Has BBR take the congestion window that there is for its first estimate of the rate, instead of ten segments or of the
-/// rate that the leg was held to. Choosing it anew starts it anew.
-fn restart_bbr(stream: &TcpStream) {
+/// It takes the congestion window that it finds for its first estimate of the rate.
+const BBR: &str = "bbr";
+
+/// Has a congestion control begin anew with the window and the pacing that there are now: it does when it is chosen anew.
+fn restart(stream: &TcpStream, congestion: &str) {
     let restarted =
-        socket::set_congestion(stream, "reno").and_then(|()| socket::set_congestion(stream, "bbr"));
+        socket::set_congestion(stream, "reno").and_then(|()| socket::set_congestion(stream, congestion));
     if let Err(error) = restarted {
-        trace!("cannot restart BBR: {error}");
+        trace!("cannot restart {congestion}: {error}");
     }
 }
 

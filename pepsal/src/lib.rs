@@ -7,7 +7,8 @@
 //! 2. [`listener`], where it is accepted.
 //! 3. [`flow`] enters it in the [`table`], and makes
 //! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options. Both legs get the
-//!    profile of the [`link`] that they leave through and their share of its [`budget`].
+//!    profile of the [`link`] that they leave through and their share of its [`budget`], which [`rate_control`] sends at
+//!    ([`btf`] tells it where the kernel keeps things).
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
@@ -15,6 +16,7 @@
 //! [`cgroup`] is the daemon's own,
 //! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
 
+pub mod btf;
 pub mod budget;
 pub mod cgroup;
 pub mod cli;
@@ -27,6 +29,7 @@ pub mod link;
 pub mod listener;
 pub mod metrics;
 pub mod preflight;
+pub mod rate_control;
 pub mod relay;
 pub mod route;
 pub mod selection;
@@ -58,6 +61,7 @@ use crate::{
     link::{LinkProfile, Links},
     listener::{Listeners, Pair},
     metrics::{Event, Metrics},
+    rate_control::RateControl,
     route::{Changes, Interfaces, Routes},
     selection::Selection,
     steer::Steering,
@@ -105,6 +109,7 @@ struct Proxy {
     steering: Steering,
     routes: Routes,
     _instance: Instance,
+    _rate_control: Option<RateControl>,
     listeners: Arc<Listeners>,
     intercepted: Vec<String>,
     limit: u32,
@@ -129,9 +134,15 @@ impl Proxy {
         let instance = Instance::claim(&options.interfaces, table)?;
         let legs = LegConfig::new(options);
         for algorithm in legs.congestion() {
+            if RateControl::is_named(algorithm) {
+                bail!(
+                    "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
+                );
+            }
             preflight::check_congestion(algorithm)?;
         }
-        let links = Arc::new(Links::new(link_profiles(options, &interfaces)?));
+        let (links, rate_control) = link_profiles(options, &interfaces)?;
+        let links = Arc::new(Links::new(links));
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
@@ -151,7 +162,7 @@ impl Proxy {
                 warn!("legs start with the kernel's initial window: {error:#}");
             }
         }
-        let listeners = Listeners::bind(options.port.get(), options.tcp.fastopen, &links)?;
+        let listeners = Listeners::bind(options.port.get(), &options.tcp, &links)?;
         let changes = Changes::subscribe()?;
         let routes = Routes::new(mark, table).await?;
         routes.reconcile(&interfaces).await?;
@@ -182,6 +193,7 @@ impl Proxy {
             steering,
             routes,
             _instance: instance,
+            _rate_control: rate_control,
             listeners: Arc::new(listeners),
             intercepted,
             limit,
@@ -314,8 +326,11 @@ fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
 }
 
 /// Works out what follows from every `--link`, and shows it.
-fn link_profiles(options: &Options, interfaces: &Interfaces) -> Result<Vec<LinkProfile>> {
-    let profiles = explain(options)?;
+fn link_profiles(
+    options: &Options,
+    interfaces: &Interfaces,
+) -> Result<(Vec<LinkProfile>, Option<RateControl>)> {
+    let (profiles, rate_control) = explain(options)?;
     for profile in &profiles {
         let name = &profile.interface;
         if !interfaces.values().any(|interface| interface == name) {
@@ -324,14 +339,15 @@ fn link_profiles(options: &Options, interfaces: &Interfaces) -> Result<Vec<LinkP
         preflight::check_congestion(&profile.congestion.value)?;
         info!("legs that leave through {name}:\n{profile}");
     }
-    Ok(profiles)
+    Ok((profiles, rate_control))
 }
 
-/// The profiles that follow from the command line.
+/// The profiles that follow from the command line, and the congestion control that was registered for them, which has to
+/// be kept for as long as they are used.
 ///
 /// # Errors
 /// For two links behind one interface, and for more links than the kernel side has room for.
-pub fn explain(options: &Options) -> Result<Vec<LinkProfile>> {
+pub fn explain(options: &Options) -> Result<(Vec<LinkProfile>, Option<RateControl>)> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
             .iter()
@@ -346,9 +362,22 @@ pub fn explain(options: &Options) -> Result<Vec<LinkProfile>> {
             options.links.len()
         );
     }
-    let congestion = preflight::best_congestion();
+    if options.links.is_empty() {
+        return Ok((Vec::new(), None));
+    }
+    let rate_control = RateControl::register();
+    let congestion = match &rate_control {
+        Ok(rate_control) => rate_control.name.as_str(),
+        Err(error) => {
+            let best = preflight::best_congestion();
+            warn!(
+                "legs of links use {best}, since pepsal's own congestion control is not to be had: {error:#}"
+            );
+            best
+        }
+    };
     let profile = |spec| LinkProfile::derive(spec, congestion, options.connect_timeout);
-    Ok(options.links.iter().map(profile).collect())
+    Ok((options.links.iter().map(profile).collect(), rate_control.ok()))
 }
 
 /// Accepts for as long as it is polled.

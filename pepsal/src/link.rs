@@ -10,6 +10,7 @@ use std::{
 
 use crate::{
     budget::Budget,
+    rate_control::RateControl,
     units::{self, Rate, show_size},
 };
 
@@ -253,7 +254,10 @@ impl LinkProfile {
             congestion: Derived::new(
                 spec.congestion.clone(),
                 congestion.to_owned(),
-                "the best for lossy links that this kernel has",
+                match RateControl::is_named(congestion) {
+                    true => "pepsal's own: sends at the leg's share, whatever is lost",
+                    false => "the best for lossy links that this kernel has",
+                },
             ),
             initial_window: Derived::new(
                 spec.initial_window,

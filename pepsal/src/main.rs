@@ -29,7 +29,8 @@ fn main() -> ExitCode {
 
 fn start(options: Options) -> Result<ExitCode> {
     if options.explain {
-        for profile in pepsal::explain(&options)? {
+        let (profiles, _rate_control) = pepsal::explain(&options)?;
+        for profile in profiles {
             println!("{profile}");
         }
         return Ok(ExitCode::SUCCESS);
