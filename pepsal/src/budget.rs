@@ -70,12 +70,14 @@ struct Member {
     leg: Arc<Sender>,
     weight: u64,
     congestion: String,
-    joined: Instant,
+    /// When it last began to send after having had nothing to send.
+    active_since: Instant,
     share: u64,
     written: u64,
     unacknowledged: u64,
     /// Acknowledged bytes per second, averaged over about a round trip.
     rate: f64,
+    retreat: Retreat,
 }
 
 #[derive(Debug)]
@@ -123,7 +125,7 @@ impl Budget {
             .filter(|member| !member.leg.is_idle())
             .map(|member| member.weight)
             .sum();
-        let share = self.rate * weight / (others + weight);
+        let share = (self.rate * weight / (others + weight)).max(FLOOR);
         pace(&leg.stream, share);
         set_initial_window(
             &leg.stream,
@@ -134,11 +136,12 @@ impl Budget {
             leg: leg.clone(),
             weight,
             congestion: congestion.to_owned(),
-            joined: Instant::now(),
+            active_since: Instant::now(),
             share,
             written: 0,
             unacknowledged: 0,
             rate: 0.0,
+            retreat: Retreat::new(),
         });
         Membership {
             budget: self.clone(),
@@ -170,29 +173,40 @@ impl Budget {
     /// One division; false when no leg sends any more.
     fn redivide(&self, now: Instant, elapsed: Duration) -> bool {
         let mut members = self.lock();
-        let demands: Vec<Demand> = members
+        let appetites: Vec<Appetite> = members
             .iter_mut()
-            .map(|member| Demand {
-                weight: member.weight,
-                want: member.want(now, elapsed, self.rtt),
-            })
+            .map(|member| member.appetite(now, elapsed, self.rtt))
             .collect();
-        let shares = divide(self.rate, &demands);
-        let active: u64 = demands
-            .iter()
-            .filter(|demand| demand.want > 0)
-            .map(|demand| demand.weight)
-            .sum();
-        for ((member, demand), share) in members.iter_mut().zip(&demands).zip(shares) {
-            member.leg.idle.store(demand.want == 0, Ordering::Relaxed);
-            let share = match demand.want {
-                // What it would get if it began to send now; that costs the others nothing until it does.
-                0 => self.rate * member.weight / (active + member.weight),
-                _ => share,
+        let weights = || members.iter().map(|member| member.weight);
+        let demands = |want: fn(&Appetite) -> u64| -> Vec<Demand> {
+            let demand = |(weight, appetite)| Demand {
+                weight,
+                want: want(appetite),
             };
-            member.set_share(share, now, self.rtt);
+            weights().zip(&appetites).map(demand).collect()
+        };
+        let shares = divide(self.rate, &demands(|appetite| appetite.need));
+        let spare = self.rate - shares.iter().sum::<u64>();
+        // What nobody needs is for those who have something to send, in case that they can after all.
+        let extra = divide(
+            spare,
+            &demands(|appetite| if appetite.is_backlogged { u64::MAX } else { 0 }),
+        );
+        let backlogged = weights()
+            .zip(&appetites)
+            .filter(|(_, appetite)| appetite.is_backlogged);
+        let backlogged: u64 = backlogged.map(|(weight, _)| weight).sum();
+        for (((member, appetite), share), extra) in members.iter_mut().zip(&appetites).zip(shares).zip(extra)
+        {
+            member.leg.idle.store(appetite.need == 0, Ordering::Relaxed);
+            let share = match appetite.is_backlogged {
+                true => share + extra,
+                // It sends all that it has at once, at what it would get if it had more; that costs the others nothing.
+                false => share.max(self.rate * member.weight / (backlogged + member.weight)),
+            };
+            member.set_share(share.min(appetite.ceiling), now);
         }
-        active > 0
+        appetites.iter().any(|appetite| appetite.need > 0)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Member>> {
@@ -200,41 +214,112 @@ impl Budget {
     }
 }
 
+/// What a leg asks of a division.
+struct Appetite {
+    /// Bytes per second that it can use; zero when it is idle.
+    need: u64,
+    /// Whether it has more to send than was let out.
+    is_backlogged: bool,
+    /// Bytes per second that it is not to exceed, whatever there is.
+    ceiling: u64,
+}
+
 impl Member {
-    /// Bytes per second that the leg can use; zero when it is idle.
-    fn want(&mut self, now: Instant, elapsed: Duration, rtt: Duration) -> u64 {
+    fn appetite(&mut self, now: Instant, elapsed: Duration, rtt: Duration) -> Appetite {
+        let stream = &*self.leg.stream;
         let written = self.leg.written.load(Ordering::Relaxed);
-        let unacknowledged = socket::unacknowledged(&*self.leg.stream).unwrap_or(0);
+        let unacknowledged = socket::unacknowledged(stream).unwrap_or(0);
         let acknowledged = (written - self.written + self.unacknowledged).saturating_sub(unacknowledged);
         if written == self.written && unacknowledged == 0 {
-            (self.unacknowledged, self.rate) = (0, 0.0);
-            return 0;
+            (self.unacknowledged, self.rate, self.active_since) = (0, 0.0, now);
+            return Appetite {
+                need: 0,
+                is_backlogged: false,
+                ceiling: u64::MAX,
+            };
         }
+        let is_backlogged = socket::unsent(stream).unwrap_or(0) > 0;
         (self.written, self.unacknowledged) = (written, unacknowledged);
         let seconds = elapsed.as_secs_f64().max(0.001);
         let weight = (seconds / rtt.as_secs_f64()).min(1.0);
         self.rate += weight * (acknowledged as f64 / seconds - self.rate);
+        self.retreat.observe(stream, acknowledged, self.rate, now, rtt);
 
-        let backlogged = socket::unsent(&*self.leg.stream).unwrap_or(0) > 0;
-        let settled = now - self.joined > 4 * rtt;
-        if backlogged && (!settled || self.rate * 4.0 > self.share as f64) {
-            return u64::MAX;
+        let is_new = now - self.active_since < 4 * rtt;
+        let keeps_up = is_new || self.rate * 4.0 > self.share as f64;
+        let need = match is_backlogged && keeps_up {
+            true => u64::MAX,
+            // Its peer or its source is slower than its share. It may double, but does not hold what others can use.
+            false => (2.0 * self.rate) as u64 + FLOOR,
+        };
+        Appetite {
+            need: need.min(self.retreat.ceiling),
+            is_backlogged,
+            ceiling: self.retreat.ceiling,
         }
-        // Its peer or its source is slower than its share; it may double, but it does not hold what it cannot use.
-        (2.0 * self.rate) as u64 + FLOOR
     }
 
-    fn set_share(&mut self, share: u64, now: Instant, rtt: Duration) {
+    fn set_share(&mut self, share: u64, now: Instant) {
         let share = share.max(FLOOR);
         if share.abs_diff(self.share) * 50 < self.share {
             return;
         }
         pace(&self.leg.stream, share);
         let grown = share * REGROWTH.1 > self.share * REGROWTH.0;
-        if grown && !self.leg.is_idle() && now - self.joined > rtt && self.congestion == BBR {
+        if grown && self.active_since < now && self.congestion == BBR {
             restart(&self.leg.stream, BBR);
         }
         self.share = share;
+    }
+}
+
+/// Keeps a leg from insisting on a rate that the path does not carry: what the operator said may be wrong, or it rains.
+#[derive(Debug)]
+struct Retreat {
+    /// Bytes per second.
+    ceiling: u64,
+    since: Option<Instant>,
+    acknowledged: u64,
+    retransmitted: u32,
+}
+
+/// Lost segments in a hundred above which the rate is more than the path carries, and not merely the link's losses.
+const EXCESS_LOSS: u64 = 20;
+
+/// Segments below which a share of them says nothing.
+const SAMPLE: u64 = 100;
+
+impl Retreat {
+    fn new() -> Self {
+        Self {
+            ceiling: u64::MAX,
+            since: None,
+            acknowledged: 0,
+            retransmitted: 0,
+        }
+    }
+
+    /// Judges once in about two round trips: back to what arrived after excessive loss, up by a quarter without.
+    fn observe(&mut self, stream: &TcpStream, acknowledged: u64, rate: f64, now: Instant, rtt: Duration) {
+        self.acknowledged += acknowledged;
+        let since = *self.since.get_or_insert(now);
+        if now - since < (2 * rtt).max(Duration::from_millis(200)) {
+            return;
+        }
+        let Ok(info) = socket::tcp_info(stream) else {
+            return;
+        };
+        let lost = u64::from(info.tcpi_total_retrans.wrapping_sub(self.retransmitted));
+        let arrived = self.acknowledged / u64::from(info.tcpi_snd_mss.max(1));
+        if lost + arrived >= SAMPLE {
+            if lost * 100 > (lost + arrived) * EXCESS_LOSS {
+                self.ceiling = (rate as u64).max(FLOOR);
+            } else if self.ceiling != u64::MAX {
+                // Where it ends up above the link's rate the division bounds it.
+                self.ceiling += self.ceiling / 4;
+            }
+        }
+        (self.since, self.acknowledged, self.retransmitted) = (Some(now), 0, info.tcpi_total_retrans);
     }
 }
 
@@ -266,8 +351,8 @@ fn restart(stream: &TcpStream, congestion: &str) {
     }
 }
 
-/// Bytes per second below which no leg is paced: a segment every tenth of a second.
-const FLOOR: u64 = 14_480;
+/// Bytes per second below which no leg is paced: about a segment a second.
+const FLOOR: u64 = 1_448;
 
 fn pace(stream: &TcpStream, bytes_per_second: u64) {
     if let Err(error) = socket::set_pacing_rate(stream, bytes_per_second) {

@@ -98,11 +98,15 @@ fn enter(group: &Path) -> io::Result<()> {
     fs::write(group.join("cgroup.procs"), process::id().to_string())
 }
 
-/// A killed daemon leaves its group behind, empty. One that is in use cannot be removed.
+/// A killed daemon leaves its group behind. One whose process lives is its own, also while it is still empty.
 fn remove_leftovers(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+        let name = entry.file_name();
+        let Some(process) = name.to_str().and_then(|name| name.strip_prefix(PREFIX)) else {
+            continue;
+        };
+        if !Path::new("/proc").join(process).exists() {
             let _ = fs::remove_dir(entry.path());
         }
     }

@@ -244,7 +244,7 @@ pub enum Replicate {
     Dscp,
     /// IPv4 options without source routes; IPv6 hop-by-hop and destination options
     Options,
-    /// IPv4 source routes too, with the other options
+    /// IPv4 source routes too, with the other options; the kernel takes them only as sent, not when part of the route is past
     SourceRoute,
     /// The TTL or hop limit, less one
     Ttl,

@@ -7,9 +7,10 @@ use std::{
     time::Duration,
 };
 
+use nix::libc;
 use pepsal_ebpf::SynRecord;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{net::TcpStream, time::sleep};
 use tracing::debug;
 
 use crate::{
@@ -22,6 +23,9 @@ use crate::{
 
 /// When an idle peer is first asked whether it is still there, how often then, and how often in vain.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(600), Duration::from_secs(60), 6);
+
+/// How often a server leg tries for two addresses that another one still has.
+const PORT_RETRY: Duration = Duration::from_millis(10);
 
 /// How legs are made.
 #[derive(Debug, Clone)]
@@ -149,7 +153,13 @@ impl LegConfig {
         if self.source == Source::Client {
             bind_as_client(&socket, client, metrics)?;
         }
-        TcpSocket::from_std_stream(socket.into()).connect(server).await
+        begin_connect(&socket, server).await?;
+        let stream = TcpStream::from_std(socket.into())?;
+        stream.writable().await?;
+        match stream.take_error()? {
+            Some(error) => Err(error),
+            None => Ok(stream),
+        }
     }
 
     fn tune(&self, socket: BorrowedFd<'_>, side: Side, link: Option<&Link>) {
@@ -204,8 +214,16 @@ impl LegConfig {
         }
         let mut replicated = record.truncated == 0;
         let ip_options = replicable_options(record.ip_options(), self.source_route);
-        if !ip_options.is_empty() {
-            replicated &= tried("IP options", socket::set_ip_options(socket, &ip_options));
+        if !ip_options.is_empty() && !tried("IP options", socket::set_ip_options(socket, &ip_options)) {
+            replicated = false;
+            // The kernel takes a source route only from its beginning; the other options need not go with it.
+            let others = replicable_options(&ip_options, false);
+            if others != ip_options && !others.is_empty() {
+                tried(
+                    "IP options but source routes",
+                    socket::set_ip_options(socket, &others),
+                );
+            }
         }
         if let Some(header) = settable_header(record.hop_by_hop()) {
             replicated &= tried("hop-by-hop options", socket::set_hop_by_hop(socket, &header));
@@ -253,6 +271,18 @@ fn bind_as_client(socket: &Socket, client: SocketAddr, metrics: &Metrics) -> io:
             debug!(%client, "cannot use the client's port: {error}");
             metrics.count(Event::SourcePortLost);
             socket.bind(&SocketAddr::new(client.ip(), 0).into())
+        }
+    }
+}
+
+/// Sends the SYN. A client that uses its port again at once may be faster than the end of its last flow, whose server leg
+/// has the same two addresses: this one then waits for it.
+async fn begin_connect(socket: &Socket, server: SocketAddr) -> io::Result<()> {
+    loop {
+        match socket.connect(&server.into()) {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => sleep(PORT_RETRY).await,
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => return Ok(()),
+            begun => return begun,
         }
     }
 }

@@ -13,6 +13,7 @@ use tokio::net::TcpListener;
 use tracing::warn;
 
 use crate::{
+    cli::TcpArgs,
     link::{Link, Links},
     socket,
 };
@@ -52,22 +53,22 @@ impl Listeners {
     ///
     /// # Errors
     /// When the port is taken.
-    pub fn bind(port: u16, fastopen: bool, links: &Links) -> Result<Self> {
-        let mut pairs = vec![bind_pair(port, fastopen, None)?];
+    pub fn bind(port: u16, tcp: &TcpArgs, links: &Links) -> Result<Self> {
+        let mut pairs = vec![bind_pair(port, tcp, None)?];
         for link in links.iter() {
             // Nobody has to know the port: connections come by the eBPF map.
-            pairs.push(bind_pair(0, fastopen, Some(link))?);
+            pairs.push(bind_pair(0, tcp, Some(link))?);
         }
         Ok(Self { pairs })
     }
 }
 
-fn bind_pair(port: u16, fastopen: bool, link: Option<&Arc<Link>>) -> Result<Pair> {
-    let v4 = match bind(Ipv4Addr::LOCALHOST.into(), port, fastopen, link) {
+fn bind_pair(port: u16, tcp: &TcpArgs, link: Option<&Arc<Link>>) -> Result<Pair> {
+    let v4 = match bind(Ipv4Addr::LOCALHOST.into(), port, tcp, link) {
         Ok(listener) => listener,
         Err(error) => return refuse(error, "127.0.0.1", port),
     };
-    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, fastopen, link) {
+    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, tcp, link) {
         Ok(listener) => Some(listener),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", port),
         Err(error) => {
@@ -85,7 +86,7 @@ fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
     Err(error).with_context(|| format!("cannot listen on {addr} port {port}"))
 }
 
-fn bind(addr: IpAddr, port: u16, fastopen: bool, link: Option<&Arc<Link>>) -> io::Result<TcpListener> {
+fn bind(addr: IpAddr, port: u16, tcp: &TcpArgs, link: Option<&Arc<Link>>) -> io::Result<TcpListener> {
     let addr = SocketAddr::new(addr, port);
     let listener = Socket::new(
         Domain::for_address(addr),
@@ -97,15 +98,16 @@ fn bind(addr: IpAddr, port: u16, fastopen: bool, link: Option<&Arc<Link>>) -> io
     if addr.is_ipv6() {
         socket::set_v6_only(&listener)?;
     }
-    if fastopen {
+    if tcp.fastopen {
         socket::set_fastopen_queue(&listener, FASTOPEN_QUEUE)?;
     }
     if let Some(link) = link {
         // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
         socket::set_receive_buffer(&listener, link.profile.receive_buffer.value)?;
-        if let Some(mss) = link.profile.mss.value {
-            socket::set_mss(&listener, mss)?;
-        }
+    }
+    // What the SYN-ACK announces; on an accepted socket it is too late for that.
+    if let Some(mss) = tcp.mss.or(link.and_then(|link| link.profile.mss.value)) {
+        socket::set_mss(&listener, mss)?;
     }
     listener.bind(&addr.into())?;
     listener.listen(BACKLOG)?;

@@ -23,6 +23,8 @@ use nix::sys::eventfd::EventFd;
 use nix::sys::prctl;
 use nix::sys::time::TimeSpec;
 
+use crate::delays::{DelayCounters, Delays};
+use crate::handover::{Handovers, Schedule};
 use crate::netns::Namespace;
 
 /// What a link does to packets.
@@ -38,8 +40,12 @@ pub struct LinkProfile {
     pub loss: f64,
     /// Bytes that may wait for the transmitter in each direction; what comes on top is dropped.
     pub queue_bytes: u64,
+    /// Bytes that may wait towards the server, where that is not `queue_bytes`.
+    pub up_queue_bytes: Option<u64>,
     /// Seed of the losses: the nth packet of a direction meets the same fate in every run.
     pub seed: u64,
+    /// Changes of satellite. Only a TUN link has them: netem knows none.
+    pub handovers: Option<Handovers>,
 }
 
 impl LinkProfile {
@@ -52,21 +58,34 @@ impl LinkProfile {
     /// A link with the same rate both ways and a queue of one bandwidth-delay product (the rule for modems that serve single
     /// bulk flows; RFC 2488 section 3 asks for windows of that size), though not less than 64 KiB.
     pub const fn symmetric(rate_bps: u64, rtt: Duration, loss: f64) -> Self {
-        const LEAST_QUEUE_BYTES: u64 = 64 * 1024;
-        let bdp_bytes = (rate_bps as u128 * rtt.as_micros() / 8_000_000) as u64;
-        let queue_bytes = if bdp_bytes > LEAST_QUEUE_BYTES {
-            bdp_bytes
-        } else {
-            LEAST_QUEUE_BYTES
-        };
         Self {
             up_bps: rate_bps,
             down_bps: rate_bps,
             rtt,
             loss,
-            queue_bytes,
+            queue_bytes: queue_for(rate_bps, rtt),
+            up_queue_bytes: None,
             seed: 1,
+            handovers: None,
         }
+    }
+
+    /// A link with a rate of its own, and a queue to match, each way.
+    pub const fn asymmetric(up_bps: u64, down_bps: u64, rtt: Duration, loss: f64) -> Self {
+        let mut profile = Self::symmetric(down_bps, rtt, loss);
+        profile.up_bps = up_bps;
+        profile.up_queue_bytes = Some(queue_for(up_bps, rtt));
+        profile
+    }
+}
+
+const fn queue_for(rate_bps: u64, rtt: Duration) -> u64 {
+    const LEAST_QUEUE_BYTES: u64 = 64 * 1024;
+    let bdp_bytes = (rate_bps as u128 * rtt.as_micros() / 8_000_000) as u64;
+    if bdp_bytes > LEAST_QUEUE_BYTES {
+        bdp_bytes
+    } else {
+        LEAST_QUEUE_BYTES
     }
 }
 
@@ -92,6 +111,43 @@ pub struct DirectionCounters {
     pub dropped: u64,
     /// The longest that a packet has waited for the transmitter.
     pub max_queue_delay: Duration,
+}
+
+/// How long packets have taken so far, where they should not have taken any time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LinkDelays {
+    /// Towards the server.
+    pub up: DirectionDelays,
+    /// Towards the client.
+    pub down: DirectionDelays,
+}
+
+/// How long the packets of one direction have taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DirectionDelays {
+    /// Waiting for the transmitter: the link's queue.
+    pub queue: Delays,
+    /// Arriving later than the profile says: the emulator's own failing, on a machine that is too busy.
+    pub lateness: Delays,
+}
+
+impl LinkDelays {
+    /// Those that were counted after `earlier` had been taken.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            up: self.up.since(&earlier.up),
+            down: self.down.since(&earlier.down),
+        }
+    }
+}
+
+impl DirectionDelays {
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            queue: self.queue.since(&earlier.queue),
+            lateness: self.lateness.since(&earlier.lateness),
+        }
+    }
 }
 
 /// A running link. Dropping it stops its threads and removes its devices.
@@ -130,8 +186,18 @@ impl Emulator {
         };
 
         let mut rng = Rng::with_seed(profile.seed);
-        let up = Shaper::new(profile.up_bps, &profile, rng.fork());
-        let down = Shaper::new(profile.down_bps, &profile, rng.fork());
+        let mut up = Shaper::new(profile.up_bps, &profile, rng.fork());
+        let mut down = Shaper::new(profile.down_bps, &profile, rng.fork());
+        let schedule_seed = rng.u64(..);
+        if let Some(bytes) = profile.up_queue_bytes {
+            up.longest_queue = transmission_time(bytes, profile.up_bps);
+        }
+        let origin = Instant::now();
+        for shaper in [&mut up, &mut down] {
+            shaper.schedule = profile
+                .handovers
+                .map(|handovers| Schedule::new(handovers, schedule_seed, origin));
+        }
         emulator.carry("up", &near_tun, &far_tun, up, Arc::clone(&emulator.up));
         emulator.carry("down", &far_tun, &near_tun, down, Arc::clone(&emulator.down));
         Ok(emulator)
@@ -142,6 +208,14 @@ impl Emulator {
         LinkCounters {
             up: self.up.read(),
             down: self.down.read(),
+        }
+    }
+
+    /// How long packets have taken so far.
+    pub fn delays(&self) -> LinkDelays {
+        LinkDelays {
+            up: self.up.delays(),
+            down: self.down.delays(),
         }
     }
 
@@ -187,7 +261,8 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper, counters: &Counters
     loop {
         let now = Instant::now();
         while in_flight.front().is_some_and(|(arrival, _)| *arrival <= now) {
-            let (_, packet) = in_flight.pop_front().expect("there is a front");
+            let (arrival, packet) = in_flight.pop_front().expect("there is a front");
+            counters.lateness.count(now - arrival);
             // Refused while the device is down: lost, like on any such link.
             let _ = to.write(&packet);
         }
@@ -214,7 +289,7 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper, counters: &Counters
             // Nothing there, or the device is down.
             let Ok(len) = from.read(&mut buffer) else { break };
             let fate = shaper.fate(Instant::now(), len);
-            counters.count(len, fate, shaper.longest_wait);
+            counters.count(len, fate, &shaper);
             if let Fate::Arrives(at) = fate {
                 in_flight.push_back((at, buffer[..len].into()));
             }
@@ -244,6 +319,9 @@ struct Shaper {
     /// When the transmitter has sent all that it has accepted.
     free_at: Option<Instant>,
     longest_wait: Duration,
+    /// What the packet before has waited.
+    last_wait: Duration,
+    schedule: Option<Schedule>,
 }
 
 impl Shaper {
@@ -256,6 +334,8 @@ impl Shaper {
             rng,
             free_at: None,
             longest_wait: Duration::ZERO,
+            last_wait: Duration::ZERO,
+            schedule: None,
         }
     }
 
@@ -263,18 +343,28 @@ impl Shaper {
         // Drawn for every packet, so that its number alone decides.
         let is_lost = self.rng.f64() < self.loss;
         let transmission = transmission_time(len as u64, self.rate_bps);
-        let start = self.free_at.map_or(now, |free_at| free_at.max(now));
-        let wait = start - now;
-        if wait > self.longest_queue {
+        let mut start = self.free_at.map_or(now, |free_at| free_at.max(now));
+        let mut backlog = start - now;
+        let mut delay = self.delay;
+        if let Some(schedule) = &mut self.schedule {
+            let silence = schedule.at(start);
+            start = start.max(silence.end);
+            // The transmitter has nothing to do for what it is silent: that time is no part of the queue.
+            backlog =
+                (start - now).saturating_sub(silence.end.saturating_duration_since(now.max(silence.start)));
+            delay += silence.extra_delay;
+        }
+        if backlog > self.longest_queue {
             return Fate::Dropped;
         }
-        self.longest_wait = self.longest_wait.max(wait);
+        self.last_wait = start - now;
+        self.longest_wait = self.longest_wait.max(self.last_wait);
         let sent = start + transmission;
         self.free_at = Some(sent);
         if is_lost {
             Fate::Lost
         } else {
-            Fate::Arrives(sent + self.delay)
+            Fate::Arrives(sent + delay)
         }
     }
 }
@@ -291,10 +381,12 @@ struct Counters {
     lost: AtomicU64,
     dropped: AtomicU64,
     max_queue_delay_ns: AtomicU64,
+    queue: DelayCounters,
+    lateness: DelayCounters,
 }
 
 impl Counters {
-    fn count(&self, len: usize, fate: Fate, longest_wait: Duration) {
+    fn count(&self, len: usize, fate: Fate, shaper: &Shaper) {
         self.packets.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(len as u64, Ordering::Relaxed);
         match fate {
@@ -302,8 +394,18 @@ impl Counters {
             Fate::Lost => _ = self.lost.fetch_add(1, Ordering::Relaxed),
             Fate::Dropped => _ = self.dropped.fetch_add(1, Ordering::Relaxed),
         }
+        if fate != Fate::Dropped {
+            self.queue.count(shaper.last_wait);
+        }
         self.max_queue_delay_ns
-            .store(longest_wait.as_nanos() as u64, Ordering::Relaxed);
+            .store(shaper.longest_wait.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    fn delays(&self) -> DirectionDelays {
+        DirectionDelays {
+            queue: self.queue.read(),
+            lateness: self.lateness.read(),
+        }
     }
 
     fn read(&self) -> DirectionCounters {
@@ -400,6 +502,46 @@ mod tests {
         let one_sent = start + Duration::from_millis(1);
         assert!(matches!(shaper.fate(one_sent, PACKET_LEN), Fate::Arrives(_)));
         assert_eq!(shaper.fate(one_sent, PACKET_LEN), Fate::Dropped);
+    }
+
+    #[test]
+    fn a_handover_holds_packets_back_and_is_no_part_of_the_queue() {
+        let handovers = Handovers {
+            period: Duration::from_secs(1),
+            shortest_silence: Duration::from_millis(100),
+            longest_silence: Duration::from_millis(100),
+            rtt_step: Duration::ZERO,
+        };
+        let mut shaper = shaper(LinkProfile {
+            queue_bytes: 2 * PACKET_LEN as u64,
+            ..LinkProfile::symmetric(10_000_000, Duration::ZERO, 0.0)
+        });
+        let origin = Instant::now();
+        let silence = Schedule::new(handovers, 1, origin).at(origin + handovers.period);
+        shaper.schedule = Some(Schedule::new(handovers, 1, origin));
+        let sent_at = |n: u64| Fate::Arrives(silence.end + Duration::from_millis(n));
+        // Before it, in it, and after it.
+        let before = silence.start - Duration::from_millis(5);
+        assert_eq!(
+            shaper.fate(before, PACKET_LEN),
+            Fate::Arrives(before + Duration::from_millis(1))
+        );
+        let within = silence.start + Duration::from_millis(50);
+        assert_eq!(shaper.fate(within, PACKET_LEN), sent_at(1));
+        assert_eq!(shaper.fate(within, PACKET_LEN), sent_at(2));
+        assert_eq!(shaper.fate(within, PACKET_LEN), sent_at(3));
+        assert_eq!(shaper.fate(within, PACKET_LEN), Fate::Dropped);
+        assert_eq!(
+            shaper.fate(silence.end + Duration::from_millis(1), PACKET_LEN),
+            sent_at(4)
+        );
+    }
+
+    #[test]
+    fn each_direction_may_have_a_queue_of_its_own() {
+        let profile = LinkProfile::asymmetric(5_000_000, 50_000_000, Duration::from_millis(600), 0.0);
+        assert_eq!(profile.queue_bytes, 3_750_000);
+        assert_eq!(profile.up_queue_bytes, Some(375_000));
     }
 
     #[test]

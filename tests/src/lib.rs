@@ -8,9 +8,13 @@
 //! All of it needs root, and all of it is gone when its values are dropped, or when the process dies, however it dies:
 //! namespaces have no names, processes die with the thread that started them.
 
+mod capture;
 mod daemon;
+mod delays;
 mod emulator;
 mod footprint;
+mod leg;
+mod handover;
 mod netns;
 mod socket;
 mod syn;
@@ -18,12 +22,16 @@ mod topology;
 mod traffic;
 mod wait;
 
+pub use capture::{Capture, Segment};
 pub use daemon::{Daemon, Exit};
-pub use emulator::{DirectionCounters, Emulator, LinkCounters, LinkProfile};
+pub use delays::Delays;
+pub use emulator::{DirectionCounters, DirectionDelays, Emulator, LinkCounters, LinkDelays, LinkProfile};
 pub use footprint::Footprint;
+pub use handover::Handovers;
+pub use leg::Leg;
 pub use netns::Namespace;
 pub use socket::{Accepted, Connector, Listener, reset};
 pub use syn::SavedSyn;
 pub use topology::{Builder, Family, Link, Topology};
-pub use traffic::{Direction, Outcome, Server, Transfer};
+pub use traffic::{Cancel, Direction, Outcome, Server, Session, Transfer};
 pub use wait::eventually;

@@ -29,6 +29,8 @@ pub struct Connector {
     pub destination_options: Vec<u8>,
     /// Congestion control, the namespace's default if none.
     pub congestion: Option<String>,
+    /// Send the first data with the SYN, where a cookie is known (RFC 7413): connecting then waits for it.
+    pub fast_open: bool,
     /// For connect, and for each read and write of the connected stream.
     pub timeout: Duration,
 }
@@ -42,6 +44,7 @@ impl Default for Connector {
             hop_by_hop: Vec::new(),
             destination_options: Vec::new(),
             congestion: None,
+            fast_open: false,
             timeout: Duration::from_secs(20),
         }
     }
@@ -71,6 +74,14 @@ impl Connector {
         }
         if let Some(congestion) = &self.congestion {
             socket.set_tcp_congestion(congestion.as_bytes())?;
+        }
+        if self.fast_open {
+            set_option(
+                &socket,
+                libc::IPPROTO_TCP,
+                libc::TCP_FASTOPEN_CONNECT,
+                &1_i32.to_ne_bytes(),
+            )?;
         }
         if let Some(source) = self.source {
             // So that several connections may share a port, at once or one after the other.

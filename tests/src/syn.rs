@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Result, bail, ensure};
 
+use crate::capture::Segment;
+
 /// The IP and TCP headers of a SYN with all their options, as TCP_SAVED_SYN returns them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedSyn {
@@ -98,6 +100,11 @@ impl SavedSyn {
     /// The TCP header with its options.
     pub fn tcp_header(&self) -> &[u8] {
         &self.bytes[self.tcp_offset..]
+    }
+
+    /// What the TCP header says, and how much payload came with it.
+    pub fn segment(&self) -> Segment {
+        Segment::of_headers(self).expect("what the kernel has saved is whole")
     }
 
     fn is_v4(&self) -> bool {

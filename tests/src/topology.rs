@@ -15,7 +15,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Result, ensure};
 
-use crate::emulator::{Emulator, LinkCounters, LinkProfile};
+use crate::emulator::{Emulator, LinkCounters, LinkDelays, LinkProfile};
 use crate::netns::Namespace;
 
 /// IPv4 or IPv6, with the addresses that a topology has in it.
@@ -105,6 +105,11 @@ impl Topology {
     /// What the emulator has carried; none where `sat0` is a veth or netem does the work.
     pub fn link_counters(&self) -> Option<LinkCounters> {
         self.emulator.as_ref().map(Emulator::counters)
+    }
+
+    /// How long packets have taken on the emulated link; none as above.
+    pub fn link_delays(&self) -> Option<LinkDelays> {
+        self.emulator.as_ref().map(Emulator::delays)
     }
 }
 
@@ -258,7 +263,12 @@ fn join(gateway: &Namespace, neighbour: &Namespace, device: &str, link: Link) ->
                 return join(gateway, neighbour, device, Link::Tun(profile));
             }
             veth(gateway, "sat0", neighbour, device)?;
-            netem(gateway, "sat0", profile.up_bps, &profile)?;
+            let up_queue_bytes = profile.up_queue_bytes.unwrap_or(profile.queue_bytes);
+            let up = LinkProfile {
+                queue_bytes: up_queue_bytes,
+                ..profile
+            };
+            netem(gateway, "sat0", profile.up_bps, &up)?;
             netem(neighbour, device, profile.down_bps, &profile)?;
             Ok(None)
         }

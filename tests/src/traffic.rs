@@ -2,6 +2,7 @@
 //!
 //! The client opens a connection and says what it wants: direction, seed and length. The payload follows in that direction.
 //! Last, the server reports the digest of the payload as it sent or received it, the client's address and the client's SYN.
+//! A [`Session`] asks for one download after the other on one connection.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
@@ -39,6 +40,43 @@ pub struct Transfer {
     seed: u64,
     connector: Connector,
     progress: Arc<AtomicU64>,
+    cancel: Cancel,
+}
+
+/// Ends transfers before their time.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<Mutex<Cancelled>>);
+
+#[derive(Debug, Default)]
+struct Cancelled {
+    is_cancelled: bool,
+    open: Vec<Weak<TcpStream>>,
+}
+
+impl Cancel {
+    /// Shuts the connections down at the client's end: their transfers fail at once, and so do those that begin later.
+    pub fn cancel(&self) {
+        let mut cancelled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        cancelled.is_cancelled = true;
+        for stream in cancelled.open.drain(..).filter_map(|stream| stream.upgrade()) {
+            // Fails on a connection that has just ended, which is as good.
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Whether it has been called for.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).is_cancelled
+    }
+
+    fn watch(&self, stream: TcpStream) -> Result<Arc<TcpStream>> {
+        let stream = Arc::new(stream);
+        let mut cancelled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure!(!cancelled.is_cancelled, "cancelled");
+        cancelled.open.retain(|stream| stream.strong_count() > 0);
+        cancelled.open.push(Arc::downgrade(&stream));
+        Ok(stream)
+    }
 }
 
 /// A transfer that has run to its end.
@@ -77,6 +115,7 @@ impl Transfer {
             seed: 1,
             connector: Connector::default(),
             progress: Arc::default(),
+            cancel: Cancel::default(),
         }
     }
 
@@ -96,6 +135,11 @@ impl Transfer {
         Self { progress, ..self }
     }
 
+    /// What ends it before its time.
+    pub fn cancelled_by(self, cancel: Cancel) -> Self {
+        Self { cancel, ..self }
+    }
+
     /// Connects from `namespace` to `server` and moves the payload.
     ///
     /// # Errors
@@ -104,22 +148,24 @@ impl Transfer {
     pub fn run(&self, namespace: &Namespace, server: SocketAddr) -> Result<Outcome> {
         let start = Instant::now();
         let stream = self.connector.connect(namespace, server).context("connect")?;
+        let stream = &*self.cancel.watch(stream)?;
         let request = Request {
             direction: self.direction,
             seed: self.seed,
             bytes: self.bytes,
+            is_last: true,
         };
-        request.write(&stream).context("request")?;
+        request.write(stream).context("request")?;
         let (bytes, digest) = match self.direction {
-            Direction::Upload => send_payload(&stream, self.seed, self.bytes, &self.progress)?,
-            Direction::Download => receive_payload(&stream, self.bytes, &self.progress)?,
+            Direction::Upload => send_payload(stream, self.seed, self.bytes, &self.progress)?,
+            Direction::Download => receive_payload(stream, self.bytes, &self.progress)?,
         };
-        let report = Report::read(&stream).context("the server's report")?;
+        let report = Report::read(stream).context("the server's report")?;
         let elapsed = start.elapsed();
 
         let local = stream.local_addr()?;
         stream.shutdown(Shutdown::Write)?;
-        let surplus = io::copy(&mut &stream, &mut io::sink()).context("the server's end of stream")?;
+        let surplus = io::copy(&mut &*stream, &mut io::sink()).context("the server's end of stream")?;
         ensure!(surplus == 0, "{surplus} bytes after the server's report");
         let intact = bytes == self.bytes && report.bytes == bytes && report.digest == digest;
         Ok(Outcome {
@@ -130,6 +176,46 @@ impl Transfer {
             peer: report.peer,
             syn: report.syn,
         })
+    }
+}
+
+/// A connection that is kept from one download to the next.
+#[derive(Debug)]
+pub struct Session(Arc<TcpStream>);
+
+impl Session {
+    /// Connects from `namespace` to `server`.
+    ///
+    /// # Errors
+    /// When the connection fails, or `cancel` has been called for.
+    pub fn open(
+        connector: &Connector,
+        namespace: &Namespace,
+        server: SocketAddr,
+        cancel: &Cancel,
+    ) -> Result<Self> {
+        let stream = connector.connect(namespace, server).context("connect")?;
+        Ok(Self(cancel.watch(stream)?))
+    }
+
+    /// Asks for `bytes` drawn from `seed` and reads them. Returns the time from the request to the last byte of the server's
+    /// report, and whether both ends digested the same.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    pub fn download(&self, bytes: u64, seed: u64) -> Result<(Duration, bool)> {
+        let start = Instant::now();
+        let request = Request {
+            direction: Direction::Download,
+            seed,
+            bytes,
+            is_last: false,
+        };
+        request.write(&self.0).context("request")?;
+        let (_, digest) = receive_payload(&self.0, bytes, &AtomicU64::new(0))?;
+        let report = Report::read(&self.0).context("the server's report")?;
+        let is_intact = report.bytes == bytes && report.digest == digest;
+        Ok((start.elapsed(), is_intact))
     }
 }
 
@@ -276,19 +362,28 @@ fn serve_on_own_thread(accepted: Accepted, shared: &Arc<Shared>) {
 }
 
 fn serve(stream: &TcpStream, peer: SocketAddr, syn: SavedSyn, received: &AtomicU64) -> Result<()> {
-    let request = Request::read(stream).context("request")?;
-    let (bytes, digest) = match request.direction {
-        Direction::Upload => receive_payload(stream, request.bytes, received)?,
-        Direction::Download => send_payload(stream, request.seed, request.bytes, &AtomicU64::new(0))?,
-    };
-    Report {
-        bytes,
-        digest,
-        peer,
-        syn,
+    let mut request = Request::read(stream).context("request")?;
+    loop {
+        let (bytes, digest) = match request.direction {
+            Direction::Upload => receive_payload(stream, request.bytes, received)?,
+            Direction::Download => send_payload(stream, request.seed, request.bytes, &AtomicU64::new(0))?,
+        };
+        Report {
+            bytes,
+            digest,
+            peer,
+            syn: syn.clone(),
+        }
+        .write(stream)
+        .context("report")?;
+        if request.is_last {
+            break;
+        }
+        match Request::read_next(stream).context("next request")? {
+            Some(next) => request = next,
+            None => return Ok(()),
+        }
     }
-    .write(stream)
-    .context("report")?;
     let surplus = io::copy(&mut &*stream, &mut io::sink()).context("the client's end of stream")?;
     ensure!(surplus == 0, "{surplus} bytes after the payload");
     Ok(())
@@ -347,26 +442,38 @@ struct Request {
     direction: Direction,
     seed: u64,
     bytes: u64,
+    /// Whether the connection ends with it.
+    is_last: bool,
 }
 
 impl Request {
     fn write(&self, mut stream: &TcpStream) -> io::Result<()> {
-        let mut message = vec![u8::from(self.direction == Direction::Download)];
+        let is_download = u8::from(self.direction == Direction::Download);
+        let mut message = vec![is_download | u8::from(!self.is_last) << 1];
         message.extend(self.seed.to_be_bytes());
         message.extend(self.bytes.to_be_bytes());
         stream.write_all(&message)
     }
 
     fn read(stream: &TcpStream) -> io::Result<Self> {
-        let direction = match read_array(stream)? {
-            [0] => Direction::Upload,
-            _ => Direction::Download,
-        };
-        Ok(Self {
-            direction,
+        Self::read_next(stream)?.ok_or_else(|| ErrorKind::UnexpectedEof.into())
+    }
+
+    /// The next request, if another comes.
+    fn read_next(mut stream: &TcpStream) -> io::Result<Option<Self>> {
+        let mut kind = [0];
+        if retry(|| stream.read(&mut kind))? == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Self {
+            direction: match kind[0] & 1 {
+                0 => Direction::Upload,
+                _ => Direction::Download,
+            },
             seed: read_u64(stream)?,
             bytes: read_u64(stream)?,
-        })
+            is_last: kind[0] & 2 == 0,
+        }))
     }
 }
 

@@ -1,0 +1,93 @@
+//! The legs of split connections, as `ss` shows them at the gateway.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::netns::Namespace;
+
+/// One TCP socket of a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leg {
+    /// Its own address, which on a gateway may be anybody's.
+    pub local: SocketAddr,
+    /// Its peer's address.
+    pub peer: SocketAddr,
+    /// Name of its congestion control.
+    pub congestion: String,
+    /// Congestion window in segments.
+    pub window: u64,
+    /// Bytes of payload in a full segment.
+    pub mss: u64,
+    /// What its sending is capped at, in bit/s of payload; `None` is no cap.
+    pub pacing_bps: Option<u64>,
+    /// Size of its receive buffer in bytes, bookkeeping included: twice what SO_RCVBUF was set to.
+    pub receive_buffer: u64,
+    /// Size of its send buffer, likewise.
+    pub send_buffer: u64,
+    /// Bytes that it has sent.
+    pub sent: u64,
+}
+
+impl Leg {
+    /// All sockets of a namespace that have a connection.
+    ///
+    /// # Errors
+    /// When `ss` fails or writes what nobody understands.
+    pub fn all(namespace: &Namespace) -> Result<Vec<Self>> {
+        let output = namespace
+            .command("ss")
+            .args(["-HtinmO", "state", "connected", "exclude", "time-wait"])
+            .output()
+            .context("cannot run `ss` (Debian's package iproute2)")?;
+        ensure!(
+            output.status.success(),
+            "ss: {}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        let text = String::from_utf8(output.stdout)?;
+        // A connection that ends while it is looked at has no details any more.
+        let shown = text.lines().filter(|line| line.contains(" cwnd:"));
+        shown
+            .map(|line| Self::parse(line).with_context(|| format!("ss shows {line:?}")))
+            .collect()
+    }
+
+    fn parse(line: &str) -> Result<Self> {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_state, _received, _queued, local, peer, ..] = words[..] else {
+            bail!("too few words");
+        };
+        let value = |prefix: &str| words.iter().find_map(|word| word.strip_prefix(prefix));
+        let number = |prefix: &str| -> Result<u64> {
+            let value = value(prefix).with_context(|| format!("no {prefix}"))?;
+            Ok(value.parse()?)
+        };
+        let memory = value("skmem:(").context("no skmem:")?;
+        let buffer = |prefix: &str| -> Result<u64> {
+            let value = memory.split(',').find_map(|field| field.strip_prefix(prefix));
+            Ok(value.with_context(|| format!("no {prefix}"))?.parse()?)
+        };
+        let scale = words
+            .iter()
+            .position(|word| word.starts_with("wscale:"))
+            .context("no wscale:")?;
+        let pacing = words.iter().position(|word| *word == "pacing_rate");
+        let pacing_cap = pacing
+            .and_then(|at| words.get(at + 1)?.split_once('/'))
+            .map(|(_, cap)| cap.trim_end_matches("bps").parse())
+            .transpose()?;
+        Ok(Self {
+            local: local.parse()?,
+            peer: peer.parse()?,
+            // Named after the options that were negotiated and before the window scales, which always are here.
+            congestion: words[scale - 1].to_owned(),
+            window: number("cwnd:")?,
+            mss: number("mss:")?,
+            pacing_bps: pacing_cap,
+            receive_buffer: buffer("rb")?,
+            send_buffer: buffer("tb")?,
+            sent: number("bytes_sent:").unwrap_or(0),
+        })
+    }
+}
