@@ -22,9 +22,10 @@ use tracing::debug;
 
 use crate::{
     conduit::ConduitPool,
-    leg::LegConfig,
+    leg::{self, LegConfig},
     link::{Link, Links},
     metrics::{Event, Metrics},
+    paths::{self, Paths},
     relay::{Leg, Limits, Side, relay},
     table::FlowTable,
 };
@@ -106,6 +107,8 @@ pub struct Shared {
     pub legs: LegConfig,
     /// The links that have a profile.
     pub links: Arc<Links>,
+    /// What is remembered of paths without.
+    pub paths: Arc<Paths>,
     /// Where flows are entered.
     pub table: Arc<FlowTable>,
     /// What is counted.
@@ -153,14 +156,15 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             shared.links.of(record.ingress_ifindex),
             shared.links.of(record.egress_ifindex),
         );
-        let start = |leg: &mut Leg, side: Side, link: &Option<Arc<Link>>| {
-            if let Some(link) = link {
-                leg.join(
-                    link,
-                    record.traffic_class,
-                    shared.legs.congestion_of(side, Some(link)).unwrap_or_default(),
-                );
+        let start = |leg: &mut Leg, link: &Option<Arc<Link>>, ifindex: u32, peer: SocketAddr| match link {
+            Some(link) => {
+                let congestion = shared
+                    .legs
+                    .congestion_of(leg.side(), Some(link))
+                    .unwrap_or_default();
+                leg.join(link, record.traffic_class, congestion);
             }
+            None => shared.paths.resume(ifindex, peer.ip(), leg.stream()),
         };
         let Ok(mut client_leg) = Leg::new(stream, Side::Client) else {
             return CloseReason::ClientReset;
@@ -168,7 +172,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         shared
             .legs
             .tune_client(client_leg.stream(), client, &record, client_link.as_deref());
-        start(&mut client_leg, Side::Client, &client_link);
+        start(&mut client_leg, &client_link, record.ingress_ifindex, client);
         if let Some(patience) = shared.legs.early_data_patience(server_link.as_deref()) {
             // Without data in time the SYN goes without.
             let _ = timeout(patience, client_leg.stream().readable()).await;
@@ -176,14 +180,21 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         let Ok(early_data) = has_data(client_leg.stream()) else {
             return CloseReason::ClientReset;
         };
-        let connect = shared.legs.connect(
-            client,
-            server,
-            &record,
-            server_link.as_deref(),
-            early_data,
-            &shared.metrics,
-        );
+        let connect = async {
+            let connect = shared.legs.connect(
+                client,
+                server,
+                &record,
+                server_link.as_deref(),
+                early_data,
+                &shared.metrics,
+            );
+            let stream = connect.await?;
+            if early_data {
+                progress.add(Side::Server, leg::open(&stream, client_leg.stream()).await?);
+            }
+            Ok(stream)
+        };
         let patience = server_link
             .as_ref()
             .map_or(shared.connect_timeout, |link| link.profile.connect_timeout.value);
@@ -203,14 +214,25 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             () = sleep_until(shared.collector.due(progress.started())) => return CloseReason::PendingTooLong,
             () = shared.stop.cancelled() => return CloseReason::Shutdown,
         };
-        start(&mut server_leg, Side::Server, &server_link);
+        start(&mut server_leg, &server_link, record.egress_ifindex, server);
         place.flow.set_open();
         let limits = Limits {
             idle: shared.idle_timeout,
             stop: &shared.stop,
             conduits: &shared.conduits,
         };
-        relay(&client_leg, &server_leg, progress, &limits).await
+        let reason = relay(&client_leg, &server_leg, progress, &limits).await;
+        if client_link.is_none() && progress.down.load(Ordering::Relaxed) >= paths::ENOUGH {
+            shared
+                .paths
+                .learn(record.ingress_ifindex, client.ip(), client_leg.stream());
+        }
+        if server_link.is_none() && progress.up.load(Ordering::Relaxed) >= paths::ENOUGH {
+            shared
+                .paths
+                .learn(record.egress_ifindex, server.ip(), server_leg.stream());
+        }
+        reason
     }
     .await;
     let (up, down) = (

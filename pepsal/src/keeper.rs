@@ -78,7 +78,7 @@ impl Keeper {
             warn!("{error:#}");
         }
         self.expire(steering, shared);
-        self.watch_limit(steering.count(Counter::LimitReached), shared.table.len() as u64);
+        self.watch_limit(steering.count(Counter::LimitReached), shared.table.count() as u64);
         if Instant::now() >= self.next_table {
             self.next_table += TABLE_INTERVAL;
             self.write_table(shared);

@@ -3,14 +3,18 @@
 use std::{
     io,
     net::SocketAddr,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     time::Duration,
 };
 
-use nix::libc;
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{MsgFlags, recv, send},
+};
 use pepsal_ebpf::SynRecord;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::{net::TcpStream, time::sleep};
+use tokio::{io::Interest, net::TcpStream, time::sleep};
 use tracing::debug;
 
 use crate::{
@@ -172,7 +176,7 @@ impl LegConfig {
         if self.quickack {
             tried("quick ack", socket::set_quickack(socket));
         }
-        if let Some(mss) = self.mss.or(link.and_then(|link| link.profile.mss.value)) {
+        if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(self.mss) {
             tried("maximum segment size", socket::set_mss(socket, mss));
         }
         if let Some(congestion) = self.congestion_of(side, link) {
@@ -238,6 +242,55 @@ impl LegConfig {
             metrics.count(Event::OptionsNotReplicated);
         }
     }
+}
+
+/// With fast open and a cookie the kernel puts a server leg's SYN off until there is data for it: sends it with what the
+/// client has sent, and waits until the server has answered. Returns how many of the client's bytes went with it.
+///
+/// Only so is a refusal known for one, and does the first window hold that the leg is given once it is connected.
+///
+/// # Errors
+/// What `connect` would have said.
+pub async fn open(server: &TcpStream, client: &TcpStream) -> io::Result<usize> {
+    if !is_connecting(server)? {
+        return Ok(0);
+    }
+    let mut data = [0; SYN_DATA_MAX];
+    let peeked = recv(
+        client.as_raw_fd(),
+        &mut data,
+        MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT,
+    )?;
+    let sent = match send(server.as_raw_fd(), &data[..peeked], MsgFlags::MSG_NOSIGNAL) {
+        // The cookie is gone; the SYN goes without data.
+        Err(Errno::EINPROGRESS) => 0,
+        sent => sent?,
+    };
+    if sent > 0 {
+        recv(client.as_raw_fd(), &mut data[..sent], MsgFlags::MSG_DONTWAIT)?;
+    }
+    loop {
+        server.writable().await?;
+        let answered = server.try_io(Interest::WRITABLE, || match is_connecting(server)? {
+            true => Err(io::ErrorKind::WouldBlock.into()),
+            false => Ok(()),
+        });
+        match answered {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+            Ok(()) => return server.take_error()?.map_or(Ok(sent), Err),
+        }
+    }
+}
+
+/// What fits into a SYN on every path that IPv6 allows: 1280 bytes less its header, TCP's and TCP's options.
+const SYN_DATA_MAX: usize = 1280 - 40 - 60;
+
+/// `TCP_SYN_SENT` of the kernel's `net/tcp_states.h`.
+const TCP_SYN_SENT: u8 = 2;
+
+fn is_connecting(stream: &TcpStream) -> io::Result<bool> {
+    Ok(socket::tcp_info(stream)?.tcpi_state == TCP_SYN_SENT)
 }
 
 /// Whether an option was taken; the reason why not goes to the log.

@@ -8,7 +8,8 @@
 //! 3. [`flow`] enters it in the [`table`], and makes
 //! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options. Both legs get the
 //!    profile of the [`link`] that they leave through and their share of its [`budget`], which [`rate_control`] sends at
-//!    ([`btf`] tells it where the kernel keeps things).
+//!    ([`btf`] tells it where the kernel keeps things). Where nobody described the link, a leg starts with what earlier ones
+//!    learned of its path ([`paths`]).
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
@@ -28,6 +29,7 @@ pub mod leg;
 pub mod link;
 pub mod listener;
 pub mod metrics;
+pub mod paths;
 pub mod preflight;
 pub mod rate_control;
 pub mod relay;
@@ -82,7 +84,7 @@ pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
     proxy.serve(stopped(&mut stop, &mut stop_too)).await;
 
     info!(
-        flows = proxy.shared.table.len(),
+        flows = proxy.shared.table.count(),
         "stopping: new connections pass through"
     );
     tokio::select! {
@@ -156,11 +158,9 @@ impl Proxy {
         };
         let mut steering = Steering::load(&config)?;
         steering.beat()?;
-        if !options.links.is_empty() {
-            // Before any socket is opened: a socket belongs to the group that its process was in.
-            if let Err(error) = steering.enable_initial_windows() {
-                warn!("legs start with the kernel's initial window: {error:#}");
-            }
+        // Before any socket is opened: a socket belongs to the group that its process was in.
+        if let Err(error) = steering.enable_initial_windows() {
+            info!("legs start with the kernel's initial window: {error:#}");
         }
         let listeners = Listeners::bind(options.port.get(), &options.tcp, &links)?;
         let changes = Changes::subscribe()?;
@@ -177,8 +177,9 @@ impl Proxy {
         let shared = Shared {
             legs,
             links,
+            paths: Arc::default(),
             table: Arc::new(FlowTable::new(steering.flows().clone())),
-            metrics: Metrics::new(),
+            metrics: Metrics::default(),
             conduits: ConduitPool::new(pipes),
             connect_timeout: options.connect_timeout,
             collector: Collector {
@@ -276,7 +277,7 @@ impl Proxy {
         };
         if timeout(deadline, drained).await.is_err() {
             info!(
-                flows = self.shared.table.len(),
+                flows = self.shared.table.count(),
                 "resetting the flows that are still open"
             );
             self.shared.stop.cancel();

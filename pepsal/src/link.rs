@@ -495,8 +495,8 @@ mod tests {
             ("sat0,rate=50mbit,rtt=600ms,speed=5mbit", "'speed' is not one of"),
             ("sat0,rate=50mbit,rtt=600ms,fast", "'fast' is not KEY=VALUE"),
             (
-                "sat0,rate=50mbit,rtt=600ms,rto-min=5s,rto-max=2s",
-                "rto-min=5s is more than rto-max=2s",
+                "sat0,rate=50mbit,rtt=600ms,rto-min=5s",
+                "rto-min: '5s' is out of range",
             ),
             (
                 "sat0,rate=50mbit,rtt=600ms,pacing=60mbit",

@@ -106,7 +106,7 @@ fn bind(addr: IpAddr, port: u16, tcp: &TcpArgs, link: Option<&Arc<Link>>) -> io:
         socket::set_receive_buffer(&listener, link.profile.receive_buffer.value)?;
     }
     // What the SYN-ACK announces; on an accepted socket it is too late for that.
-    if let Some(mss) = tcp.mss.or(link.and_then(|link| link.profile.mss.value)) {
+    if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(tcp.mss) {
         socket::set_mss(&listener, mss)?;
     }
     listener.bind(&addr.into())?;

@@ -54,9 +54,9 @@ pub struct Metrics {
     down: AtomicU64,
 }
 
-impl Metrics {
+impl Default for Metrics {
     /// All zero.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self {
             events: [const { AtomicU64::new(0) }; _],
             closed: [const { AtomicU64::new(0) }; _],
@@ -64,7 +64,9 @@ impl Metrics {
             down: AtomicU64::new(0),
         }
     }
+}
 
+impl Metrics {
     /// Counts an event.
     pub fn count(&self, event: Event) {
         self.events[event as usize].fetch_add(1, Ordering::Relaxed);

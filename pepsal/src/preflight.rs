@@ -67,7 +67,7 @@ fn check_capabilities(status: &str) -> Result<()> {
     let missing: Vec<&str> = CAPABILITIES
         .iter()
         // CAP_SYS_ADMIN includes what CAP_BPF and CAP_PERFMON were split from.
-        .filter(|(_, bit)| !has(*bit) && !(*bit >= 38 && has(CAP_SYS_ADMIN)))
+        .filter(|(_, bit)| !(has(*bit) || *bit >= 38 && has(CAP_SYS_ADMIN)))
         .map(|(name, _)| *name)
         .collect();
     if !missing.is_empty() {

@@ -79,8 +79,13 @@ impl Leg {
         self.membership = Some(link.budget.join(self.stream.clone(), weight, congestion, window));
     }
 
+    /// Which end of the flow it is.
+    pub fn side(&self) -> Side {
+        self.side
+    }
+
     /// The leg's stream.
-    pub fn stream(&self) -> &TcpStream {
+    pub fn stream(&self) -> &Arc<TcpStream> {
         &self.stream
     }
 
@@ -152,9 +157,9 @@ pub struct Progress {
     last_ms: AtomicU64,
 }
 
-impl Progress {
+impl Default for Progress {
     /// Nothing carried yet.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self {
             up: AtomicU64::new(0),
             down: AtomicU64::new(0),
@@ -162,7 +167,9 @@ impl Progress {
             last_ms: AtomicU64::new(0),
         }
     }
+}
 
+impl Progress {
     /// When the flow began.
     pub fn started(&self) -> Instant {
         self.started
@@ -173,7 +180,8 @@ impl Progress {
         self.started + Duration::from_millis(self.last_ms.load(Ordering::Relaxed))
     }
 
-    fn add(&self, to: Side, bytes: usize) {
+    /// Counts bytes that were given to a leg.
+    pub fn add(&self, to: Side, bytes: usize) {
         let counter = match to {
             Side::Server => &self.up,
             Side::Client => &self.down,

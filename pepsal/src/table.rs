@@ -80,7 +80,7 @@ impl FlowTable {
         metrics: &Metrics,
     ) -> (Place, SynRecord) {
         let key = FlowKey::between(client, server);
-        let progress = Progress::new();
+        let progress = Progress::default();
         let flow = Arc::new(Flow {
             client,
             server,
@@ -106,7 +106,7 @@ impl FlowTable {
     }
 
     /// How many flows are open or pending.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.lock().len()
     }
 
