@@ -257,6 +257,8 @@ counters! {
     NotTcp = "not_tcp",
     /// Passed: a fragment, whose ports cannot be known.
     Fragment = "fragment",
+    /// Passed: source-routed, so its destination is a waypoint and not the server.
+    Waypoint = "waypoint",
     /// Passed: headers that are cut short or contradict themselves.
     Malformed = "malformed",
     /// Passed: a segment of a connection that is not pepsal's.

@@ -232,12 +232,12 @@ fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: &Segment, intercept: bool) 
     record.ingress_ifindex = ingress_ifindex;
     record.egress_ifindex = egress_ifindex;
 
-    let flow = syn.flow();
+    let (flow, record) = (syn.flow(), &*record);
     // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already.
-    if FLOWS.insert(flow, &*record, BPF_EXIST).is_ok() {
+    if FLOWS.insert(flow, record, BPF_EXIST).is_ok() {
         return Ok(Counter::Retransmitted);
     }
-    match FLOWS.insert(flow, &*record, BPF_NOEXIST) {
+    match FLOWS.insert(flow, record, BPF_NOEXIST) {
         Ok(()) => {}
         Err(E2BIG) => return Err(Counter::LimitReached),
         Err(_) => return Err(Counter::RecordFailed),

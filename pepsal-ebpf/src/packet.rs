@@ -199,7 +199,7 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
             EXT_HOP_BY_HOP => ip.hop_by_hop = span,
             EXT_DESTINATION => ip.destination_options = span,
             // Segments left: this router is a waypoint and the destination is not the final one (RFC 8200, 4.4).
-            _ if header[3] != 0 => return Err(Counter::NotTcp),
+            _ if header[3] != 0 => return Err(Counter::Waypoint),
             _ => {}
         }
         ip.protocol = header[0];
@@ -290,6 +290,7 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
     let start: [u8; 9] = packet.read(0).ok_or(Counter::Malformed)?;
     match syn.family {
         Family::V4 => {
+            refuse_waypoint(packet, syn.ip_options)?;
             record.traffic_class = start[1];
             record.ttl = start[8];
             record.flow_label = [0; 4];
@@ -318,6 +319,31 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
     };
     record.tcp_options_len =
         copy_span::<TCP_OPTIONS_MAX>(packet, options, &mut record.tcp_options, &mut truncated)?;
+    Ok(())
+}
+
+/// IPv4 options that are looked at for a source route: more than that the verifier has to walk through in vain.
+const IP_OPTIONS_WALKED: usize = 10;
+
+/// A source route that is not at its end (RFC 791): the destination is the next hop on it. Such a segment's checksum is
+/// for another destination, and its connection is with that one.
+#[inline(always)]
+fn refuse_waypoint(packet: &impl Packet, options: Span) -> Result<(), Counter> {
+    let end = options.offset + options.len;
+    let mut at = options.offset;
+    for _ in 0..IP_OPTIONS_WALKED {
+        if at + 3 > end {
+            break;
+        }
+        let [kind, len, pointer] = packet.read(at).ok_or(Counter::Malformed)?;
+        match kind {
+            0 => break,
+            1 => at += 1,
+            131 | 137 if pointer <= len => return Err(Counter::Waypoint),
+            _ if len < 2 => break,
+            _ => at += u32::from(len),
+        }
+    }
     Ok(())
 }
 

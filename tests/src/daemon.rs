@@ -1,6 +1,7 @@
 //! The built `pepsal`, running in a namespace.
 
 use std::env;
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -227,10 +228,31 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let group = own_group(self.child.id());
         // Both fail only for a child that has been waited for already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if let Some(group) = group {
+            // The daemon that starts next may have been faster.
+            let _ = fs::remove_dir(group);
+        }
     }
+}
+
+/// The control group that a daemon has made for itself, which is the one thing that outlives its death.
+fn own_group(pid: u32) -> Option<PathBuf> {
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let mount = mounts
+        .lines()
+        .find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+            [_, mount, "cgroup2", ..] => Some(mount),
+            _ => None,
+        })?;
+    group
+        .ends_with(&format!("pepsal.{pid}"))
+        .then(|| Path::new(mount).join(group))
 }
 
 #[derive(Clone, Copy, PartialEq)]

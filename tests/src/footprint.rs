@@ -53,9 +53,9 @@ impl Footprint {
     }
 }
 
-/// Link-local and multicast routes come when the kernel finds the time.
+/// Link-local and multicast routes, and those to IPv6 addresses of the host's own, come when the kernel finds the time.
 fn is_volatile(line: &str) -> bool {
-    line.contains("fe80::") || line.contains("ff00::")
+    line.contains("fe80::") || line.contains("ff00::") || line.contains("table local proto kernel")
 }
 
 impl fmt::Display for Footprint {

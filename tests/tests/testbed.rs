@@ -127,18 +127,17 @@ fn sockets_show_half_close_reset_refusal_and_silence() -> Result<()> {
 
 #[test]
 fn router_reports_the_path_mtu_both_ways() -> Result<()> {
-    let topology = Topology::builder().path_mtu(1400).build()?;
-    let server = Server::start(&topology.server)?;
-    let router = topology.router.as_ref().context("path_mtu makes a router")?;
-    for family in Family::BOTH {
-        for transfer in [Transfer::upload(1 << 20), Transfer::download(1 << 20)] {
+    for transfer in [Transfer::upload(1 << 20), Transfer::download(1 << 20)] {
+        // What an end has learned is in the MSS that it announces, and spares the other end its lesson.
+        let topology = Topology::builder().path_mtu(1400).build()?;
+        let server = Server::start(&topology.server)?;
+        let router = topology.router.as_ref().context("path_mtu makes a router")?;
+        for family in Family::BOTH {
             assert!(transfer.run(&topology.client, server.address(family))?.intact);
+            let reports = too_big_reports(router, family)?;
+            assert!(reports > 0, "{family:?} {transfer:?}: no ICMP error");
         }
     }
-    let fragmentation_needed = snmp(router, "/proc/thread-self/net/snmp", "Icmp", "OutDestUnreachs")?;
-    assert!(fragmentation_needed >= 2, "{fragmentation_needed} ICMP errors");
-    let too_big = snmp6(router, "Icmp6OutPktTooBigs")?;
-    assert!(too_big >= 2, "{too_big} ICMPv6 errors");
     Ok(())
 }
 
@@ -239,6 +238,14 @@ fn errors_of_iproute2_name_namespace_and_command() -> Result<()> {
         .to_string();
     assert_eq!(error, "alone: sysctl net.ipv4.nosuch=1");
     Ok(())
+}
+
+/// How many packets a router has sent back as too big.
+fn too_big_reports(router: &Namespace, family: Family) -> Result<u64> {
+    match family {
+        Family::V4 => snmp(router, "/proc/thread-self/net/snmp", "Icmp", "OutDestUnreachs"),
+        Family::V6 => snmp6(router, "Icmp6OutPktTooBigs"),
+    }
 }
 
 /// A counter from a table of /proc/net/snmp's form: a line of names, a line of values.

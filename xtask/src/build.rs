@@ -56,6 +56,12 @@ pub fn daemon_with(object: &Path, release: bool) -> Result<PathBuf> {
     Ok(target_dir().join(folder).join("pepsal"))
 }
 
+/// Builds this program optimised and returns its absolute path.
+pub fn optimised_xtask() -> Result<PathBuf> {
+    shell::run(&mut cargo("build --quiet --package xtask --release"))?;
+    Ok(target_dir().join("release/xtask"))
+}
+
 /// Builds the eBPF object and returns its absolute path.
 pub fn ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
     shell::run(&mut ebpf_cargo(toolchain, "cargo", "build"))?;

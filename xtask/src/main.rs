@@ -1,17 +1,22 @@
-//! pepsal's own commands: `cargo xtask setup`, `build`, `build-and-load`, `demo`, `test`.
+//! pepsal's own commands: `cargo xtask setup`, `build`, `build-and-load`, `demo`, `bench`, `test`.
 
 use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 
 use anyhow::{Context as _, Result};
 use clap::Parser;
 
+mod bench;
 mod build;
 mod debian;
 mod demo;
 mod linker;
+mod progress;
+mod quantity;
 mod report;
 mod setup;
 mod shell;
+mod signals;
+mod table;
 mod test;
 mod toolchain;
 
@@ -44,6 +49,9 @@ enum Xtask {
     },
     /// Move a file over an emulated satellite link, with and without pepsal, and show what changes.
     Demo(demo::Options),
+    /// Measure what pepsal brings, and print it beside what it has to.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
     Test(test::Options),
 }
@@ -62,6 +70,7 @@ impl Xtask {
             Self::Build { release } => println!("Built {}.", build::daemon(release)?.display()),
             Self::BuildAndLoad { release, args } => return load(release, &args),
             Self::Demo(options) => return demo::run(&options),
+            Self::Bench(bench) => return bench::run(&bench),
             Self::Test(options) => return Ok(test::run(&options)),
         }
         Ok(ExitCode::SUCCESS)

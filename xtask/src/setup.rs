@@ -20,6 +20,8 @@ pub enum Needs {
     Build,
     /// The demonstration.
     Demo,
+    /// The benchmarks.
+    Bench,
     /// All tests.
     Test,
 }

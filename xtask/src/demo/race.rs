@@ -2,7 +2,6 @@
 
 use std::{
     fmt,
-    os::fd::AsFd as _,
     path::PathBuf,
     sync::{
         Arc,
@@ -14,15 +13,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::signalfd::SignalFd,
-};
 use pepsal_tests::{
     Connector, Daemon, Direction, Family, Link, LinkProfile, Namespace, Outcome, Server, Topology, Transfer,
 };
 
-use super::progress::Progress;
+use super::{progress::Progress, quantity};
+use crate::signals::Signals;
 
 /// What the endpoints send with: the default of Linux.
 pub const STOCK_CONGESTION: &str = "cubic";
@@ -92,8 +88,6 @@ pub struct Finish {
 pub struct Race {
     /// The daemon's binary.
     pub daemon: PathBuf,
-    /// The daemon's congestion control; its default if none.
-    pub congestion: Option<&'static str>,
     /// The satellite link.
     pub profile: LinkProfile,
     /// Size of the file.
@@ -102,17 +96,17 @@ pub struct Race {
 
 impl Race {
     /// Runs contests at once and returns how they went, in their order; nothing when a signal came first.
-    pub fn run(&self, contests: &[Contest], signals: &SignalFd) -> Result<Option<Vec<Finish>>> {
+    pub fn run(&self, contests: &[Contest], signals: &Signals) -> Result<Option<Vec<Finish>>> {
         let mut lanes = Vec::new();
         // Started by this thread and owned by it: a daemon dies with the thread that started it, at the latest.
         let mut daemons = Vec::new();
         for contest in contests {
-            if is_signalled_within(Duration::ZERO, signals)? {
+            if signals.is_pending() {
                 return Ok(None);
             }
             let lane = Lane::new(*contest, &self.profile)?;
-            for (namespace, interfaces) in lane.gateways() {
-                daemons.push(self.start_daemon(namespace, interfaces)?);
+            for gateway in lane.gateways() {
+                daemons.push(self.start_daemon(&gateway)?);
             }
             lanes.push(Arc::new(lane));
         }
@@ -121,7 +115,7 @@ impl Race {
         let finished = self.start_transfers(&lanes);
         let mut finishes = Vec::new();
         while finishes.len() < lanes.len() {
-            if is_signalled_within(TICK, signals)? {
+            if signals.come_within(TICK)? {
                 lanes.iter().for_each(|lane| lane.server.stop());
                 return Ok(None);
             }
@@ -141,12 +135,25 @@ impl Race {
         Ok(Some(finishes.into_iter().map(|(_, finish)| finish).collect()))
     }
 
-    fn start_daemon(&self, namespace: &Namespace, interfaces: [&str; 2]) -> Result<Daemon> {
-        let mut arguments = vec!["-i", interfaces[0], "-i", interfaces[1]];
-        if let Some(congestion) = self.congestion {
-            arguments.extend(["-C", congestion]);
-        }
-        Daemon::start_quiet(&self.daemon, namespace, &arguments)
+    /// What a daemon is told of the link behind an interface of its own.
+    pub fn link_argument(&self, interface: &str) -> String {
+        let rate = quantity::exact_rate(self.profile.up_bps);
+        // A link without a round trip is nothing to tune for; this is the least that the daemon takes.
+        let rtt = quantity::exact_time(self.profile.rtt.max(Duration::from_millis(1)));
+        format!("{interface},rate={rate},rtt={rtt}")
+    }
+
+    fn start_daemon(&self, gateway: &Gateway<'_>) -> Result<Daemon> {
+        let link = self.link_argument(gateway.satellite);
+        let arguments = [
+            "-i",
+            gateway.terrestrial,
+            "-i",
+            gateway.satellite,
+            "--link",
+            &link,
+        ];
+        Daemon::start_quiet(&self.daemon, gateway.namespace, &arguments)
     }
 
     fn start_transfers(&self, lanes: &[Arc<Lane>]) -> Receiver<(usize, Result<Outcome>)> {
@@ -196,16 +203,19 @@ impl Lane {
         })
     }
 
-    /// Where pepsal is to run, and on which interfaces.
-    fn gateways(&self) -> impl Iterator<Item = (&Namespace, [&'static str; 2])> {
-        let gateway = (self.contest.placement != Placement::Nowhere).then_some(&self.topology.gateway);
-        let gateway = gateway.map(|gateway| (gateway, ["lan0", "sat0"]));
-        let router = self
-            .topology
-            .router
-            .as_ref()
-            .map(|router| (router, ["sat1", "wan0"]));
-        gateway.into_iter().chain(router)
+    /// Where pepsal is to run.
+    fn gateways(&self) -> impl Iterator<Item = Gateway<'_>> {
+        let near = (self.contest.placement != Placement::Nowhere).then_some(Gateway {
+            namespace: &self.topology.gateway,
+            terrestrial: "lan0",
+            satellite: "sat0",
+        });
+        let far = self.topology.router.as_ref().map(|router| Gateway {
+            namespace: router,
+            terrestrial: "wan0",
+            satellite: "sat1",
+        });
+        near.into_iter().chain(far)
     }
 
     fn transfer(&self, bytes: u64) -> Result<Outcome> {
@@ -230,9 +240,9 @@ impl Lane {
     }
 }
 
-/// Waits for a signal.
-pub fn is_signalled_within(timeout: Duration, signals: &SignalFd) -> Result<bool> {
-    let mut ready = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-    let timeout = PollTimeout::try_from(timeout).context("the tick fits")?;
-    Ok(poll(&mut ready, timeout)? > 0)
+/// A place for pepsal, with the names of its interfaces.
+struct Gateway<'a> {
+    namespace: &'a Namespace,
+    terrestrial: &'static str,
+    satellite: &'static str,
 }

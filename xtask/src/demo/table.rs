@@ -3,6 +3,10 @@
 use pepsal_tests::LinkProfile;
 
 use super::race::{AF21, Finish, Placement};
+use crate::table::{
+    self,
+    Align::{self, Left, Right},
+};
 
 const HEADINGS: [&str; 8] = [
     "transfer",
@@ -15,34 +19,13 @@ const HEADINGS: [&str; 8] = [
     "DSCP",
 ];
 
-/// Numbers stand to the right.
-const RIGHT_ALIGNED: [bool; 8] = [false, false, true, true, true, true, false, false];
+const ALIGNMENT: [Align; 8] = [Left, Left, Right, Right, Right, Right, Left, Left];
 
 /// A table with a line for each transfer.
 pub fn render(finishes: &[Finish], profile: &LinkProfile) -> String {
     let mut rows = vec![HEADINGS.map(str::to_owned)];
     rows.extend(finishes.iter().map(|finish| row(finish, finishes, profile)));
-    let widths: [usize; 8] = std::array::from_fn(|column| {
-        rows.iter()
-            .map(|row| row[column].chars().count())
-            .max()
-            .unwrap_or(0)
-    });
-    let mut table = String::new();
-    for row in rows {
-        let mut line = String::new();
-        for (column, cell) in row.iter().enumerate() {
-            let width = widths[column];
-            line += &if RIGHT_ALIGNED[column] {
-                format!("{cell:>width$}  ")
-            } else {
-                format!("{cell:width$}  ")
-            };
-        }
-        table += line.trim_end();
-        table += "\n";
-    }
-    table
+    table::aligned(&rows, ALIGNMENT)
 }
 
 fn row(finish: &Finish, all: &[Finish], profile: &LinkProfile) -> [String; 8] {

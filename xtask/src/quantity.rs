@@ -27,6 +27,12 @@ pub fn duration(text: &str) -> Result<Duration, String> {
     within(seconds, 0.0, 10.0, "from 0s to 10s").map(Duration::from_secs_f64)
 }
 
+/// How long something may take: `150s`.
+pub fn patience(text: &str) -> Result<Duration, String> {
+    let seconds = with_unit(text, TIMES)?;
+    within(seconds, 1.0, 86_400.0, "from 1s to 86400s").map(Duration::from_secs_f64)
+}
+
 /// A probability, written in percent: `1%`.
 pub fn loss(text: &str) -> Result<f64, String> {
     let share = with_unit(text, SHARES)?;
@@ -37,6 +43,23 @@ pub fn loss(text: &str) -> Result<f64, String> {
 pub fn bytes(text: &str) -> Result<u64, String> {
     let bytes = with_unit(text, SIZES)?;
     within(bytes, 1.0, 1e12, "from 1B to 1000GB").map(|bytes| bytes as u64)
+}
+
+/// A rate, in the largest unit that divides it, as [`rate_bps`] reads it: `50mbit`.
+pub fn exact_rate(bps: u64) -> String {
+    match bps {
+        _ if bps.is_multiple_of(1_000_000) => format!("{}mbit", bps / 1_000_000),
+        _ if bps.is_multiple_of(1_000) => format!("{}kbit", bps / 1_000),
+        _ => format!("{bps}bit"),
+    }
+}
+
+/// A time, in the largest unit that divides it, as [`duration`] reads it: `600ms`.
+pub fn exact_time(time: Duration) -> String {
+    match time.as_micros() {
+        us if us % 1_000 == 0 => format!("{}ms", us / 1_000),
+        us => format!("{us}us"),
+    }
 }
 
 /// A size for people: `3.0 MiB`.
@@ -80,9 +103,23 @@ mod tests {
         assert_eq!(rate_bps("1.5 Gbit"), Ok(1_500_000_000));
         assert_eq!(duration("600ms"), Ok(Duration::from_millis(600)));
         assert_eq!(duration("0s"), Ok(Duration::ZERO));
+        assert_eq!(patience("150s"), Ok(Duration::from_secs(150)));
         assert_eq!(loss("1%"), Ok(0.01));
         assert_eq!(bytes("10MiB"), Ok(10_485_760));
         assert_eq!(bytes("2kB"), Ok(2_000));
+    }
+
+    #[test]
+    fn exact_quantities_read_back() {
+        for bps in [50_000_000, 1_500_000, 1_001] {
+            assert_eq!(rate_bps(&exact_rate(bps)), Ok(bps));
+        }
+        for us in [600_000, 1_500] {
+            let time = Duration::from_micros(us);
+            assert_eq!(duration(&exact_time(time)), Ok(time));
+        }
+        assert_eq!(exact_rate(50_000_000), "50mbit");
+        assert_eq!(exact_time(Duration::from_millis(600)), "600ms");
     }
 
     #[test]

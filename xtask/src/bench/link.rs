@@ -1,0 +1,252 @@
+//! What pepsal brings on emulated links, wherever it runs.
+//!
+//! A [`job`] has a lane of its own: client, link, server and proxies in namespaces that are made for it. Jobs run at once,
+//! as many as the machine can emulate, rounds interleaved, and a round's seed makes the link lose the same packets, by
+//! number, with every proxy. What they find becomes cells with medians, each beside the [`floor`] that physics sets.
+
+use std::{
+    env, fs,
+    os::unix::process::CommandExt as _,
+    path::{Path as FilePath, PathBuf},
+    process::{Command, ExitCode},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+
+mod chart;
+mod floor;
+mod goal;
+mod job;
+mod lane;
+mod observation;
+mod path;
+mod peer;
+mod place;
+mod plan;
+mod report;
+mod schedule;
+mod statistic;
+
+use self::{
+    lane::Equipment,
+    observation::Observations,
+    path::{Loss, Path},
+    peer::Peer,
+    place::{PlaceName, Proxy},
+    plan::{Matrix, Rounds},
+    report::{Report, Run},
+    schedule::Schedule,
+};
+use crate::{
+    build, quantity,
+    setup::{self, Needs},
+    shell,
+    signals::Signals,
+};
+
+/// By default what pepsal's goals are about, in under three minutes.
+#[derive(Args)]
+#[command(after_long_help = PEER_HELP)]
+pub struct Options {
+    /// Measure what the goals are about; this is the default
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// Measure the whole matrix, which takes hours; the options below narrow it
+    #[arg(long)]
+    full: bool,
+    /// Paths of the whole matrix
+    #[arg(
+        long,
+        value_delimiter = ',',
+        requires = "full",
+        value_name = "PATH",
+        default_value = "geo,geo-symmetric,meo,leo,clean"
+    )]
+    paths: Vec<Path>,
+    /// Random losses of the whole matrix
+    #[arg(
+        long,
+        value_delimiter = ',',
+        requires = "full",
+        default_value = "0%,0.1%,1%,2%"
+    )]
+    loss: Vec<Loss>,
+    /// Transfers of the whole matrix
+    #[arg(long, value_delimiter = ',', requires = "full", value_name = "SIZE", value_parser = quantity::bytes,
+        default_value = "10KiB,100KiB,1MiB,10MiB,100MiB")]
+    sizes: Vec<u64>,
+    /// Places of the whole matrix: no proxy and endpoints with either congestion control, or where the proxy is
+    #[arg(
+        long,
+        value_delimiter = ',',
+        requires = "full",
+        value_name = "PLACE",
+        default_value = "cubic,bbr,client,server,pair"
+    )]
+    places: Vec<PlaceName>,
+    /// How often everything is measured
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+    /// Seed of the first round's losses, handovers and payload; the next round has the next
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// How long a transfer may take [default: 120s, with --full 600s]
+    #[arg(long, value_parser = quantity::patience)]
+    timeout: Option<Duration>,
+    /// Emulate links of this rate in sum at once
+    #[arg(long, value_name = "RATE", default_value = "300mbit", value_parser = quantity::rate_bps)]
+    parallel: u64,
+    /// Measure this proxy too, in each of pepsal's places
+    #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Peer::parse)]
+    peers: Vec<&'static Peer>,
+    /// Give the daemons this argument too
+    #[arg(long = "pepsal-arg", value_name = "ARGUMENT", allow_hyphen_values = true)]
+    arguments: Vec<String>,
+    /// Run this daemon instead of building one
+    #[arg(long, value_name = "FILE")]
+    daemon: Option<PathBuf>,
+    /// Where results.json, results.csv, results.md and the charts go [default: target/bench/link]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+const PEER_HELP: &str = "\
+A peer's command runs with `sh -c` as root in the network namespace of a gateway, in pepsal's place, and has two seconds \
+to get ready; it is ended with SIGTERM, then SIGKILL, and so is all that it has started. In the command stand
+  {lan}   the interface towards the hosts on this side
+  {sat}   the interface towards the link
+  {rate}  what the link carries towards this gateway, like 50mbit
+  {up}    what it carries from this gateway
+  {rtt}   its round trip, like 600ms
+Routing and firewall are the namespace's own, and are gone with it:
+
+  cargo xtask bench link --peer 'pepsal-c=iptables -t mangle -A PREROUTING -i {lan} -p tcp -j TPROXY --on-port 5000 \
+--tproxy-mark 1 && ip rule add fwmark 1 lookup 100 && ip route add local 0/0 dev lo table 100 && exec pepsal-c -i {lan}'";
+
+/// Builds the daemon, measures as root, and prints and writes the results.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let daemon = match &options.daemon {
+        Some(daemon) => daemon.clone(),
+        None => build::daemon_with(&build::ebpf(&setup::run(Needs::Bench)?)?, true)?,
+    };
+    if cfg!(debug_assertions) || !shell::is_root() {
+        return again_optimised_as_root(options, &daemon);
+    }
+
+    let start = Instant::now();
+    let signals = Signals::block()?;
+    let equipment = Equipment {
+        daemon: daemon
+            .canonicalize()
+            .with_context(|| format!("no daemon at {}", daemon.display()))?,
+        arguments: options.arguments.clone(),
+    };
+    let schedule = Schedule {
+        equipment: &equipment,
+        capacity_bps: options.parallel,
+        timeout: options.timeout(),
+        signals: &signals,
+    };
+    let found = match schedule.run(options.jobs()) {
+        Ok(Some(found)) => found,
+        Ok(None) => return signals.interrupted(),
+        // The signal reached what ran just then, too.
+        Err(_) if signals.is_pending() => return signals.interrupted(),
+        Err(error) => return Err(error),
+    };
+    let run = options.describe(&equipment, start.elapsed())?;
+    conclude(run, &found, &options.out_folder())
+}
+
+impl Options {
+    fn jobs(&self) -> Vec<job::Job> {
+        let rounds = Rounds {
+            count: self.rounds,
+            seed: self.seed,
+        };
+        let peers = self.peers.iter().map(|peer| Proxy::Peer(peer));
+        let proxies: Vec<_> = [Proxy::Pepsal].into_iter().chain(peers).collect();
+        if !self.full {
+            return plan::quick(&rounds, &proxies);
+        }
+        let matrix = Matrix {
+            paths: self.paths.clone(),
+            losses: self.loss.clone(),
+            sizes: self.sizes.clone(),
+            places: self.places.clone(),
+        };
+        plan::full(&rounds, &matrix, &proxies)
+    }
+
+    fn timeout(&self) -> Duration {
+        let default = Duration::from_secs(if self.full { 600 } else { 120 });
+        self.timeout.unwrap_or(default)
+    }
+
+    fn out_folder(&self) -> PathBuf {
+        let default = || build::target_dir().join("bench/link");
+        self.out.clone().unwrap_or_else(default)
+    }
+
+    fn describe(&self, equipment: &Equipment, took: Duration) -> Result<Run> {
+        let kernel =
+            fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's version")?;
+        let daemon = shell::output(Command::new(&equipment.daemon).arg("--version"))?;
+        Ok(Run {
+            kernel: kernel.trim().to_owned(),
+            cpus: thread::available_parallelism().map_or(1, usize::from),
+            daemon: daemon.trim().to_owned(),
+            daemon_arguments: equipment.arguments.clone(),
+            rounds: self.rounds,
+            seed: self.seed,
+            timeout_seconds: self.timeout().as_secs_f64(),
+            minutes: took.as_secs_f64() / 60.0,
+        })
+    }
+}
+
+/// Prints and writes the results; fails when data did not arrive as it was sent.
+fn conclude(run: Run, found: &Observations, folder: &FilePath) -> Result<ExitCode> {
+    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let report = Report {
+        run,
+        found,
+        summaries: found.summaries(),
+        goals: goal::judge(found),
+    };
+    print!("\n{}", report.markdown());
+    report.write(folder)?;
+    let charts = chart::draw(&found.series, folder)?;
+    println!("\n{}", report.goals());
+    println!("Results and {charts} charts are in {}.", folder.display());
+
+    let mut code = ExitCode::SUCCESS;
+    for sample in found.failures() {
+        let observation::Cell {
+            path,
+            loss,
+            metric,
+            place,
+        } = sample.cell;
+        eprintln!(
+            "error: {metric}, {path}, {loss} loss, {place}, round {}: {}",
+            sample.round, sample.state
+        );
+        code = ExitCode::FAILURE;
+    }
+    Ok(code)
+}
+
+/// Becomes the same command as root and optimised, with the daemon that the user has built: the link and both hosts are this
+/// program's work, and unoptimised it would be measured itself.
+fn again_optimised_as_root(options: &Options, daemon: &FilePath) -> Result<ExitCode> {
+    let mut command = shell::as_root(&build::optimised_xtask()?)?;
+    command.args(env::args_os().skip(1));
+    if options.daemon.is_none() {
+        command.arg("--daemon").arg(daemon);
+    }
+    Err(command.exec()).with_context(|| format!("cannot run `{}`", shell::line(&command)))
+}

@@ -1,0 +1,444 @@
+//! One lane, and what is measured on it.
+
+use std::{
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc::{self, RecvTimeoutError},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use pepsal_tests::{Cancel, Direction, LinkDelays, Outcome, Session, Transfer};
+
+use super::{
+    floor::{Connection, PAYLOAD_SHARE},
+    lane::{Equipment, Lane},
+    observation::{
+        Cell, Metric, Observation, Observations, REQUEST_BYTES, SAMPLE_INTERVAL, Series, State, Way,
+    },
+    path::{Loss, Path},
+    place::Place,
+    statistic,
+};
+
+/// A lane to be made and measured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Job {
+    pub path: Path,
+    pub loss: Loss,
+    pub place: Place,
+    pub round: u32,
+    pub seed: u64,
+    pub work: Work,
+}
+
+/// What is measured on a lane, one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Each of these, so many times. Of a direction, the small ones come first: what is larger than one that took too
+    /// long is not tried.
+    Transfers(Vec<(Way, u64)>, u32),
+    /// So many small requests over fresh connections, and over one that is kept.
+    Requests(u32),
+    /// The same for a time while a bulk flow fills the link, and what waits in its queue.
+    Loaded {
+        /// The bulk flow runs alone for this time first.
+        lead: Duration,
+        /// Then it is measured for this time.
+        window: Duration,
+    },
+    /// Eight bulk flows at once.
+    Flows {
+        /// They run for this time first.
+        lead: Duration,
+        /// Then they are measured for this time.
+        window: Duration,
+    },
+}
+
+const FLOWS: usize = 8;
+/// More than any path carries while a bulk flow is wanted.
+const ENDLESS_BYTES: u64 = 1 << 40;
+
+/// What may end a job before its time.
+pub struct Limits<'a> {
+    /// For each transfer.
+    pub timeout: Duration,
+    /// Set when everything is to end.
+    pub stop: &'a AtomicBool,
+}
+
+impl Job {
+    /// Measures.
+    ///
+    /// # Errors
+    /// When the lane cannot be made. Transfers that fail are samples, not errors.
+    pub fn run(&self, equipment: &Equipment, limits: &Limits<'_>) -> Result<Observations> {
+        let lane = Lane::new(self.path, self.loss, self.place, self.seed, equipment)?;
+        let mut run = Run {
+            job: self,
+            lane: &lane,
+            limits,
+            before: lane.delays(),
+            found: Observations::default(),
+        };
+        match &self.work {
+            Work::Transfers(transfers, times) => {
+                (0..*times).for_each(|repetition| run.transfers(transfers, repetition))
+            }
+            Work::Requests(times) => run.requests(*times),
+            Work::Loaded { lead, window } => run.loaded(*lead, *window),
+            Work::Flows { lead, window } => run.flows(*lead, *window),
+        }
+        Ok(run.found)
+    }
+
+    fn cell(&self, metric: Metric) -> Cell {
+        Cell {
+            path: self.path,
+            loss: self.loss,
+            metric,
+            place: self.place,
+        }
+    }
+}
+
+impl fmt::Display for Job {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let work = match self.work {
+            Work::Transfers(..) => "transfers",
+            Work::Requests(_) => "requests",
+            Work::Loaded { .. } => "requests beside bulk",
+            Work::Flows { .. } => "eight flows",
+        };
+        let Self {
+            path,
+            loss,
+            place,
+            round,
+            ..
+        } = self;
+        write!(formatter, "{work}, {path}, {loss} loss, {place}, round {round}")
+    }
+}
+
+/// A job that runs.
+struct Run<'a> {
+    job: &'a Job,
+    lane: &'a Lane,
+    limits: &'a Limits<'a>,
+    /// What the link had seen when the lane was ready.
+    before: LinkDelays,
+    found: Observations,
+}
+
+impl Run<'_> {
+    fn is_stopped(&self) -> bool {
+        self.limits.stop.load(Ordering::Relaxed)
+    }
+
+    /// How late the emulator itself has delivered, in milliseconds: 99th percentile of the worse direction.
+    fn late_ms(&self) -> f64 {
+        let delays = self.lane.delays().since(&self.before);
+        [delays.up, delays.down]
+            .iter()
+            .filter_map(|direction| direction.lateness.quantile(0.99))
+            .map(statistic::milliseconds)
+            .fold(0.0, f64::max)
+    }
+
+    fn add(&mut self, metric: Metric, value: Option<f64>, state: State) {
+        if self.is_stopped() {
+            return;
+        }
+        self.found.samples.push(Observation {
+            cell: self.job.cell(metric),
+            round: self.job.round,
+            seed: self.job.seed,
+            value,
+            state,
+            emulator_late_ms: self.late_ms(),
+        });
+    }
+
+    fn transfers(&mut self, transfers: &[(Way, u64)], repetition: u32) {
+        let mut too_slow = None;
+        for (number, (way, bytes)) in transfers.iter().copied().enumerate() {
+            if self.is_stopped() {
+                return;
+            }
+            let metric = Metric::Transfer(way, bytes);
+            if too_slow.is_some_and(|(slow_way, slow_bytes)| slow_way == way && slow_bytes < bytes) {
+                self.add(metric, Some(self.limits.timeout.as_secs_f64()), State::TimedOut);
+                continue;
+            }
+            let seed = self.job.seed + number as u64;
+            let (ended, arrived) = self.transfer(way.into(), bytes, seed);
+            if repetition == 0 {
+                self.found.series.push(Series {
+                    cell: self.job.cell(metric),
+                    round: self.job.round,
+                    arrived,
+                });
+            }
+            if ended == Ended::TimedOut {
+                too_slow = Some((way, bytes));
+            }
+            let (value, state) = ended.sample(self.limits.timeout);
+            self.add(metric, value, state);
+        }
+    }
+
+    /// One transfer, and how much had arrived at the end of each interval.
+    fn transfer(&self, direction: Direction, bytes: u64, seed: u64) -> (Ended, Vec<u64>) {
+        let cancel = Cancel::default();
+        let downloaded = Arc::<AtomicU64>::default();
+        let transfer = Transfer::new(direction, bytes)
+            .seed(seed)
+            .connector(self.lane.connector(self.limits.timeout))
+            .progress(Arc::clone(&downloaded))
+            .cancelled_by(cancel.clone());
+        let received_before = self.lane.received();
+        let mut arrived = Vec::new();
+        let sample = || {
+            arrived.push(match direction {
+                Direction::Upload => self.lane.received() - received_before,
+                Direction::Download => downloaded.load(Ordering::Relaxed),
+            });
+        };
+        let work = || {
+            let outcome = transfer.run(self.lane.client(), self.lane.server())?;
+            Ok((outcome.elapsed, outcome.intact))
+        };
+        (self.limits.attend(&cancel, work, sample), arrived)
+    }
+
+    fn requests(&mut self, times: u32) {
+        let deadline = Instant::now() + self.limits.timeout;
+        self.ask_while(
+            |asked| asked < times && Instant::now() < deadline,
+            Metric::Request,
+        );
+    }
+
+    /// Small requests over fresh connections and over a kept one by turns, while `goes_on` says so.
+    fn ask_while(&mut self, goes_on: impl Fn(u32) -> bool, metric: fn(Connection) -> Metric) {
+        let cancel = Cancel::default();
+        let connector = self.lane.connector(self.limits.timeout);
+        let session = self.limits.attend_value(
+            &cancel,
+            || Session::open(&connector, self.lane.client(), self.lane.server(), &cancel),
+            || {},
+        );
+        let session = match session {
+            Some(Ok(session)) => session,
+            Some(Err(error)) => return self.add(metric(Connection::Kept), None, failed(&error)),
+            None => return,
+        };
+        for asked in (0..).take_while(|asked| goes_on(*asked)) {
+            if self.is_stopped() {
+                return;
+            }
+            let seed = self.job.seed + u64::from(asked);
+            let kept = self
+                .limits
+                .attend(&cancel, || session.download(REQUEST_BYTES, seed), || {});
+            let (value, state) = kept.sample(self.limits.timeout);
+            self.add(metric(Connection::Kept), value, state);
+            let (fresh, _) = self.transfer(Direction::Download, REQUEST_BYTES, seed);
+            let (value, state) = fresh.sample(self.limits.timeout);
+            self.add(metric(Connection::Fresh), value, state);
+        }
+    }
+
+    fn loaded(&mut self, lead: Duration, window: Duration) {
+        let bulk = Bulk::start(self.lane, 1, self.limits.timeout);
+        if !self.limits.sleep(lead) {
+            return;
+        }
+        let before = self.lane.delays();
+        let end = Instant::now() + window;
+        self.ask_while(|_| Instant::now() < end, Metric::LoadedRequest);
+        let waited = self.lane.delays().since(&before).down.queue;
+        for percentile in [50, 95, 99] {
+            let wait = waited.quantile(f64::from(percentile) / 100.0);
+            self.add(
+                Metric::Queue(percentile),
+                wait.map(statistic::milliseconds),
+                bulk.state(),
+            );
+        }
+    }
+
+    fn flows(&mut self, lead: Duration, window: Duration) {
+        let bulk = Bulk::start(self.lane, FLOWS, self.limits.timeout);
+        if !self.limits.sleep(lead) {
+            return;
+        }
+        let (before, start) = (bulk.received(), Instant::now());
+        if !self.limits.sleep(window) {
+            return;
+        }
+        let (after, took) = (bulk.received(), start.elapsed());
+        let shares: Vec<_> = after
+            .iter()
+            .zip(before)
+            .map(|(after, before)| (after - before) as f64)
+            .collect();
+        let capacity = self.job.path.rate_bps(Direction::Download) as f64 * took.as_secs_f64() / 8.0;
+        let state = bulk.state();
+        self.add(Metric::Jain, statistic::jain(&shares), state.clone());
+        let payload = shares.iter().sum::<f64>() / capacity;
+        self.add(Metric::LinkUse, Some(payload / PAYLOAD_SHARE), state);
+    }
+}
+
+fn failed(error: &anyhow::Error) -> State {
+    State::Failed(format!("{error:#}"))
+}
+
+/// How an attended transfer ended.
+#[derive(Debug, PartialEq)]
+enum Ended {
+    Well(Duration),
+    Damaged,
+    TimedOut,
+    Failed(String),
+}
+
+impl Ended {
+    fn sample(self, timeout: Duration) -> (Option<f64>, State) {
+        match self {
+            Self::Well(elapsed) => (Some(elapsed.as_secs_f64()), State::Done),
+            Self::Damaged => (None, State::Damaged),
+            Self::TimedOut => (Some(timeout.as_secs_f64()), State::TimedOut),
+            Self::Failed(reason) => (None, State::Failed(reason)),
+        }
+    }
+}
+
+impl Limits<'_> {
+    /// Runs a transfer on another thread, calls `tick` at the end of each interval, and cancels it when its time is over.
+    fn attend(
+        &self,
+        cancel: &Cancel,
+        work: impl FnOnce() -> Result<(Duration, bool)> + Send,
+        tick: impl FnMut(),
+    ) -> Ended {
+        match self.attend_value(cancel, work, tick) {
+            Some(Ok((elapsed, true))) => Ended::Well(elapsed),
+            Some(Ok((_, false))) => Ended::Damaged,
+            Some(Err(error)) => Ended::Failed(format!("{error:#}")),
+            None => Ended::TimedOut,
+        }
+    }
+
+    /// The same for any work; nothing when it was cancelled.
+    fn attend_value<T: Send>(
+        &self,
+        cancel: &Cancel,
+        work: impl FnOnce() -> Result<T> + Send,
+        mut tick: impl FnMut(),
+    ) -> Option<Result<T>> {
+        let start = Instant::now();
+        let mut next = start + SAMPLE_INTERVAL;
+        let (sender, ended) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                // Received below, whatever happens.
+                let _ = sender.send(work());
+            });
+            loop {
+                match ended.recv_timeout(next.saturating_duration_since(Instant::now())) {
+                    Ok(result) => {
+                        tick();
+                        return (result.is_ok() || !cancel.is_cancelled()).then_some(result);
+                    }
+                    Err(RecvTimeoutError::Timeout) => {}
+                    // It has panicked, which the scope passes on.
+                    Err(RecvTimeoutError::Disconnected) => return None,
+                }
+                tick();
+                next += SAMPLE_INTERVAL;
+                if start.elapsed() > self.timeout || self.stop.load(Ordering::Relaxed) {
+                    cancel.cancel();
+                }
+            }
+        })
+    }
+
+    /// Waits; says whether it was to the end.
+    fn sleep(&self, time: Duration) -> bool {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            if self.stop.load(Ordering::Relaxed) {
+                return false;
+            }
+            thread::sleep(SAMPLE_INTERVAL.min(end.saturating_duration_since(Instant::now())));
+        }
+        true
+    }
+}
+
+/// Downloads without an end, until they are dropped.
+struct Bulk {
+    cancel: Cancel,
+    flows: Vec<Flow>,
+}
+
+struct Flow {
+    received: Arc<AtomicU64>,
+    thread: JoinHandle<Result<Outcome>>,
+}
+
+impl Bulk {
+    fn start(lane: &Lane, count: usize, patience: Duration) -> Self {
+        let cancel = Cancel::default();
+        let flows = (0..count).map(|number| {
+            let received = Arc::<AtomicU64>::default();
+            let transfer = Transfer::download(ENDLESS_BYTES)
+                .seed(number as u64)
+                .connector(lane.connector(patience))
+                .progress(Arc::clone(&received))
+                .cancelled_by(cancel.clone());
+            let (topology, server) = (lane.topology(), lane.server());
+            let thread = thread::spawn(move || transfer.run(&topology.client, server));
+            Flow { received, thread }
+        });
+        Self {
+            flows: flows.collect(),
+            cancel,
+        }
+    }
+
+    /// Bytes of each flow so far.
+    fn received(&self) -> Vec<u64> {
+        self.flows
+            .iter()
+            .map(|flow| flow.received.load(Ordering::Relaxed))
+            .collect()
+    }
+
+    /// Whether all flows still run.
+    fn state(&self) -> State {
+        if self.flows.iter().any(|flow| flow.thread.is_finished()) {
+            State::Failed("a bulk flow has ended".into())
+        } else {
+            State::Done
+        }
+    }
+}
+
+impl Drop for Bulk {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+        for flow in self.flows.drain(..) {
+            // Cancelled flows fail; those that failed before have been seen.
+            let _ = flow.thread.join();
+        }
+    }
+}

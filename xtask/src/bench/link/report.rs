@@ -1,0 +1,244 @@
+//! Results as tables for people, and as JSON and CSV for programs.
+
+use std::{fs, path::Path as FilePath};
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+
+use super::{
+    goal::Goal,
+    observation::{LATE_MS, Metric, Observations, Series, State, Summary},
+};
+use crate::table::{
+    self,
+    Align::{self, Left, Right},
+};
+
+/// What a run was.
+#[derive(Clone, Debug, Serialize)]
+pub struct Run {
+    /// `uname -r` of the machine.
+    pub kernel: String,
+    /// Its number of processors.
+    pub cpus: usize,
+    /// What the daemon says of itself.
+    pub daemon: String,
+    /// Further arguments of the daemon.
+    pub daemon_arguments: Vec<String>,
+    pub rounds: u32,
+    /// Seed of the first round; the next has the next.
+    pub seed: u64,
+    pub timeout_seconds: f64,
+    /// What it took.
+    pub minutes: f64,
+}
+
+/// Everything that is written.
+pub struct Report<'a> {
+    pub run: Run,
+    pub found: &'a Observations,
+    pub summaries: Vec<Summary>,
+    pub goals: Vec<Goal>,
+}
+
+const GOAL_HEADINGS: [&str; 4] = ["what", "measured", "goal", ""];
+const GOAL_ALIGNMENT: [Align; 4] = [Left, Left, Left, Left];
+
+const CELL_HEADINGS: [&str; 9] = [
+    "path",
+    "loss",
+    "what",
+    "with",
+    "floor",
+    "median",
+    "min–max",
+    "/ floor",
+    "n",
+];
+const CELL_ALIGNMENT: [Align; 9] = [Left, Right, Left, Left, Right, Right, Right, Right, Right];
+
+impl Report<'_> {
+    /// The goals for a terminal.
+    pub fn goals(&self) -> String {
+        table::aligned(&self.goal_rows(), GOAL_ALIGNMENT)
+    }
+
+    /// The whole report.
+    pub fn markdown(&self) -> String {
+        let Run {
+            kernel,
+            cpus,
+            daemon,
+            rounds,
+            seed,
+            minutes,
+            ..
+        } = &self.run;
+        let seeds = match rounds {
+            1 => format!("seed {seed}"),
+            _ => format!("seeds {seed} to {}", seed + u64::from(*rounds) - 1),
+        };
+        let mut text = format!(
+            "{daemon}, Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes.\n\n"
+        );
+        if self.goals.iter().any(|goal| goal.met.is_some()) {
+            text += &table::markdown(&self.goal_rows(), GOAL_ALIGNMENT);
+            text += "\n";
+        }
+        let mut rows = vec![CELL_HEADINGS.map(str::to_owned)];
+        rows.extend(self.summaries.iter().map(cell_row));
+        text += &table::markdown(&rows, CELL_ALIGNMENT);
+        text += &format!("\n{NOTES}\n");
+        text += &self.lateness();
+        text
+    }
+
+    fn goal_rows(&self) -> Vec<[String; 4]> {
+        let mut rows = vec![GOAL_HEADINGS.map(str::to_owned)];
+        rows.extend(self.goals.iter().map(|goal| {
+            let met = match goal.met {
+                Some(true) => "met",
+                Some(false) => "MISSED",
+                None => "",
+            };
+            [goal.what, &goal.measured, goal.goal, met].map(str::to_owned)
+        }));
+        rows
+    }
+
+    /// Whether the machine kept up.
+    fn lateness(&self) -> String {
+        let late = self.found.samples.iter().map(|sample| sample.emulator_late_ms);
+        let worst = late.fold(0.0, f64::max);
+        match self.summaries.iter().filter(|summary| summary.overloaded).count() {
+            0 => format!(
+                "The emulator kept up: 99 % of packets were at most {worst:.1} ms late at any time.\n"
+            ),
+            marked => format!(
+                "THE EMULATOR WAS OVERLOADED: more than 1 % of packets were over {LATE_MS} ms late (up to {worst:.1} ms \
+                 at p99) in the {marked} rows marked with *; use fewer at once (--parallel).\n"
+            ),
+        }
+    }
+
+    /// Writes `results.json`, `results.csv` and `results.md`.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn write(&self, folder: &FilePath) -> Result<()> {
+        let save = |name: &str, text: String| {
+            let file = folder.join(name);
+            fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
+        };
+        let json = serde_json::to_string_pretty(&Json {
+            run: &self.run,
+            goals: &self.goals,
+            cells: &self.summaries,
+            samples: &self.found.samples,
+            series: &self.found.series,
+        })?;
+        save("results.json", json + "\n")?;
+        save("results.csv", self.csv())?;
+        save("results.md", self.markdown())
+    }
+
+    fn csv(&self) -> String {
+        let mut text =
+            "path,loss_percent,with,what,unit,round,seed,value,floor,state,emulator_late_ms\n".to_owned();
+        for sample in &self.found.samples {
+            let cell = &sample.cell;
+            let number = |value: Option<f64>| value.map(|value| format!("{value:.6}")).unwrap_or_default();
+            let state = match &sample.state {
+                State::Done => "done",
+                State::TimedOut => "timed out",
+                State::Damaged => "damaged",
+                State::Failed(_) => "failed",
+            };
+            let fields = [
+                cell.path.to_string(),
+                cell.loss.percent().to_string(),
+                cell.place.to_string(),
+                cell.metric.to_string(),
+                cell.metric.unit().to_owned(),
+                sample.round.to_string(),
+                sample.seed.to_string(),
+                number(sample.value),
+                number(cell.floor()),
+                state.to_owned(),
+                format!("{:.3}", sample.emulator_late_ms),
+            ];
+            text += &fields.map(|field| quoted(&field)).join(",");
+            text += "\n";
+        }
+        text
+    }
+}
+
+#[derive(Serialize)]
+struct Json<'a> {
+    run: &'a Run,
+    goals: &'a [Goal],
+    cells: &'a [Summary],
+    samples: &'a [super::observation::Observation],
+    series: &'a [Series],
+}
+
+const NOTES: &str = "\
+Times in seconds from connect to the last byte's receipt, queueing in milliseconds, medians of n samples with the least \
+and the most. `>` is a time limit. The floor is the handshake's and the exchange's round trips (one on a kept connection) \
+and the time that the link takes for payload and headers; without a fast open no TCP beats it.";
+
+/// A field of a CSV file (RFC 4180).
+fn quoted(field: &str) -> String {
+    if field.contains([',', '"', '\n']) {
+        format!("\"{}\"", field.replace('"', "\"\""))
+    } else {
+        field.to_owned()
+    }
+}
+
+fn cell_row(summary: &Summary) -> [String; 9] {
+    let value = |value: f64| match summary.cell.metric {
+        Metric::Queue(_) => format!("{value:.1}"),
+        Metric::Jain | Metric::LinkUse => format!("{value:.3}"),
+        Metric::Transfer(..) | Metric::Request(_) | Metric::LoadedRequest(_) => format!("{value:.3}"),
+    };
+    let limit = |count| if count > 0 { "> " } else { "" };
+    let is_mostly_timed_out = summary.timed_out * 2 > summary.samples;
+    let ratio = summary
+        .floor
+        .filter(|floor| *floor > 0.0)
+        .map(|floor| format!("{:.2}", summary.median / floor));
+    [
+        summary.cell.path.to_string(),
+        summary.cell.loss.to_string(),
+        summary.cell.metric.to_string(),
+        summary.cell.place.to_string(),
+        summary.floor.map(value).unwrap_or_default(),
+        format!(
+            "{}{}{}",
+            limit(usize::from(is_mostly_timed_out)),
+            value(summary.median),
+            if summary.overloaded { " *" } else { "" }
+        ),
+        format!(
+            "{}–{}{}",
+            value(summary.least),
+            limit(summary.timed_out),
+            value(summary.most)
+        ),
+        ratio.unwrap_or_default(),
+        summary.samples.to_string(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_with_commas_are_quoted() {
+        assert_eq!(quoted("10 MiB up"), "10 MiB up");
+        assert_eq!(quoted("no proxy, \"BBR\""), "\"no proxy, \"\"BBR\"\"\"");
+    }
+}

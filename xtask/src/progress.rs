@@ -1,0 +1,58 @@
+//! How far a long command is: one line that changes on a terminal, else a line now and then.
+
+use std::{
+    io::{IsTerminal as _, Write as _, stdout},
+    time::{Duration, Instant},
+};
+
+/// Between two lines where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+const CLEAR_LINE: &str = "\r\x1b[K";
+
+/// The line.
+pub struct Progress {
+    start: Instant,
+    shown: Instant,
+    is_terminal: bool,
+}
+
+impl Progress {
+    /// Begins to count the time.
+    pub fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            start: now,
+            shown: now,
+            is_terminal: stdout().is_terminal(),
+        }
+    }
+
+    /// Shows how far things are, behind the time that they have taken, if it is time to.
+    pub fn show(&mut self, how_far: impl FnOnce() -> String) {
+        if !self.is_terminal && self.shown.elapsed() < LINE_INTERVAL {
+            return;
+        }
+        self.shown = Instant::now();
+        let line = format!("{:4.0} s   {}", self.start.elapsed().as_secs_f64(), how_far());
+        if self.is_terminal {
+            print!("{CLEAR_LINE}{line}");
+            // A terminal that is gone shows no progress, and that is all.
+            let _ = stdout().flush();
+        } else {
+            println!("{line}");
+        }
+    }
+
+    /// Prints a line that stays.
+    pub fn report(&self, line: &str) {
+        self.clear();
+        println!("{line}");
+    }
+
+    /// Removes the changing line.
+    pub fn clear(&self) {
+        if self.is_terminal {
+            print!("{CLEAR_LINE}");
+        }
+    }
+}
