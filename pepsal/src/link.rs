@@ -34,6 +34,17 @@ pub struct LinkSpec {
     keepalive: Option<Duration>,
     connect_timeout: Option<Duration>,
     weights: Weights,
+    peer: Peer,
+}
+
+/// Who is at the other end of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// Anybody.
+    Unknown,
+    /// A pepsal that knows the link too, so that its receive window is known before it can say so: the window field of
+    /// a SYN-ACK is not scaled (RFC 7323, 2.2).
+    Pepsal,
 }
 
 /// How the legs of a link share its rate.
@@ -57,7 +68,7 @@ impl Weights {
 }
 
 const KEYS: &str = "rate, rtt, up, cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, keepalive, \
-                    connect-timeout, weights";
+                    connect-timeout, weights, peer";
 
 impl FromStr for LinkSpec {
     type Err = String;
@@ -86,6 +97,7 @@ impl FromStr for LinkSpec {
             keepalive: None,
             connect_timeout: None,
             weights: Weights::Equal,
+            peer: Peer::Unknown,
         };
         let mut seen = HashSet::new();
         for part in parts {
@@ -138,6 +150,13 @@ impl FromStr for LinkSpec {
                         "equal" => Weights::Equal,
                         "dscp" => Weights::Dscp,
                         _ => return Err(format!("weights: '{value}' is neither equal nor dscp")),
+                    }
+                }
+                "peer" => {
+                    spec.peer = match value {
+                        "pepsal" => Peer::Pepsal,
+                        "unknown" => Peer::Unknown,
+                        _ => return Err(format!("peer: '{value}' is neither pepsal nor unknown")),
                     }
                 }
                 _ => return Err(format!("'{key}' is not one of {KEYS}")),
@@ -226,6 +245,8 @@ pub struct LinkProfile {
     pub connect_timeout: Derived<Duration>,
     /// How the legs share the rate.
     pub weights: Weights,
+    /// Bytes that the receiver at the other end takes from the first segment on, where they are known.
+    pub peer_window: Derived<Option<u64>>,
 }
 
 impl LinkProfile {
@@ -306,6 +327,16 @@ impl LinkProfile {
                 "--connect-timeout, at least twenty round trips",
             ),
             weights: spec.weights,
+            peer_window: match spec.peer {
+                Peer::Unknown => Derived {
+                    value: None,
+                    origin: Origin::Derived("what the peer says"),
+                },
+                Peer::Pepsal => Derived {
+                    value: Some(sent),
+                    origin: Origin::Derived("a bandwidth-delay product, as the peer is a pepsal too"),
+                },
+            },
         }
     }
 }
@@ -418,6 +449,11 @@ impl fmt::Display for LinkProfile {
             row(name, value, origin)?;
         }
         row(
+            "peer's window",
+            self.peer_window.value.map_or("advertised".into(), show_size),
+            self.peer_window.origin,
+        )?;
+        row(
             "mss",
             self.mss.value.map_or("path".into(), |mss| format!("{mss} B")),
             self.mss.origin,
@@ -501,6 +537,10 @@ mod tests {
             (
                 "sat0,rate=50mbit,rtt=600ms,pacing=60mbit",
                 "pacing is more than the link's 50 Mbit/s",
+            ),
+            (
+                "sat0,rate=50mbit,rtt=600ms,peer=proxy",
+                "peer: 'proxy' is neither pepsal nor unknown",
             ),
             (
                 "sat0,rate=50mbit,rtt=600ms,weights=size",

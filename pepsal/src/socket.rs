@@ -119,6 +119,39 @@ pub fn set_initial_window(socket: impl AsFd, segments: u32) -> io::Result<()> {
     )
 }
 
+/// `TCP_REPAIR_WINDOW` and its `struct tcp_repair_window` of `uapi/linux/tcp.h`, in 32-bit words: where the send window was
+/// last updated from, the send window, the largest one seen, the receive window, where that was last updated.
+const TCP_REPAIR_WINDOW: c_int = 29;
+type RepairWindow = [u32; 5];
+
+/// Takes it as said that the peer of a fresh connection receives this many bytes. Its next acknowledgement says what is so.
+pub fn set_send_window(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+    let fd = socket.as_fd();
+    set_repair(fd, true)?;
+    let set = || {
+        let mut window: RepairWindow = [0; 5];
+        let mut len = size_of::<RepairWindow>() as libc::socklen_t;
+        // SAFETY: the kernel writes at most `len` bytes.
+        let result = unsafe {
+            libc::getsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_TCP,
+                TCP_REPAIR_WINDOW,
+                window.as_mut_ptr().cast(),
+                &raw mut len,
+            )
+        };
+        nix::errno::Errno::result(result)?;
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        window[1] = window[1].max(bytes);
+        window[2] = window[2].max(bytes);
+        let window: Vec<u8> = window.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        self::set(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, &window)
+    };
+    let done = set();
+    set_repair(fd, false).and(done)
+}
+
 /// Caps what is sent at a rate, in bytes of payload per second.
 pub fn set_pacing_rate(socket: impl AsFd, bytes_per_second: u64) -> io::Result<()> {
     set(
