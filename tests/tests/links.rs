@@ -898,13 +898,49 @@ fn pair_with_fast_open_saves_the_links_handshake() -> Result<()> {
     Ok(())
 }
 
+/// Payload that `sender` had under way before anything came back for it.
+fn first_flight(segments: &[Segment], sender: SocketAddr) -> usize {
+    let handshake_and_request = 2;
+    segments
+        .iter()
+        .skip_while(|segment| segment.source != sender)
+        .scan(0, |answers, segment| {
+            *answers += usize::from(segment.destination == sender);
+            (*answers < handshake_and_request).then_some(segment)
+        })
+        .filter(|segment| segment.source == sender)
+        .map(|segment| segment.payload_len)
+        .sum()
+}
+
+#[test]
+fn only_a_pepsal_peer_is_sent_more_than_its_syn_ack_can_say() -> Result<()> {
+    /// The window field of a SYN-ACK, which is not scaled.
+    const SAID: usize = 65_535;
+    let link = LinkProfile::symmetric(50_000_000, Duration::from_millis(200), 0.0);
+    for (peer, is_more) in [("pepsal", true), ("unknown", false)] {
+        let topology = Topology::builder().link(Link::Emulated(link)).router().build()?;
+        let pair = Pair::new(topology, &format!("rate=50mbit,rtt=200ms,peer={peer}"), &[])?;
+        let topology = &pair.scene.topology;
+        let server = Server::start(&topology.server)?;
+        for family in Family::BOTH {
+            let capture = Capture::start(&topology.gateway, "sat0")?;
+            let outcome = Transfer::upload(1 << 20).run(&topology.client, server.address(family))?;
+            assert!(outcome.intact);
+            let flight = first_flight(&capture.segments()?, outcome.local);
+            assert_eq!(flight > SAID, is_more, "{peer} {family:?}: {flight} bytes");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn pair_carries_parallel_flows_intact_over_a_lossy_link() -> Result<()> {
     const FLOWS: u64 = 8;
     let link = LinkProfile::symmetric(20_000_000, Duration::from_millis(100), 0.01);
     println!("seed {}", link.seed);
     let topology = Topology::builder().link(Link::Emulated(link)).router().build()?;
-    let pair = Pair::new(topology, "rate=20mbit,rtt=100ms", &[])?;
+    let pair = Pair::new(topology, "rate=20mbit,rtt=100ms,peer=pepsal", &[])?;
     let topology = &pair.scene.topology;
     let server = Server::start(&topology.server)?;
     thread::scope(|scope| -> Result<()> {

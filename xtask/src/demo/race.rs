@@ -106,7 +106,7 @@ impl Race {
             }
             let lane = Lane::new(*contest, &self.profile)?;
             for gateway in lane.gateways() {
-                daemons.push(self.start_daemon(&gateway)?);
+                daemons.push(self.start_daemon(&gateway, contest.placement)?);
             }
             lanes.push(Arc::new(lane));
         }
@@ -143,8 +143,11 @@ impl Race {
         format!("{interface},rate={rate},rtt={rtt}")
     }
 
-    fn start_daemon(&self, gateway: &Gateway<'_>) -> Result<Daemon> {
-        let link = self.link_argument(gateway.satellite);
+    fn start_daemon(&self, gateway: &Gateway<'_>, placement: Placement) -> Result<Daemon> {
+        let mut link = self.link_argument(gateway.satellite);
+        if placement == Placement::BothEnds {
+            link.push_str(",peer=pepsal");
+        }
         let arguments = [
             "-i",
             gateway.terrestrial,

@@ -51,15 +51,23 @@ impl Lane {
             congestion: place.congestion(),
         };
         if let Place::Proxy(proxy, _) = place {
+            let is_pair = place.ends().len() > 1;
             for end in place.ends() {
-                let running = lane.start(proxy, *end, path, equipment)?;
+                let running = lane.start(proxy, *end, is_pair, path, equipment)?;
                 lane.proxies.push(running);
             }
         }
         Ok(lane)
     }
 
-    fn start(&self, proxy: Proxy, end: End, path: Path, equipment: &Equipment) -> Result<Running> {
+    fn start(
+        &self,
+        proxy: Proxy,
+        end: End,
+        is_pair: bool,
+        path: Path,
+        equipment: &Equipment,
+    ) -> Result<Running> {
         let (gateway, lan, satellite) = match end {
             End::Client => (&self.topology.gateway, "lan0", "sat0"),
             End::Server => {
@@ -71,7 +79,10 @@ impl Lane {
         if let Proxy::Peer(peer) = proxy {
             return RunningPeer::start(gateway, &peer.command(lan, satellite, &link)).map(Running::Peer);
         }
-        let told = format!("{satellite},rate={},rtt={},up={}", link.rate, link.rtt, link.up);
+        let mut told = format!("{satellite},rate={},rtt={},up={}", link.rate, link.rtt, link.up);
+        if is_pair {
+            told.push_str(",peer=pepsal");
+        }
         let mut arguments = vec!["-i", lan, "-i", satellite, "--drain-timeout", "1s"];
         if path.is_told() {
             arguments.extend(["--link", &told]);
