@@ -259,6 +259,8 @@ counters! {
     Fragment = "fragment",
     /// Passed: source-routed, so its destination is a waypoint and not the server.
     Waypoint = "waypoint",
+    /// Passed: signed with a key that only the two ends have (TCP-MD5, TCP-AO).
+    Signed = "signed",
     /// Passed: headers that are cut short or contradict themselves.
     Malformed = "malformed",
     /// Passed: a segment of a connection that is not pepsal's.

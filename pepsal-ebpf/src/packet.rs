@@ -317,34 +317,61 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
         offset: syn.tcp.offset + 20,
         len: syn.tcp.len - 20,
     };
+    refuse_signed(packet, options)?;
     record.tcp_options_len =
         copy_span::<TCP_OPTIONS_MAX>(packet, options, &mut record.tcp_options, &mut truncated)?;
     Ok(())
 }
 
-/// IPv4 options that are looked at for a source route: more than that the verifier has to walk through in vain.
-const IP_OPTIONS_WALKED: usize = 10;
+/// Options that are looked at: more than that the verifier has to walk through in vain.
+const OPTIONS_WALKED: usize = 10;
+
+/// Whether there is an option, of IPv4 (RFC 791) or TCP (RFC 9293), of which `is_wanted` says yes to its kind, its length
+/// and the byte after that.
+#[inline(always)]
+fn has_option(
+    packet: &impl Packet,
+    options: Span,
+    is_wanted: impl Fn(u8, u8, u8) -> bool,
+) -> Result<bool, Counter> {
+    let end = options.offset + options.len;
+    let mut at = options.offset;
+    for _ in 0..OPTIONS_WALKED {
+        if at + 3 > end {
+            break;
+        }
+        let [kind, len, third] = packet.read(at).ok_or(Counter::Malformed)?;
+        match kind {
+            0 => break,
+            1 => at += 1,
+            _ if len < 2 => break,
+            _ if is_wanted(kind, len, third) => return Ok(true),
+            _ => at += u32::from(len),
+        }
+    }
+    Ok(false)
+}
 
 /// A source route that is not at its end (RFC 791): the destination is the next hop on it. Such a segment's checksum is
 /// for another destination, and its connection is with that one.
 #[inline(always)]
 fn refuse_waypoint(packet: &impl Packet, options: Span) -> Result<(), Counter> {
-    let end = options.offset + options.len;
-    let mut at = options.offset;
-    for _ in 0..IP_OPTIONS_WALKED {
-        if at + 3 > end {
-            break;
-        }
-        let [kind, len, pointer] = packet.read(at).ok_or(Counter::Malformed)?;
-        match kind {
-            0 => break,
-            1 => at += 1,
-            131 | 137 if pointer <= len => return Err(Counter::Waypoint),
-            _ if len < 2 => break,
-            _ => at += u32::from(len),
-        }
+    match has_option(packet, options, |kind, len, pointer| {
+        matches!(kind, 131 | 137) && pointer <= len
+    })? {
+        true => Err(Counter::Waypoint),
+        false => Ok(()),
     }
-    Ok(())
+}
+
+/// Segments that are signed, with TCP-MD5 (RFC 2385) or TCP-AO (RFC 5925): a proxy has no key, and is what they guard
+/// against.
+#[inline(always)]
+fn refuse_signed(packet: &impl Packet, options: Span) -> Result<(), Counter> {
+    match has_option(packet, options, |kind, _, _| matches!(kind, 19 | 29))? {
+        true => Err(Counter::Signed),
+        false => Ok(()),
+    }
 }
 
 #[inline(always)]
@@ -595,6 +622,18 @@ mod tests {
         prop::sample::select(vec![Family::V4, Family::V6])
     }
 
+    /// Options that mean anything but a source route or a signature.
+    fn plain_options(words_of_four: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u8>> {
+        words(4, words_of_four).prop_map(|mut options| {
+            for byte in &mut options {
+                if matches!(*byte, 19 | 29 | 131 | 137) {
+                    *byte = 1;
+                }
+            }
+            options
+        })
+    }
+
     fn syn_of(family: Family) -> impl Strategy<Value = Syn> {
         let is_v4 = family == Family::V4;
         let extensions =
@@ -607,9 +646,9 @@ mod tests {
                 any::<u8>(),
                 if is_v4 { 0..1 } else { 0..1_u32 << 20 },
             ),
-            words(4, if is_v4 { 0..11 } else { 0..1 }),
+            plain_options(if is_v4 { 0..11 } else { 0..1 }),
             extensions,
-            words(4, 0..11),
+            plain_options(0..11),
             prop::collection::vec(any::<u8>(), 0..50),
         )
             .prop_map(
@@ -768,7 +807,7 @@ mod tests {
             syn.extensions.truncate(EXTENSIONS_WALKED - 1);
             let header = (EXT_ROUTING, vec![0, 4, left, 0, 0, 0, 0]);
             syn.extensions.insert(at.index(syn.extensions.len() + 1), header);
-            prop_assert_eq!(parse_bytes(&syn.packet(), Family::V6), Err(Counter::NotTcp));
+            prop_assert_eq!(parse_bytes(&syn.packet(), Family::V6), Err(Counter::Waypoint));
         }
 
         #[test]
@@ -797,6 +836,28 @@ mod tests {
                     Ok(same) => prop_assert_eq!(same, Parsed::IcmpError(segment)),
                 }
             }
+        }
+
+        #[test]
+        fn syn_with_an_option_that_forbids_splitting_is_left_alone(
+            mut syn in syn_of(Family::V4), before in 0_usize..5, is_strict: bool, is_ao: bool, left in 0_u8..4,
+        ) {
+            let packet = |syn: &Syn| {
+                let packet = syn.packet();
+                let Ok(Parsed::Tcp(segment)) = parse_bytes(&packet, Family::V4) else { panic!("a segment") };
+                record_syn(&packet.as_slice(), &segment, &mut SynRecord::EMPTY.clone())
+            };
+            // A route of three hops, of which `left` are still to come.
+            let route = [if is_strict { 137 } else { 131 }, 15, 16 - 4 * left, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 0];
+            syn.ip_options = [&[1; 4][..before.min(4)], &route, &[0; 4][before.min(4)..]].concat();
+            let expected = if left > 0 { Err(Counter::Waypoint) } else { Ok(()) };
+            prop_assert_eq!(packet(&syn), expected);
+
+            syn.ip_options = Vec::new();
+            let signature = [if is_ao { 29 } else { 19 }, 18];
+            syn.tcp_options = [&vec![1; before][..], &signature, &[7; 16], &vec![0; 10 - before - before % 2]].concat();
+            syn.tcp_options.resize(syn.tcp_options.len().next_multiple_of(4), 0);
+            prop_assert_eq!(packet(&syn), Err(Counter::Signed));
         }
 
         #[test]

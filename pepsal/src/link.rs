@@ -308,10 +308,8 @@ impl LinkProfile {
             },
             rto_min: Derived::new(
                 spec.rto_min,
-                (rtt / 2)
-                    .clamp(Duration::from_millis(200), seconds(2))
-                    .min(spec.rto_max.unwrap_or(seconds(2))),
-                "half a round trip, at least 200 ms: a modem's scheduling is no loss",
+                Duration::from_millis(200),
+                "the kernel's own, and the most that it allows: it is added to the round trip",
             ),
             rto_max: Derived::new(
                 spec.rto_max,
@@ -320,7 +318,11 @@ impl LinkProfile {
                     .max(spec.rto_min.unwrap_or_default()),
                 "ten round trips: an outage ends, and nobody waits two minutes after it",
             ),
-            keepalive: Derived::new(spec.keepalive, seconds(600).max(rtt * 100), "ten minutes"),
+            keepalive: Derived::new(
+                spec.keepalive,
+                seconds(600).max(rtt * 100),
+                "ten minutes, at least a hundred round trips",
+            ),
             connect_timeout: Derived::new(
                 spec.connect_timeout,
                 connect_timeout.max(rtt * 20),

@@ -28,13 +28,6 @@ fn main() -> ExitCode {
 }
 
 fn start(options: Options) -> Result<ExitCode> {
-    if options.explain {
-        let (profiles, _rate_control) = pepsal::explain(&options)?;
-        for profile in profiles {
-            println!("{profile}");
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
     let background = match options.daemon {
         true => match background()? {
             Background::Parent(code) => return Ok(code),
@@ -43,6 +36,13 @@ fn start(options: Options) -> Result<ExitCode> {
         false => None,
     };
     log(options.verbose)?;
+    if options.explain {
+        let (profiles, _rate_control) = pepsal::explain(&options)?;
+        for profile in profiles {
+            println!("{profile}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let threads = options.threads.map_or_else(
         || thread::available_parallelism().map_or(1, usize::from),
         usize::from,

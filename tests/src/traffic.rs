@@ -231,6 +231,7 @@ pub struct Server {
 struct Shared {
     received: AtomicU64,
     stopping: AtomicBool,
+    is_hushed: AtomicBool,
     stop: EventFd,
     open: Mutex<Vec<Weak<TcpStream>>>,
 }
@@ -266,6 +267,7 @@ impl Server {
         let shared = Arc::new(Shared {
             received: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
+            is_hushed: AtomicBool::new(false),
             stop: EventFd::new()?,
             open: Mutex::default(),
         });
@@ -293,6 +295,11 @@ impl Server {
     /// Payload bytes received so far, over all connections.
     pub fn received(&self) -> u64 {
         self.shared.received.load(Ordering::Relaxed)
+    }
+
+    /// Says no more of connections that fail, which it does on standard error: for those whose clients cancel transfers.
+    pub fn hush(&self) {
+        self.shared.is_hushed.store(true, Ordering::Relaxed);
     }
 
     /// Ends all connections and accepts no more.
@@ -355,6 +362,7 @@ fn serve_on_own_thread(accepted: Accepted, shared: &Arc<Shared>) {
     std::thread::spawn(move || {
         if let Err(error) = serve(&stream, peer, syn, &shared.received)
             && !shared.stopping.load(Ordering::Relaxed)
+            && !shared.is_hushed.load(Ordering::Relaxed)
         {
             eprintln!("server: connection from {peer}: {error:#}");
         }

@@ -412,6 +412,28 @@ const ROUTED: &[u8] = &[0, 4, 0, 0, 0, 0, 0];
 const MSS_AND_MORE: [u8; 20] = [2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
 
 #[test]
+fn syn_that_must_not_be_split_passes() -> Result<()> {
+    let gateway = Gateway::new()?;
+    const ROUTE: [u8; 8] = [131, 7, 4, 10, 9, 9, 9, 0];
+    let routed = Tcp {
+        ip_options: ROUTE.into(),
+        ..Tcp::syn(Family::V4)
+    };
+    assert_eq!(gateway.steer(&routed.packet())?, Counter::Waypoint);
+    for family in Family::BOTH {
+        for kind in [19, 29] {
+            let signed = Tcp {
+                tcp_options: [&[1, 1, kind, 18][..], &[7; 16]].concat(),
+                ..Tcp::syn(family)
+            };
+            assert_eq!(gateway.steer(&signed.packet())?, Counter::Signed, "kind {kind}");
+        }
+    }
+    assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
 fn syn_is_recorded_as_it_came() -> Result<()> {
     let mut gateway = Gateway::new()?;
     let v4 = Tcp {
@@ -475,10 +497,10 @@ fn syn_is_found_behind_extension_headers_that_a_router_may_pass() -> Result<()> 
         (&[(DESTINATION, &long)], Counter::Intercepted, 1),
         (&[(HOP_BY_HOP, &long)], Counter::Intercepted, 1),
         (&[(DESTINATION, PADDING); 9], Counter::NotTcp, 0),
-        (&[(ROUTING, &[0, 4, 1, 0, 0, 0, 0])], Counter::NotTcp, 0),
+        (&[(ROUTING, &[0, 4, 1, 0, 0, 0, 0])], Counter::Waypoint, 0),
         (
             &[(HOP_BY_HOP, ROUTER_ALERT), (ROUTING, &[0, 4, 255, 0, 0, 0, 0])],
-            Counter::NotTcp,
+            Counter::Waypoint,
             0,
         ),
         (&[(AUTHENTICATION, &[4; 23])], Counter::NotTcp, 0),

@@ -97,7 +97,7 @@ pub struct Options {
     #[arg(long, value_parser = quantity::patience)]
     timeout: Option<Duration>,
     /// Emulate links of this rate in sum at once
-    #[arg(long, value_name = "RATE", default_value = "300mbit", value_parser = quantity::rate_bps)]
+    #[arg(long, value_name = "RATE", default_value = "250mbit", value_parser = quantity::rate_bps)]
     parallel: u64,
     /// Measure this proxy too, in each of pepsal's places
     #[arg(long = "peer", value_name = "NAME=COMMAND", value_parser = Peer::parse)]

@@ -100,13 +100,14 @@ fn try_draw<'a, B: DrawingBackend + 'a>(
 where
     B::ErrorType: 'a,
 {
+    let end = shown_seconds(lines);
     area.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 22))
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(56)
-        .build_cartesian_2d(0.0..shown_seconds(lines), 0.0..rate_mbps * 1.05)?;
+        .build_cartesian_2d(0.0..end, 0.0..rate_mbps * 1.1)?;
     chart
         .configure_mesh()
         .label_style((FONT, 15))
@@ -116,8 +117,12 @@ where
         .light_line_style(WHITE)
         .draw()?;
     for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
+        // What lies outside would be drawn on the edge.
+        let points = goodput(&line.arrived)
+            .into_iter()
+            .filter(|(seconds, _)| *seconds <= end);
         chart
-            .draw_series(LineSeries::new(goodput(&line.arrived), colour.stroke_width(2)))?
+            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
             .label(line.cell.place.to_string())
             .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3)));
     }

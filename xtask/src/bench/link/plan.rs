@@ -22,7 +22,7 @@ pub const BBR: Place = Place::NoProxy(Congestion::Bbr);
 
 /// Sizes on the clean path, largest first: what the first transfer finds cold is least of a large one.
 pub const CLEAN_SIZES: [u64; 4] = [10_240 * KIB, 1024 * KIB, 100 * KIB, 10 * KIB];
-const CLEAN_REPETITIONS: u32 = 3;
+const CLEAN_REPETITIONS: u32 = 2;
 
 /// What a run repeats.
 pub struct Rounds {
