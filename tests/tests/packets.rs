@@ -413,7 +413,7 @@ const MSS_AND_MORE: [u8; 20] = [2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 
 
 #[test]
 fn syn_that_must_not_be_split_passes() -> Result<()> {
-    let gateway = Gateway::new()?;
+    let mut gateway = Gateway::new()?;
     const ROUTE: [u8; 8] = [131, 7, 4, 10, 9, 9, 9, 0];
     let routed = Tcp {
         ip_options: ROUTE.into(),
