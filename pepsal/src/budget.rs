@@ -267,7 +267,7 @@ impl Member {
         pace(&self.leg.stream, share);
         let grown = share * REGROWTH.1 > self.share * REGROWTH.0;
         if grown && self.active_since < now && self.congestion == BBR {
-            restart(&self.leg.stream, BBR);
+            restart(&self.leg.stream);
         }
         self.share = share;
     }
@@ -325,14 +325,14 @@ impl Retreat {
 
 fn set_initial_window(stream: &TcpStream, bytes: u64, congestion: &str) {
     if RateControl::is_named(congestion) {
-        return restart(stream, congestion);
+        return restart(stream);
     }
     let mss = socket::mss(stream).map_or(1448, |mss| u64::from(mss.max(1)));
     match u32::try_from(bytes / mss) {
         // That much the kernel takes by itself.
         Ok(0..=10) | Err(_) => {}
         Ok(segments) => match socket::set_initial_window(stream, segments) {
-            Ok(()) if congestion == BBR => restart(stream, congestion),
+            Ok(()) if congestion == BBR => restart(stream),
             Ok(()) => {}
             Err(error) => trace!("initial window refused: {error}"),
         },
@@ -342,12 +342,9 @@ fn set_initial_window(stream: &TcpStream, bytes: u64, congestion: &str) {
 /// It takes the congestion window that it finds for its first estimate of the rate.
 const BBR: &str = "bbr";
 
-/// Has a congestion control begin anew with the window and the pacing that there are now: it does when it is chosen anew.
-fn restart(stream: &TcpStream, congestion: &str) {
-    let restarted =
-        socket::set_congestion(stream, "reno").and_then(|()| socket::set_congestion(stream, congestion));
-    if let Err(error) = restarted {
-        trace!("cannot restart {congestion}: {error}");
+fn restart(stream: &TcpStream) {
+    if let Err(error) = socket::restart_congestion(stream) {
+        trace!("cannot restart the congestion control: {error}");
     }
 }
 

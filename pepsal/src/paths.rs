@@ -82,7 +82,8 @@ impl Paths {
         };
         // A window at once and without pacing would be a burst.
         let resumed = socket::set_pacing_rate(&**stream, rate.bps() / 8)
-            .and_then(|()| socket::set_initial_window(&**stream, segments));
+            .and_then(|()| socket::set_initial_window(&**stream, segments))
+            .and_then(|()| socket::restart_congestion(&**stream));
         match resumed {
             Ok(()) => drop(tokio::spawn(self.clone().validate(
                 path,

@@ -237,6 +237,31 @@ pub fn mss(socket: impl AsFd) -> io::Result<u32> {
 /// `SIOCOUTQNSD` of `uapi/linux/sockios.h`.
 const SIOCOUTQNSD: libc::c_ulong = 0x894b;
 
+/// The longest name of a congestion control, `TCP_CA_NAME_MAX` of the kernel's `net/tcp.h`.
+const CONGESTION_NAME_MAX: usize = 16;
+
+/// Has the congestion control begin anew with the window and the pacing that there are now: it does when it is chosen
+/// anew. BBR takes its first estimate of the rate from the window that it finds.
+pub fn restart_congestion(socket: impl AsFd) -> io::Result<()> {
+    let fd = socket.as_fd();
+    let mut name = [0_u8; CONGESTION_NAME_MAX];
+    let mut len = name.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes.
+    let result = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_TCP,
+            libc::TCP_CONGESTION,
+            name.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    nix::errno::Errno::result(result)?;
+    set_congestion(fd, "reno")?;
+    let len = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    set(fd, libc::SOL_TCP, libc::TCP_CONGESTION, &name[..len])
+}
+
 /// Bytes that were taken for sending and not sent yet.
 pub fn unsent(socket: impl AsFd) -> io::Result<u64> {
     queued(socket, SIOCOUTQNSD)
