@@ -16,11 +16,13 @@ use std::{
 use anyhow::{Context as _, Result};
 use clap::Args;
 
+mod bulk;
 mod chart;
 mod floor;
 mod goal;
 mod job;
 mod lane;
+mod limits;
 mod observation;
 mod path;
 mod peer;

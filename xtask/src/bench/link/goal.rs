@@ -121,7 +121,7 @@ fn faster(found: &Observations, loss: Loss, than: Place, least: f64) -> Option<V
     let at_least = if slow.timed_out > 0 { "more than " } else { "" };
     Some(Verdict {
         measured: format!(
-            "{at_least}{ratio:.1} × ({:.2} s / {:.2} s)",
+            "{at_least}{ratio:.2} × ({:.2} s / {:.2} s)",
             slow.median, fast.median
         ),
         met: ratio >= least,

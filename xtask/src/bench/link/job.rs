@@ -4,22 +4,20 @@ use std::{
     fmt,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-        mpsc::{self, RecvTimeoutError},
+        atomic::{AtomicU64, Ordering},
     },
-    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
-use pepsal_tests::{Cancel, Direction, LinkDelays, Outcome, Session, Transfer};
+use pepsal_tests::{Cancel, Direction, LinkDelays, Session, Transfer};
 
 use super::{
+    bulk::Bulk,
     floor::{Connection, PAYLOAD_SHARE},
     lane::{Equipment, Lane},
-    observation::{
-        Cell, Metric, Observation, Observations, REQUEST_BYTES, SAMPLE_INTERVAL, Series, State, Way,
-    },
+    limits::{Ended, Limits},
+    observation::{Cell, Metric, Observation, Observations, REQUEST_BYTES, Series, State, Way},
     path::{Loss, Path},
     place::Place,
     statistic,
@@ -61,16 +59,6 @@ pub enum Work {
 }
 
 const FLOWS: usize = 8;
-/// More than any path carries while a bulk flow is wanted.
-const ENDLESS_BYTES: u64 = 1 << 40;
-
-/// What may end a job before its time.
-pub struct Limits<'a> {
-    /// For each transfer.
-    pub timeout: Duration,
-    /// Set when everything is to end.
-    pub stop: &'a AtomicBool,
-}
 
 impl Job {
     /// Measures.
@@ -299,146 +287,4 @@ impl Run<'_> {
 
 fn failed(error: &anyhow::Error) -> State {
     State::Failed(format!("{error:#}"))
-}
-
-/// How an attended transfer ended.
-#[derive(Debug, PartialEq)]
-enum Ended {
-    Well(Duration),
-    Damaged,
-    TimedOut,
-    Failed(String),
-}
-
-impl Ended {
-    fn sample(self, timeout: Duration) -> (Option<f64>, State) {
-        match self {
-            Self::Well(elapsed) => (Some(elapsed.as_secs_f64()), State::Done),
-            Self::Damaged => (None, State::Damaged),
-            Self::TimedOut => (Some(timeout.as_secs_f64()), State::TimedOut),
-            Self::Failed(reason) => (None, State::Failed(reason)),
-        }
-    }
-}
-
-impl Limits<'_> {
-    /// Runs a transfer on another thread, calls `tick` at the end of each interval, and cancels it when its time is over.
-    fn attend(
-        &self,
-        cancel: &Cancel,
-        work: impl FnOnce() -> Result<(Duration, bool)> + Send,
-        tick: impl FnMut(),
-    ) -> Ended {
-        match self.attend_value(cancel, work, tick) {
-            Some(Ok((elapsed, true))) => Ended::Well(elapsed),
-            Some(Ok((_, false))) => Ended::Damaged,
-            Some(Err(error)) => Ended::Failed(format!("{error:#}")),
-            None => Ended::TimedOut,
-        }
-    }
-
-    /// The same for any work; nothing when it was cancelled.
-    fn attend_value<T: Send>(
-        &self,
-        cancel: &Cancel,
-        work: impl FnOnce() -> Result<T> + Send,
-        mut tick: impl FnMut(),
-    ) -> Option<Result<T>> {
-        let start = Instant::now();
-        let mut next = start + SAMPLE_INTERVAL;
-        let (sender, ended) = mpsc::channel();
-        thread::scope(|scope| {
-            scope.spawn(move || {
-                // Received below, whatever happens.
-                let _ = sender.send(work());
-            });
-            loop {
-                match ended.recv_timeout(next.saturating_duration_since(Instant::now())) {
-                    Ok(result) => {
-                        tick();
-                        return (result.is_ok() || !cancel.is_cancelled()).then_some(result);
-                    }
-                    Err(RecvTimeoutError::Timeout) => {}
-                    // It has panicked, which the scope passes on.
-                    Err(RecvTimeoutError::Disconnected) => return None,
-                }
-                tick();
-                next += SAMPLE_INTERVAL;
-                if start.elapsed() > self.timeout || self.stop.load(Ordering::Relaxed) {
-                    cancel.cancel();
-                }
-            }
-        })
-    }
-
-    /// Waits; says whether it was to the end.
-    fn sleep(&self, time: Duration) -> bool {
-        let end = Instant::now() + time;
-        while Instant::now() < end {
-            if self.stop.load(Ordering::Relaxed) {
-                return false;
-            }
-            thread::sleep(SAMPLE_INTERVAL.min(end.saturating_duration_since(Instant::now())));
-        }
-        true
-    }
-}
-
-/// Downloads without an end, until they are dropped.
-struct Bulk {
-    cancel: Cancel,
-    flows: Vec<Flow>,
-}
-
-struct Flow {
-    received: Arc<AtomicU64>,
-    thread: JoinHandle<Result<Outcome>>,
-}
-
-impl Bulk {
-    fn start(lane: &Lane, count: usize, patience: Duration) -> Self {
-        let cancel = Cancel::default();
-        let flows = (0..count).map(|number| {
-            let received = Arc::<AtomicU64>::default();
-            let transfer = Transfer::download(ENDLESS_BYTES)
-                .seed(number as u64)
-                .connector(lane.connector(patience))
-                .progress(Arc::clone(&received))
-                .cancelled_by(cancel.clone());
-            let (topology, server) = (lane.topology(), lane.server());
-            let thread = thread::spawn(move || transfer.run(&topology.client, server));
-            Flow { received, thread }
-        });
-        Self {
-            flows: flows.collect(),
-            cancel,
-        }
-    }
-
-    /// Bytes of each flow so far.
-    fn received(&self) -> Vec<u64> {
-        self.flows
-            .iter()
-            .map(|flow| flow.received.load(Ordering::Relaxed))
-            .collect()
-    }
-
-    /// Whether all flows still run.
-    fn state(&self) -> State {
-        if self.flows.iter().any(|flow| flow.thread.is_finished()) {
-            State::Failed("a bulk flow has ended".into())
-        } else {
-            State::Done
-        }
-    }
-}
-
-impl Drop for Bulk {
-    fn drop(&mut self) {
-        self.cancel.cancel();
-        for flow in self.flows.drain(..) {
-            // Cancelled flows fail; those that failed before have been seen.
-            let _ = flow.thread.join();
-        }
-    }
 }

@@ -12,11 +12,7 @@ use std::{
 
 use anyhow::Result;
 
-use super::{
-    job::{Job, Limits},
-    lane::Equipment,
-    observation::Observations,
-};
+use super::{job::Job, lane::Equipment, limits::Limits, observation::Observations};
 use crate::{progress::Progress, signals::Signals};
 
 /// How often progress is shown.
