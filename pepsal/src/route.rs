@@ -136,6 +136,8 @@ impl Policy {
         match handle.route().add(self.route(family)).execute().await {
             Ok(()) => Ok(1),
             Err(error) if is_errno(&error, nix::libc::EEXIST) => Ok(0),
+            // "IPv6 is disabled on this device": there is nothing to deliver then.
+            Err(error) if *family == IpVersion::V6 && is_errno(&error, nix::libc::EACCES) => Ok(0),
             Err(error) => {
                 Err(error).with_context(|| format!("cannot add the local route to table {}", self.table))
             }

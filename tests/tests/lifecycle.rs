@@ -570,3 +570,20 @@ fn monitor_is_told_when_the_limit_is_near_and_when_it_is_not_any_more() -> Resul
     assert!(told.next().is_none(), "each is told once");
     Ok(())
 }
+
+#[test]
+fn gateway_without_ipv6_serves_ipv4() -> Result<()> {
+    let topology = Topology::new()?;
+    for scope in ["all", "default"] {
+        topology
+            .gateway
+            .sysctl(&format!("net.ipv6.conf.{scope}.disable_ipv6"), 1)?;
+    }
+    let before = Footprint::of(&topology.gateway)?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let server = Server::start(&topology.server)?;
+    assert!(is_split(&topology, server.address(Family::V4))?);
+    assert_eq!(daemon.terminate()?.code(), Some(0));
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
