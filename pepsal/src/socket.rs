@@ -129,19 +129,7 @@ pub fn set_send_window(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     let fd = socket.as_fd();
     set_repair(fd, true)?;
     let set = || {
-        let mut window: RepairWindow = [0; 5];
-        let mut len = size_of::<RepairWindow>() as libc::socklen_t;
-        // SAFETY: the kernel writes at most `len` bytes.
-        let result = unsafe {
-            libc::getsockopt(
-                fd.as_raw_fd(),
-                libc::SOL_TCP,
-                TCP_REPAIR_WINDOW,
-                window.as_mut_ptr().cast(),
-                &raw mut len,
-            )
-        };
-        nix::errno::Errno::result(result)?;
+        let mut window: RepairWindow = get(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW)?;
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         window[1] = window[1].max(bytes);
         window[2] = window[2].max(bytes);
@@ -218,19 +206,7 @@ pub fn set_rto_max(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
 
 /// The size of the segments that are sent, in bytes of payload.
 pub fn mss(socket: impl AsFd) -> io::Result<u32> {
-    let mut bytes: c_int = 0;
-    let mut len = size_of::<c_int>() as libc::socklen_t;
-    // SAFETY: the kernel writes one int.
-    let result = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_TCP,
-            libc::TCP_MAXSEG,
-            (&raw mut bytes).cast(),
-            &raw mut len,
-        )
-    };
-    nix::errno::Errno::result(result)?;
+    let bytes: c_int = get(socket, libc::SOL_TCP, libc::TCP_MAXSEG)?;
     Ok(bytes.try_into().unwrap_or(0))
 }
 
@@ -244,19 +220,7 @@ const CONGESTION_NAME_MAX: usize = 16;
 /// anew. BBR takes its first estimate of the rate from the window that it finds.
 pub fn restart_congestion(socket: impl AsFd) -> io::Result<()> {
     let fd = socket.as_fd();
-    let mut name = [0_u8; CONGESTION_NAME_MAX];
-    let mut len = name.len() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes.
-    let result = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_TCP,
-            libc::TCP_CONGESTION,
-            name.as_mut_ptr().cast(),
-            &raw mut len,
-        )
-    };
-    nix::errno::Errno::result(result)?;
+    let name: [u8; CONGESTION_NAME_MAX] = get(fd, libc::SOL_TCP, libc::TCP_CONGESTION)?;
     set_congestion(fd, "reno")?;
     let len = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     set(fd, libc::SOL_TCP, libc::TCP_CONGESTION, &name[..len])
@@ -301,19 +265,38 @@ pub fn reset_on_close(socket: BorrowedFd<'_>, reset: bool) -> io::Result<()> {
 
 /// `struct tcp_info` of `uapi/linux/tcp.h`, as much of it as the running kernel fills.
 pub fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
-    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
-    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes; all-zeroes is a valid `tcp_info`.
+    get(socket, libc::SOL_TCP, libc::TCP_INFO)
+}
+
+/// What `getsockopt` can fill in: every pattern of bits is a value.
+///
+/// # Safety
+/// Plain data without references, valid whatever its bytes are.
+unsafe trait Plain {}
+// SAFETY: an integer.
+unsafe impl Plain for c_int {}
+// SAFETY: integers.
+unsafe impl Plain for RepairWindow {}
+// SAFETY: bytes.
+unsafe impl Plain for [u8; CONGESTION_NAME_MAX] {}
+// SAFETY: a structure of integers.
+unsafe impl Plain for libc::tcp_info {}
+
+/// An option's value; what the kernel does not fill in is zero.
+fn get<T: Plain>(socket: impl AsFd, level: c_int, name: c_int) -> io::Result<T> {
+    let mut value = MaybeUninit::<T>::zeroed();
+    let mut len = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, and any bytes are a value.
     unsafe {
         let result = libc::getsockopt(
             socket.as_fd().as_raw_fd(),
-            libc::SOL_TCP,
-            libc::TCP_INFO,
-            info.as_mut_ptr().cast(),
+            level,
+            name,
+            value.as_mut_ptr().cast(),
             &raw mut len,
         );
         nix::errno::Errno::result(result)?;
-        Ok(info.assume_init())
+        Ok(value.assume_init())
     }
 }
 
