@@ -164,7 +164,10 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
                     .unwrap_or_default();
                 leg.join(link, record.traffic_class, congestion);
             }
-            None => shared.paths.resume(ifindex, peer.ip(), leg.stream()),
+            None => {
+                shared.legs.settle_congestion(leg.side(), leg.stream());
+                shared.paths.resume(ifindex, peer.ip(), leg.stream());
+            }
         };
         let Ok(mut client_leg) = Leg::new(stream, Side::Client) else {
             return CloseReason::ClientReset;

@@ -21,6 +21,7 @@ use crate::{
     cli::{Options, Replicate, Source},
     link::{Link, Origin},
     metrics::{Event, Metrics},
+    preflight,
     relay::Side,
     socket,
 };
@@ -46,7 +47,32 @@ pub struct LegConfig {
     congestion: Option<String>,
     client_congestion: Option<String>,
     server_congestion: Option<String>,
+    short_path: Option<ShortPath>,
 }
+
+/// What legs do where the kernel's own congestion control is BBR, and nobody asked for any.
+///
+/// It paces: a timer and an interrupt for every 64 KiB, which cost a fast flow a third of its rate, and which a socket
+/// that has once had BBR keeps. On a short path there is nothing to gain from that. So legs begin without, and those
+/// whose handshake took longer change to BBR before their first data.
+#[derive(Debug, Clone)]
+struct ShortPath {
+    congestion: &'static str,
+    elsewhere: String,
+}
+
+impl ShortPath {
+    fn new() -> Option<Self> {
+        let elsewhere = preflight::default_congestion().ok()?;
+        elsewhere.starts_with("bbr").then(|| Self {
+            congestion: preflight::first_usable(["cubic", "reno"]),
+            elsewhere,
+        })
+    }
+}
+
+/// Round trips below which a path is short: a local or a regional network.
+const SHORT_PATH: Duration = Duration::from_millis(10);
 
 impl LegConfig {
     /// What the command line asks for.
@@ -66,6 +92,7 @@ impl LegConfig {
             congestion: tcp.congestion.clone(),
             client_congestion: tcp.client_congestion.clone(),
             server_congestion: tcp.server_congestion.clone(),
+            short_path: ShortPath::new(),
         }
     }
 
@@ -78,7 +105,7 @@ impl LegConfig {
     }
 
     /// The congestion control of a leg: what was given for its link, for its side, for all, and last what its link's
-    /// profile found best. `None` is the kernel's default.
+    /// profile found best. `None` is for the kernel to choose.
     pub fn congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a str> {
         let of_link = link.map(|link| &link.profile.congestion);
         let given = of_link
@@ -94,6 +121,28 @@ impl LegConfig {
             .or(self.congestion.as_ref())
             .or(derived)
             .map(String::as_str)
+    }
+
+    /// What a leg's socket is given before its handshake.
+    pub fn initial_congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a str> {
+        let short = || self.short_path.as_ref().map(|path| path.congestion);
+        self.congestion_of(side, link).or_else(short)
+    }
+
+    /// Once a leg without a profile is connected: leaves the congestion control to the kernel unless the path is short.
+    pub fn settle_congestion(&self, side: Side, stream: &TcpStream) {
+        let Some(path) = &self.short_path else { return };
+        if self.congestion_of(side, None).is_some() {
+            return;
+        }
+        // No measurement, after a SYN cookie, is zero.
+        let short = |rtt_us: u32| (1..SHORT_PATH.as_micros()).contains(&rtt_us.into());
+        if !socket::tcp_info(stream).is_ok_and(|info| short(info.tcpi_rtt)) {
+            tried(
+                "congestion control",
+                socket::set_congestion(stream, &path.elsewhere),
+            );
+        }
     }
 
     /// How long to wait for the client's first data, so that fast open can carry it: a fiftieth of the round trip that it
@@ -118,7 +167,7 @@ impl LegConfig {
                 socket::set_traffic_class(stream, ipv6, record.traffic_class),
             );
         }
-        self.tune(stream.as_fd(), Side::Client, link);
+        self.tune(stream.as_fd(), link);
     }
 
     /// Connects to the server the way the client meant to.
@@ -143,7 +192,10 @@ impl LegConfig {
             None,
         )?;
         self.replicate(&socket, server.is_ipv6(), record, metrics);
-        self.tune(socket.as_fd(), Side::Server, link);
+        self.tune(socket.as_fd(), link);
+        if let Some(congestion) = self.initial_congestion_of(Side::Server, link) {
+            tried("congestion control", socket::set_congestion(&socket, congestion));
+        }
         if let Some(link) = link {
             // Before the SYN, whose window scale follows from it; then the first acknowledgement opens all of it.
             tried(
@@ -166,7 +218,7 @@ impl LegConfig {
         }
     }
 
-    fn tune(&self, socket: BorrowedFd<'_>, side: Side, link: Option<&Link>) {
+    fn tune(&self, socket: BorrowedFd<'_>, link: Option<&Link>) {
         let sock = socket2::SockRef::from(&socket);
         if self.cork {
             tried("cork", socket::set_cork(socket));
@@ -178,9 +230,6 @@ impl LegConfig {
         }
         if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(self.mss) {
             tried("maximum segment size", socket::set_mss(socket, mss));
-        }
-        if let Some(congestion) = self.congestion_of(side, link) {
-            tried("congestion control", socket::set_congestion(socket, congestion));
         }
         let (mut idle, interval, probes) = KEEPALIVE;
         if let Some(Link { profile, .. }) = link {

@@ -162,7 +162,7 @@ impl Proxy {
         if let Err(error) = steering.enable_initial_windows() {
             info!("legs start with the kernel's initial window: {error:#}");
         }
-        let listeners = Listeners::bind(options.port.get(), &options.tcp, &links)?;
+        let listeners = Listeners::bind(options.port.get(), &options.tcp, &legs, &links)?;
         let changes = Changes::subscribe()?;
         let routes = Routes::new(mark, table).await?;
         routes.reconcile(&interfaces).await?;

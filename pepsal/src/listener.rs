@@ -14,7 +14,9 @@ use tracing::warn;
 
 use crate::{
     cli::TcpArgs,
+    leg::LegConfig,
     link::{Link, Links},
+    relay::Side,
     socket,
 };
 
@@ -53,22 +55,22 @@ impl Listeners {
     ///
     /// # Errors
     /// When the port is taken.
-    pub fn bind(port: u16, tcp: &TcpArgs, links: &Links) -> Result<Self> {
-        let mut pairs = vec![bind_pair(port, tcp, None)?];
+    pub fn bind(port: u16, tcp: &TcpArgs, legs: &LegConfig, links: &Links) -> Result<Self> {
+        let mut pairs = vec![bind_pair(port, tcp, legs, None)?];
         for link in links.iter() {
             // Nobody has to know the port: connections come by the eBPF map.
-            pairs.push(bind_pair(0, tcp, Some(link))?);
+            pairs.push(bind_pair(0, tcp, legs, Some(link))?);
         }
         Ok(Self { pairs })
     }
 }
 
-fn bind_pair(port: u16, tcp: &TcpArgs, link: Option<&Arc<Link>>) -> Result<Pair> {
-    let v4 = match bind(Ipv4Addr::LOCALHOST.into(), port, tcp, link) {
+fn bind_pair(port: u16, tcp: &TcpArgs, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
+    let v4 = match bind(Ipv4Addr::LOCALHOST.into(), port, tcp, legs, link) {
         Ok(listener) => listener,
         Err(error) => return refuse(error, "127.0.0.1", port),
     };
-    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, tcp, link) {
+    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, tcp, legs, link) {
         Ok(listener) => Some(listener),
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", port),
         Err(error) => {
@@ -86,7 +88,13 @@ fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
     Err(error).with_context(|| format!("cannot listen on {addr} port {port}"))
 }
 
-fn bind(addr: IpAddr, port: u16, tcp: &TcpArgs, link: Option<&Arc<Link>>) -> io::Result<TcpListener> {
+fn bind(
+    addr: IpAddr,
+    port: u16,
+    tcp: &TcpArgs,
+    legs: &LegConfig,
+    link: Option<&Arc<Link>>,
+) -> io::Result<TcpListener> {
     let addr = SocketAddr::new(addr, port);
     let listener = Socket::new(
         Domain::for_address(addr),
@@ -104,6 +112,10 @@ fn bind(addr: IpAddr, port: u16, tcp: &TcpArgs, link: Option<&Arc<Link>>) -> io:
     if let Some(link) = link {
         // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
         socket::set_receive_buffer(&listener, link.profile.receive_buffer.value)?;
+    }
+    // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
+    if let Some(congestion) = legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
+        socket::set_congestion(&listener, congestion)?;
     }
     // What the SYN-ACK announces; on an accepted socket it is too late for that.
     if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(tcp.mss) {

@@ -1,6 +1,6 @@
 //! What has to be there before anything is touched: privileges, a kernel that is new enough, descriptors.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -108,8 +108,22 @@ pub fn fit_descriptors(flows: u32) -> Result<(u32, usize)> {
 
 /// The congestion control that keeps its rate best on a link that loses packets, of those that this kernel has.
 pub fn best_congestion() -> &'static str {
+    first_usable(["bbr", "hybla", "cubic"])
+}
+
+/// The first of these congestion controls that this kernel lets us use, or what every kernel has.
+pub fn first_usable<const N: usize>(algorithms: [&'static str; N]) -> &'static str {
     let usable = |algorithm: &&str| check_congestion(algorithm).is_ok();
-    ["bbr", "hybla"].into_iter().find(usable).unwrap_or("cubic")
+    algorithms.into_iter().find(usable).unwrap_or("reno")
+}
+
+/// The congestion control that sockets get when nobody chooses one (net.ipv4.tcp_congestion_control).
+///
+/// # Errors
+/// When no socket can be opened.
+pub fn default_congestion() -> io::Result<String> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+    socket::congestion(&socket)
 }
 
 /// Makes sure that a congestion control can be used, which loads its module.
@@ -123,12 +137,10 @@ pub fn check_congestion(algorithm: &str) -> Result<()> {
         let available = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control")
             .unwrap_or_else(|_| "unknown".into());
         let why = match error.kind() {
-            std::io::ErrorKind::PermissionDenied => {
+            io::ErrorKind::PermissionDenied => {
                 "not allowed in this network namespace (net.ipv4.tcp_allowed_congestion_control)".to_owned()
             }
-            std::io::ErrorKind::NotFound => {
-                "unknown to this kernel, and no module of that name loads".to_owned()
-            }
+            io::ErrorKind::NotFound => "unknown to this kernel, and no module of that name loads".to_owned(),
             _ => error.to_string(),
         };
         bail!(

@@ -220,10 +220,16 @@ const CONGESTION_NAME_MAX: usize = 16;
 /// anew. BBR takes its first estimate of the rate from the window that it finds.
 pub fn restart_congestion(socket: impl AsFd) -> io::Result<()> {
     let fd = socket.as_fd();
-    let name: [u8; CONGESTION_NAME_MAX] = get(fd, libc::SOL_TCP, libc::TCP_CONGESTION)?;
+    let name = congestion(fd)?;
     set_congestion(fd, "reno")?;
+    set_congestion(fd, &name)
+}
+
+/// The congestion control's name.
+pub fn congestion(socket: impl AsFd) -> io::Result<String> {
+    let name: [u8; CONGESTION_NAME_MAX] = get(socket, libc::SOL_TCP, libc::TCP_CONGESTION)?;
     let len = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
-    set(fd, libc::SOL_TCP, libc::TCP_CONGESTION, &name[..len])
+    Ok(String::from_utf8_lossy(&name[..len]).into_owned())
 }
 
 /// Bytes that were taken for sending and not sent yet.

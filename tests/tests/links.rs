@@ -70,9 +70,13 @@ impl Scene {
 
     fn on(topology: Topology, arguments: &[&str]) -> Result<Self> {
         // Neither what links are told to use here nor what is derived for them, so that it shows who chose.
+        Self::on_default("reno", topology, arguments)
+    }
+
+    fn on_default(congestion: &str, topology: Topology, arguments: &[&str]) -> Result<Self> {
         topology
             .gateway
-            .sysctl("net.ipv4.tcp_congestion_control", "reno")?;
+            .sysctl("net.ipv4.tcp_congestion_control", congestion)?;
         let listen = |family: Family| Listener::bind_any(&topology.server, family.server());
         let listeners = [listen(Family::V4)?, listen(Family::V6)?];
         let arguments = [&["-i", "lan0"], arguments].concat();
@@ -214,6 +218,20 @@ fn initial_window_is_what_the_pacing_rate_sends_in_a_round_trip() -> Result<()> 
     let scene = Scene::with_link(Side::Server, "rate=20mbit,pacing=16mbit,rtt=100ms,cc=cubic", &[])?;
     let flow = scene.open(Family::V4)?;
     scene.expect(&flow, Side::Server, |leg| leg.window, 200_000 / 1448);
+    Ok(())
+}
+
+/// BBR's pacing is for paths that are long.
+#[test]
+fn where_bbr_is_the_default_short_legs_go_without() -> Result<()> {
+    let far = LinkProfile::symmetric(50_000_000, Duration::from_millis(100), 0.0);
+    let topology = Topology::builder().link(Link::Emulated(far)).build()?;
+    let scene = Scene::on_default("bbr", topology, &[])?;
+    for family in Family::BOTH {
+        let flow = scene.open(family)?;
+        scene.expect(&flow, Side::Client, |leg| leg.congestion.clone(), "cubic".into());
+        scene.expect(&flow, Side::Server, |leg| leg.congestion.clone(), "bbr".into());
+    }
     Ok(())
 }
 

@@ -1104,8 +1104,14 @@ fn syn_takes_over_ports_of_a_connection_in_time_wait() -> Result<()> {
             ..Tcp::syn(family)
         };
         let far = listener.accept(PATIENCE)?.stream;
+        let near_end = near.local_addr()?;
         drop(near);
         drop(far);
+        // Its last acknowledgements need the address.
+        eventually(PATIENCE, || {
+            let ss = host.command("ss").args(["-tnH", "state", "time-wait"]).output();
+            ss.is_ok_and(|ss| String::from_utf8_lossy(&ss.stdout).contains(&near_end.to_string()))
+        });
         host.ip(format!("address del {address}/{prefix} dev lo"))?;
         eventually(PATIENCE, || {
             gateway
