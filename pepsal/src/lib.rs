@@ -29,6 +29,7 @@ pub mod keeper;
 pub mod leg;
 pub mod link;
 pub mod listener;
+pub mod log;
 pub mod metrics;
 pub mod paths;
 pub mod preflight;
@@ -57,12 +58,14 @@ use tracing::{info, warn};
 use crate::{
     cli::Options,
     conduit::ConduitPool,
+    config::Configuration,
     flow::{CloseReason, Collector, Shared},
     instance::Instance,
     keeper::Keeper,
     leg::LegConfig,
     link::{LinkProfile, Links},
     listener::{Listeners, Pair},
+    log::Log,
     metrics::{Event, Metrics},
     rate_control::RateControl,
     route::{Changes, Interfaces, Routes},
@@ -75,9 +78,10 @@ use crate::{
 ///
 /// # Errors
 /// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
-pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
+pub async fn run(configuration: Configuration, log: &Log, ready: impl FnOnce()) -> Result<()> {
+    let options = &configuration.options;
     let (mut stop, mut stop_too) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let mut proxy = Proxy::start(&options).await?;
+    let mut proxy = Proxy::start(options).await?;
     let names = options.interfaces.join(",");
     info!(interfaces = names, port = options.port, limit = proxy.limit, mark = %options.steering.mark, "ready");
     ready();
