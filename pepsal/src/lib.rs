@@ -35,8 +35,10 @@ pub mod paths;
 pub mod preflight;
 pub mod rate_control;
 pub mod relay;
+mod reload;
 pub mod route;
 pub mod selection;
+pub mod selection_maps;
 pub mod socket;
 pub mod steer;
 pub mod table;
@@ -45,12 +47,13 @@ pub mod units;
 use std::{io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{Result, bail};
+use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use pepsal_ebpf::{Counter, LINKS_MAX};
 use tokio::{
     net::{TcpListener, TcpStream},
     signal::unix::{Signal, SignalKind, signal},
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -59,15 +62,16 @@ use crate::{
     cli::Options,
     conduit::ConduitPool,
     config::Configuration,
-    flow::{CloseReason, Collector, Shared},
+    flow::{CloseReason, Settings, Shared},
     instance::Instance,
     keeper::Keeper,
     leg::LegConfig,
-    link::{LinkProfile, Links},
+    link::{Link, LinkProfile, Links},
     listener::{Listeners, Pair},
     log::Log,
     metrics::{Event, Metrics},
     rate_control::RateControl,
+    reload::Reloader,
     route::{Changes, Interfaces, Routes},
     selection::Selection,
     steer::Steering,
@@ -79,21 +83,25 @@ use crate::{
 /// # Errors
 /// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
 pub async fn run(configuration: Configuration, log: &Log, ready: impl FnOnce()) -> Result<()> {
-    let options = &configuration.options;
     let (mut stop, mut stop_too) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let mut proxy = Proxy::start(options).await?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut proxy = Proxy::start(&configuration.options).await?;
+    let options = &configuration.options;
     let names = options.interfaces.join(",");
     info!(interfaces = names, port = options.port, limit = proxy.limit, mark = %options.steering.mark, "ready");
     ready();
 
-    proxy.serve(stopped(&mut stop, &mut stop_too)).await;
+    let mut reloader = Reloader::new(configuration, log);
+    proxy
+        .serve(stopped(&mut stop, &mut stop_too), &mut hangup, &mut reloader)
+        .await;
 
     info!(
         flows = proxy.shared.table.count(),
         "stopping: new connections pass through"
     );
     tokio::select! {
-        () = proxy.drain(options.drain_timeout) => {}
+        () = proxy.drain(reloader.options().drain_timeout) => {}
         () = stopped(&mut stop, &mut stop_too) => info!("stopping at once"),
     }
     proxy.report();
@@ -116,8 +124,8 @@ struct Proxy {
     steering: Steering,
     routes: Routes,
     _instance: Instance,
-    _rate_control: Option<RateControl>,
-    listeners: Arc<Listeners>,
+    rate_control: Option<RateControl>,
+    listeners: Listeners,
     intercepted: Vec<String>,
     limit: u32,
     changes: Changes,
@@ -139,17 +147,11 @@ impl Proxy {
         check_interfaces(&options.interfaces, &interfaces)?;
         let table = options.steering.table;
         let instance = Instance::claim(&options.interfaces, table)?;
-        let legs = LegConfig::new(options);
-        for algorithm in legs.congestion() {
-            if RateControl::is_named(algorithm) {
-                bail!(
-                    "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
-                );
-            }
-            preflight::check_congestion(algorithm)?;
-        }
-        let (links, rate_control) = link_profiles(options, &interfaces)?;
-        let links = Arc::new(Links::new(links));
+        let legs = leg_config(options)?;
+        let mut rate_control = None;
+        let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
+        profiles.iter().for_each(announce);
+        let links = Arc::new(Links::new(profiles));
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
@@ -180,27 +182,20 @@ impl Proxy {
         )?;
 
         let shared = Shared {
-            legs,
+            settings: ArcSwap::from_pointee(Settings::new(options, legs, Instant::now())),
             links,
             paths: Arc::default(),
             table: Arc::new(FlowTable::new(steering.flows().clone())),
             metrics: Metrics::default(),
             conduits: ConduitPool::new(pipes),
-            connect_timeout: options.connect_timeout,
-            collector: Collector {
-                epoch: tokio::time::Instant::now(),
-                interval: options.gc_interval,
-                lifetime: options.pending_lifetime,
-            },
-            idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
             stop: CancellationToken::new(),
         };
         Ok(Self {
             steering,
             routes,
             _instance: instance,
-            _rate_control: rate_control,
-            listeners: Arc::new(listeners),
+            rate_control,
+            listeners,
             intercepted,
             limit,
             changes,
@@ -212,16 +207,14 @@ impl Proxy {
     }
 
     /// Accepts and looks after things until `stop`.
-    async fn serve(&mut self, stop: impl Future<Output = ()>) {
-        tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept(
-            self.listeners.clone(),
-            self.shared.clone(),
-            self.flows.clone(),
-        )));
-        for link in self.shared.links.iter().cloned() {
-            let keep = async move { link.budget.keep().await };
-            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
-        }
+    async fn serve(
+        &mut self,
+        stop: impl Future<Output = ()>,
+        hangup: &mut Signal,
+        reloader: &mut Reloader<'_>,
+    ) {
+        self.accept_from(&self.listeners.pairs);
+        self.keep_budgets(&self.shared.links.all());
         let mut stop = pin!(stop);
         let mut rounds = interval(keeper::ROUND);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -230,7 +223,24 @@ impl Proxy {
                 () = &mut stop => return,
                 _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared),
                 () = self.changes.next() => self.adapt().await,
+                _ = hangup.recv(), if reloader.is_idle() => reloader.read(),
+                Some(read) = reloader.next() => reloader.apply(read, self).await,
             }
+        }
+    }
+
+    fn accept_from(&self, pairs: &[Arc<Pair>]) {
+        for pair in pairs {
+            let accept = accept(pair.clone(), self.shared.clone(), self.flows.clone());
+            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept));
+        }
+    }
+
+    fn keep_budgets(&self, links: &[Arc<Link>]) {
+        for link in links {
+            let budget = link.budget.clone();
+            let keep = async move { budget.keep().await };
+            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
         }
     }
 
@@ -331,29 +341,47 @@ fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
     Ok(())
 }
 
-/// Works out what follows from every `--link`, and shows it.
+/// How the options want legs to be made, if the kernel can.
+fn leg_config(options: &Options) -> Result<LegConfig> {
+    let legs = LegConfig::new(options);
+    for algorithm in legs.congestion() {
+        if RateControl::is_named(algorithm) {
+            bail!(
+                "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
+            );
+        }
+        preflight::check_congestion(algorithm)?;
+    }
+    Ok(legs)
+}
+
+/// Works out what follows from every `--link`, if its interface is there.
 fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
-) -> Result<(Vec<LinkProfile>, Option<RateControl>)> {
-    let (profiles, rate_control) = explain(options)?;
+    rate_control: &mut Option<RateControl>,
+) -> Result<Vec<LinkProfile>> {
+    let profiles = explain(options, rate_control)?;
     for profile in &profiles {
         let name = &profile.interface;
         if !interfaces.values().any(|interface| interface == name) {
             bail!("--link {name}: there is no interface of that name");
         }
         preflight::check_congestion(&profile.congestion.value)?;
-        info!("legs that leave through {name}:\n{profile}");
     }
-    Ok((profiles, rate_control))
+    Ok(profiles)
 }
 
-/// The profiles that follow from the command line, and the congestion control that was registered for them, which has to
-/// be kept for as long as they are used.
+fn announce(profile: &LinkProfile) {
+    info!("legs that leave through {}:\n{profile}", profile.interface);
+}
+
+/// The profiles that follow from the options. The congestion control that is registered for them, unless it has been, has
+/// to be kept for as long as they are used.
 ///
 /// # Errors
 /// For two links behind one interface, and for more links than the kernel side has room for.
-pub fn explain(options: &Options) -> Result<(Vec<LinkProfile>, Option<RateControl>)> {
+pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
             .iter()
@@ -369,11 +397,14 @@ pub fn explain(options: &Options) -> Result<(Vec<LinkProfile>, Option<RateContro
         );
     }
     if options.links.is_empty() {
-        return Ok((Vec::new(), None));
+        return Ok(Vec::new());
     }
-    let rate_control = RateControl::register();
-    let congestion = match &rate_control {
-        Ok(rate_control) => rate_control.name.as_str(),
+    let registered = match rate_control.take() {
+        Some(registered) => Ok(registered),
+        None => RateControl::register(),
+    };
+    let congestion = match registered {
+        Ok(registered) => rate_control.insert(registered).name.as_str(),
         Err(error) => {
             let best = preflight::best_congestion();
             warn!(
@@ -383,13 +414,12 @@ pub fn explain(options: &Options) -> Result<(Vec<LinkProfile>, Option<RateContro
         }
     };
     let profile = |spec| LinkProfile::derive(spec, congestion, options.connect_timeout);
-    Ok((options.links.iter().map(profile).collect(), rate_control.ok()))
+    Ok(options.links.iter().map(profile).collect())
 }
 
 /// Accepts for as long as it is polled.
-async fn accept(listeners: Arc<Listeners>, shared: Arc<Shared>, flows: TaskTracker) {
-    let accepting = listeners.pairs.iter().flat_map(Pair::iter);
-    join_all(accepting.map(|listener| accept_from(listener, &shared, &flows))).await;
+async fn accept(pair: Arc<Pair>, shared: Arc<Shared>, flows: TaskTracker) {
+    join_all(pair.iter().map(|listener| accept_from(listener, &shared, &flows))).await;
 }
 
 async fn accept_from(listener: &TcpListener, shared: &Arc<Shared>, flows: &TaskTracker) {

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     str::FromStr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
     time::Duration,
 };
 
@@ -419,54 +419,98 @@ pub struct Link {
     pub budget: Arc<Budget>,
 }
 
-/// The links that have a profile, numbered from one as the kernel side knows them.
+/// The links that have or had a profile, numbered from one as the kernel side knows them. A number stays its interface's.
 #[derive(Debug, Default)]
-pub struct Links {
+pub struct Links(RwLock<Numbered>);
+
+#[derive(Debug, Default)]
+struct Numbered {
     links: Vec<Arc<Link>>,
-    by_ifindex: RwLock<HashMap<u32, Arc<Link>>>,
+    /// By position: whether the link has its profile still.
+    described: Vec<bool>,
+    /// Interface index to position.
+    by_ifindex: HashMap<u32, usize>,
 }
 
 impl Links {
     /// Takes the profiles.
     pub fn new(profiles: Vec<LinkProfile>) -> Self {
-        let link = |profile: LinkProfile| {
-            let budget = Arc::new(Budget::new(&profile));
-            Arc::new(Link { profile, budget })
-        };
-        Self {
-            links: profiles.into_iter().map(link).collect(),
-            by_ifindex: RwLock::default(),
-        }
+        let links = Self::default();
+        links.replace(links.prepare(profiles));
+        links
     }
 
-    /// All of them, in the order of their numbers.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Link>> {
-        self.links.iter()
+    /// What the links would be with these profiles. A number that was given is never taken back, and its budget stays.
+    pub fn prepare(&self, profiles: Vec<LinkProfile>) -> Prepared {
+        let (mut links, count) = (self.all(), self.read().links.len());
+        let mut described = vec![false; count];
+        for profile in profiles {
+            match position(&links, &profile.interface) {
+                Some(position) => {
+                    let budget = links[position].budget.clone();
+                    links[position] = Arc::new(Link { profile, budget });
+                    described[position] = true;
+                }
+                None => {
+                    let budget = Arc::new(Budget::new(&profile));
+                    links.push(Arc::new(Link { profile, budget }));
+                    described.push(true);
+                }
+            }
+        }
+        Prepared { links, described }
+    }
+
+    /// Lets what was prepared hold from now on: for legs that start later, and its rates for those that are there too.
+    pub fn replace(&self, prepared: Prepared) {
+        let mut numbered = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        for link in &prepared.links {
+            link.budget.change(&link.profile);
+        }
+        numbered.links = prepared.links;
+        numbered.described = prepared.described;
+    }
+
+    /// All of them, in the order of their numbers, those that have no profile any more too.
+    pub fn all(&self) -> Vec<Arc<Link>> {
+        self.read().links.clone()
     }
 
     /// The number of the link behind an interface, [`pepsal_ebpf::NO_LINK`] when it has no profile. From now on legs
     /// find it by the interface's index.
     pub fn bind(&self, ifindex: u32, interface: &str) -> u32 {
-        let Some(position) = self
-            .links
-            .iter()
-            .position(|link| link.profile.interface == interface)
-        else {
+        let mut numbered = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(position) = position(&numbered.links, interface) else {
             return pepsal_ebpf::NO_LINK;
         };
-        let mut by_ifindex = self.by_ifindex.write().unwrap_or_else(PoisonError::into_inner);
-        by_ifindex.insert(ifindex, self.links[position].clone());
-        position as u32 + 1
+        numbered.by_ifindex.insert(ifindex, position);
+        match numbered.described[position] {
+            true => position as u32 + 1,
+            false => pepsal_ebpf::NO_LINK,
+        }
     }
 
     /// The link behind the interface of an index.
     pub fn of(&self, ifindex: u32) -> Option<Arc<Link>> {
-        self.by_ifindex
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&ifindex)
-            .cloned()
+        let numbered = self.read();
+        let position = *numbered.by_ifindex.get(&ifindex)?;
+        numbered.described[position].then(|| numbered.links[position].clone())
     }
+
+    fn read(&self) -> RwLockReadGuard<'_, Numbered> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Links that do not hold yet.
+pub struct Prepared {
+    /// All of them, in the order of their numbers.
+    pub links: Vec<Arc<Link>>,
+    described: Vec<bool>,
+}
+
+fn position(links: &[Arc<Link>], interface: &str) -> Option<usize> {
+    links.iter().position(|link| link.profile.interface == interface)
 }
 
 /// `TCP_INIT_CWND` of RFC 6928 in bytes: no link is so slow that less would be right.
@@ -576,6 +620,25 @@ mod tests {
         assert_eq!(link.receive_buffer.value, 1 << 20);
         assert_eq!(link.rto_max.value, Duration::from_secs(30));
         assert_eq!(link.mss.value, Some(1200));
+    }
+
+    #[test]
+    fn a_profile_that_changes_keeps_its_number_and_its_budget() {
+        let (a, b) = (profile("a,rate=5mbit,rtt=1s"), profile("b,rate=5mbit,rtt=1s"));
+        let (other_b, c) = (profile("b,rate=9mbit,rtt=1s"), profile("c,rate=1mbit,rtt=1s"));
+        let links = Links::new(vec![a, b]);
+        let none = pepsal_ebpf::NO_LINK;
+        assert_eq!((links.bind(7, "b"), links.bind(8, "c")), (2, none));
+        let before = links.of(7).unwrap();
+        links.replace(links.prepare(vec![c, other_b]));
+        let now = links.of(7).unwrap();
+        assert_eq!(now.profile.receive_rate.value, Rate::from_bps(9_000_000));
+        assert!(Arc::ptr_eq(&before.budget, &now.budget));
+        assert_eq!(
+            (links.bind(9, "a"), links.bind(7, "b"), links.bind(8, "c")),
+            (none, 2, 3)
+        );
+        assert!(links.of(9).is_none(), "it has no profile any more");
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd,
     sync::Arc,
 };
 
@@ -16,6 +17,7 @@ use crate::{
     cli::TcpArgs,
     leg::LegConfig,
     link::{Link, Links},
+    preflight,
     relay::Side,
     socket,
 };
@@ -47,7 +49,7 @@ impl Pair {
 #[derive(Debug)]
 pub struct Listeners {
     /// By the links' numbers.
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<Arc<Pair>>,
 }
 
 impl Listeners {
@@ -56,13 +58,32 @@ impl Listeners {
     /// # Errors
     /// When the port is taken.
     pub fn bind(port: u16, tcp: &TcpArgs, legs: &LegConfig, links: &Links) -> Result<Self> {
-        let mut pairs = vec![bind_pair(port, tcp, legs, None)?];
-        for link in links.iter() {
-            // Nobody has to know the port: connections come by the eBPF map.
-            pairs.push(bind_pair(0, tcp, legs, Some(link))?);
-        }
+        let mut pairs = vec![Arc::new(bind_pair(port, tcp, legs, None)?)];
+        pairs.extend(bind_links(tcp, legs, &links.all())?);
         Ok(Self { pairs })
     }
+
+    /// Gives all of them other options, for connections that are not there yet.
+    pub fn tune(&self, tcp: &TcpArgs, legs: &LegConfig, links: &Links) {
+        let links = links.all();
+        let numbered = [None].into_iter().chain(links.iter().map(Some));
+        for (pair, link) in self.pairs.iter().zip(numbered) {
+            for listener in pair.iter() {
+                if let Err(error) = tune(listener, tcp, legs, link) {
+                    warn!("a listener keeps some of its former options: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// Binds a pair for each of these links. Nobody has to know their ports: connections come by the eBPF map.
+///
+/// # Errors
+/// When a socket cannot be had.
+pub fn bind_links(tcp: &TcpArgs, legs: &LegConfig, links: &[Arc<Link>]) -> Result<Vec<Arc<Pair>>> {
+    let bind = |link| bind_pair(0, tcp, legs, Some(link)).map(Arc::new);
+    links.iter().map(bind).collect()
 }
 
 fn bind_pair(port: u16, tcp: &TcpArgs, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
@@ -106,22 +127,32 @@ fn bind(
     if addr.is_ipv6() {
         socket::set_v6_only(&listener)?;
     }
-    if tcp.fastopen {
-        socket::set_fastopen_queue(&listener, FASTOPEN_QUEUE)?;
-    }
-    if let Some(link) = link {
-        // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
-        socket::set_receive_buffer(&listener, link.profile.receive_buffer.value)?;
-    }
-    // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
-    if let Some(congestion) = legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
-        socket::set_congestion(&listener, congestion)?;
-    }
-    // What the SYN-ACK announces; on an accepted socket it is too late for that.
-    if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(tcp.mss) {
-        socket::set_mss(&listener, mss)?;
-    }
+    tune(&listener, tcp, legs, link)?;
     listener.bind(&addr.into())?;
     listener.listen(BACKLOG)?;
     TcpListener::from_std(listener.into())
+}
+
+/// What connections get from the listener that they are accepted from. Everything is set, so that a listener that is in
+/// use loses what it had before.
+fn tune(
+    listener: impl AsFd + Copy,
+    tcp: &TcpArgs,
+    legs: &LegConfig,
+    link: Option<&Arc<Link>>,
+) -> io::Result<()> {
+    let fastopen = if tcp.fastopen { FASTOPEN_QUEUE } else { 0 };
+    socket::set_fastopen_queue(listener, fastopen)?;
+    if let Some(link) = link {
+        // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
+        socket::set_receive_buffer(listener, link.profile.receive_buffer.value)?;
+    }
+    // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
+    match legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
+        Some(congestion) => socket::set_congestion(listener, congestion)?,
+        None => socket::set_congestion(listener, &preflight::default_congestion()?)?,
+    }
+    // What the SYN-ACK announces; on an accepted socket it is too late for that. Zero is the path's.
+    let mss = link.and_then(|link| link.profile.mss.value).or(tcp.mss);
+    socket::set_mss(listener, mss.unwrap_or(0))
 }

@@ -50,8 +50,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     };
     let log = Log::start(options.level())?;
     if options.explain {
-        let (profiles, _rate_control) = pepsal::explain(options)?;
-        for profile in profiles {
+        for profile in pepsal::explain(options, &mut None)? {
             println!("{profile}");
         }
         return Ok(ExitCode::SUCCESS);
