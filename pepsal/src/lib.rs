@@ -2,8 +2,9 @@
 //!
 //! The modules are listed in the order in which a flow meets them:
 //!
-//! 1. [`steer`]: the client's SYN enters an interface; an eBPF program finds it selected ([`selection`]), records what it
-//!    says and marks it. [`route`]'s rules deliver marked packets locally, and a second program gives the connection to
+//! 1. [`steer`]: the client's SYN enters an interface; an eBPF program finds it selected ([`selection`], in the tables of
+//!    [`selection_maps`]), records what it says and marks it. [`route`]'s rules deliver marked packets locally, and a second
+//!    program gives the connection to
 //! 2. [`listener`], where it is accepted.
 //! 3. [`flow`] enters it in the [`table`], and makes
 //! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options. Both legs get the
@@ -13,8 +14,8 @@
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
-//! Around them: [`cli`] says what is wanted, [`preflight`] whether it can be had, [`instance`] that nobody else has it,
-//! [`cgroup`] is the daemon's own,
+//! Around them: [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`preflight`] whether it
+//! can be had, [`instance`] that nobody else has it, [`cgroup`] is the daemon's own, [`log`] tells,
 //! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
 
 pub mod btf;

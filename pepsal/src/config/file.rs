@@ -48,7 +48,10 @@ pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     for error in errors {
         let span = error.span().unwrap_or_default();
         let what = match error.message() {
-            "duplicate key" => format!("'{}' is there twice", &content[span.clone()]),
+            "duplicate key" => format!(
+                "'{}' is there twice",
+                content.get(span.clone()).unwrap_or_default()
+            ),
             message => format!("not TOML: {message}"),
         };
         reader.problem(span.start, &what);
@@ -484,6 +487,26 @@ mod tests {
             .map(|problem| problem.split(':').nth(1).unwrap())
             .collect();
         assert_eq!(lines, ["2", "4", "5", "6"], "{found:?}");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn whatever_a_file_says_is_read_or_refused(
+            parts in proptest::collection::vec(
+                proptest::sample::select(vec![
+                    "interfaces", "link", "sat0", "proxy", "port", "rate", "only", "tcp", "cork", "true", "=", " = ",
+                    "[", "]", "[[", "]]", "{", "}", ".", ",", "\"", "'", "\"\"\"", "\\", "\n", "\r", "\t", " ", "#", "5",
+                    "-1", "1e9", "50mbit", "\u{e9}", "\u{1f6f0}", "\0", "\u{feff}", "1979-05-27",
+                ]),
+                0..24,
+            ),
+        ) {
+            let content: String = parts.concat();
+            match read(Path::new("p.toml"), &content) {
+                Ok(_) => {}
+                Err(problems) => proptest::prop_assert!(!problems.is_empty()),
+            }
+        }
     }
 
     #[test]

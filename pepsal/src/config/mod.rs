@@ -125,8 +125,8 @@ impl Configuration {
             let (before, now) = (self.values(key), other.values(key));
             (before != now).then(|| Change {
                 key: key.name.to_owned(),
-                before: show(&before),
-                now: show(&now),
+                before: self.show(key, &before),
+                now: other.show(key, &now),
                 applies: key.applies,
             })
         };
@@ -158,11 +158,23 @@ impl Configuration {
         let mut values: Vec<String> = raw.map(|value| value.to_string_lossy().into_owned()).collect();
         let steering = &self.options.steering;
         match key.option {
-            "only_from" => values.extend(steering.only.iter().map(Rule::to_string)),
-            "bypass_from" => values.extend(steering.bypass.iter().map(Rule::to_string)),
+            "only_from" if !values.is_empty() => values.extend(steering.only.iter().map(Rule::to_string)),
+            "bypass_from" if !values.is_empty() => values.extend(steering.bypass.iter().map(Rule::to_string)),
             _ => {}
         }
         values
+    }
+
+    fn show(&self, key: &Key, values: &[String]) -> String {
+        let typed = |option: &str| self.matches.get_raw(option).map_or(0, Iterator::count);
+        let steering = &self.options.steering;
+        match (key.option, values.len()) {
+            (_, 0) => NOTHING.into(),
+            ("only_from", _) => format!("{} rules", steering.only.len() - typed("only")),
+            ("bypass_from", _) => format!("{} rules", steering.bypass.len() - typed("bypass")),
+            (_, 1..=SHOWN) => values.join(","),
+            (_, many) => format!("{many} values"),
+        }
     }
 
     fn link_text(&self, interface: &str) -> String {
@@ -179,14 +191,6 @@ const NOTHING: &str = "none";
 
 /// Longer lists are counted, not shown.
 const SHOWN: usize = 4;
-
-fn show(values: &[String]) -> String {
-    match values.len() {
-        0 => NOTHING.into(),
-        1..=SHOWN => values.join(","),
-        many => format!("{many} values"),
-    }
-}
 
 /// A key that has another value than before.
 #[derive(Debug, PartialEq, Eq)]
@@ -411,7 +415,7 @@ mod tests {
             [
                 "proxy.conns: needs a restart, still 2112",
                 "proxy.idle-timeout 1h -> 1day",
-                "steering.only-from l,dst=10.0.0.0/8,port=0-65535 -> l,dst=11.0.0.0/8,port=0-65535",
+                "steering.only-from (other rules)",
                 "link.a rate=5mbit,rtt=1s -> rate=9mbit,rtt=1s",
             ],
             "the command line's port stays"
@@ -483,6 +487,21 @@ mod tests {
             without.len() + 1,
             "the keys without default, and link.mss: {without:?}"
         );
+    }
+
+    #[test]
+    fn the_documentation_has_every_key_and_says_when_it_applies() {
+        let text = include_str!("../../../docs/configuration.md");
+        for key in KEYS {
+            let start = format!("| `{}` |", key.name);
+            let row = text.lines().find(|line| line.starts_with(&start));
+            let cells: Vec<&str> = row.expect(key.name).split(" | ").collect();
+            let applies = match key.applies {
+                Applies::Live => "reload",
+                Applies::AtStart => "restart",
+            };
+            assert!(cells[3].starts_with(applies), "{}: {}", key.name, cells[3]);
+        }
     }
 
     #[test]
