@@ -29,6 +29,37 @@ pub const PORT_SET_BYTES: usize = 8192;
 /// A set of TCP ports, one bit each: port `p` is bit `p % 8` of byte `p / 8`.
 pub type PortSet = [u8; PORT_SET_BYTES];
 
+/// A prefix in the tries of the selection: that of a generation of rules, so that old and new rules can stand side by side
+/// while one word says which of them hold.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PrefixKey {
+    generation: [u8; 4],
+    addr: MappedAddr,
+}
+
+const _: () = assert!(size_of::<PrefixKey>() == 20);
+
+impl PrefixKey {
+    /// Bits in front of those of the address, all of them significant.
+    pub const GENERATION_BITS: u32 = 32;
+
+    /// An address of a generation of rules.
+    #[inline(always)]
+    pub const fn new(generation: u32, addr: MappedAddr) -> Self {
+        Self {
+            generation: generation.to_be_bytes(),
+            addr,
+        }
+    }
+}
+
+/// Most prefixes that the rules for destinations and those for sources may name, old and new ones together.
+pub const PREFIXES_MAX: u32 = 1 << 20;
+
+/// Most different sets of ports, old and new ones together.
+pub const PORT_SETS_MAX: u32 = 1 << 16;
+
 /// Most links that can have a profile of their own.
 pub const LINKS_MAX: u32 = 64;
 
@@ -289,4 +320,6 @@ mod pod {
     unsafe impl aya::Pod for super::FlowKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::SynRecord {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::PrefixKey {}
 }

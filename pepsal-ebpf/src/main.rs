@@ -37,8 +37,8 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::info;
 use pepsal_ebpf::{
-    Counter, FlowKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord, TCP_INITIAL_WINDOW,
-    listener_v4, listener_v6, map_v4,
+    Counter, FlowKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PORT_SETS_MAX, PREFIXES_MAX, PortSet,
+    PrefixKey, SynRecord, TCP_INITIAL_WINDOW, listener_v4, listener_v6, map_v4,
     packet::{Family, Packet, Parsed, Segment, parse, record_syn},
 };
 
@@ -69,17 +69,22 @@ static LISTENERS: SockMap = SockMap::with_max_entries((LINKS_MAX + 1) * 2, 0);
 #[map]
 static LINKS: HashMap<u32, u32> = HashMap::with_max_entries(LINKS_MAX, 0);
 
-/// Destination prefix to the index of the ports that are intercepted there.
+/// The generation of the rules that hold. The daemon writes new rules beside the old ones and changes this word last, so
+/// that every connection is judged by one of both and never by a mixture.
 #[map]
-static DESTINATIONS: LpmTrie<MappedAddr, u32> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
+static GENERATION: Array<u32> = Array::with_max_entries(1, 0);
 
-/// Source prefix to the index of the destination ports that are intercepted from there.
+/// Destination prefix to the number of the ports that are intercepted there.
 #[map]
-static SOURCES: LpmTrie<MappedAddr, u32> = LpmTrie::with_max_entries(1, BPF_F_NO_PREALLOC);
+static DESTINATIONS: LpmTrie<PrefixKey, u32> = LpmTrie::with_max_entries(PREFIXES_MAX, BPF_F_NO_PREALLOC);
+
+/// Source prefix to the number of the destination ports that are intercepted from there.
+#[map]
+static SOURCES: LpmTrie<PrefixKey, u32> = LpmTrie::with_max_entries(PREFIXES_MAX, BPF_F_NO_PREALLOC);
 
 /// The sets of ports that the two tries name.
 #[map]
-static PORT_SETS: Array<PortSet> = Array::with_max_entries(1, 0);
+static PORT_SETS: HashMap<u32, PortSet> = HashMap::with_max_entries(PORT_SETS_MAX, BPF_F_NO_PREALLOC);
 
 /// When the daemon last showed that it is alive, in nanoseconds of CLOCK_MONOTONIC.
 #[map]
@@ -272,16 +277,27 @@ fn log_syn(ctx: &TcContext, syn: &Segment, record: &SynRecord) {
 /// Whether the selection takes a connection: its destination's and its source's set of ports both have to agree.
 #[inline(always)]
 fn selected(syn: &Segment) -> bool {
-    contains_port(&DESTINATIONS, syn.destination, syn.destination_port)
-        && contains_port(&SOURCES, syn.source, syn.destination_port)
+    let Some(generation) = GENERATION.get_ptr(0) else {
+        return false;
+    };
+    // SAFETY: an element that the daemon writes whole. It is read once for both look-ups.
+    let generation = unsafe { read_volatile(generation) };
+    contains_port(&DESTINATIONS, generation, syn.destination, syn.destination_port)
+        && contains_port(&SOURCES, generation, syn.source, syn.destination_port)
 }
 
 #[inline(always)]
-fn contains_port(prefixes: &LpmTrie<MappedAddr, u32>, addr: MappedAddr, port: [u8; 2]) -> bool {
-    let Some(index) = prefixes.get(lpm_trie::Key::new(128, addr)) else {
+fn contains_port(
+    prefixes: &LpmTrie<PrefixKey, u32>,
+    generation: u32,
+    addr: MappedAddr,
+    port: [u8; 2],
+) -> bool {
+    let prefix = PrefixKey::new(generation, addr);
+    let Some(number) = prefixes.get(lpm_trie::Key::new(PrefixKey::GENERATION_BITS + 128, prefix)) else {
         return false;
     };
-    let Some(ports) = PORT_SETS.get_ptr(*index) else {
+    let Some(ports) = PORT_SETS.get_ptr(*number) else {
         return false;
     };
     let port = u32::from(u16::from_be_bytes(port));

@@ -58,11 +58,16 @@ const REGROWTH: (u64, u64) = (3, 2);
 /// The legs of one link and its rate.
 #[derive(Debug)]
 pub struct Budget {
+    ledger: Mutex<Ledger>,
+    woken: Notify,
+}
+
+#[derive(Debug)]
+struct Ledger {
     /// Bytes of payload per second.
     rate: u64,
     rtt: Duration,
-    members: Mutex<Vec<Member>>,
-    woken: Notify,
+    members: Vec<Member>,
 }
 
 #[derive(Debug)]
@@ -97,12 +102,23 @@ pub struct Membership {
 impl Budget {
     /// The budget of a link.
     pub fn new(profile: &LinkProfile) -> Self {
-        Self {
+        let ledger = Ledger {
             rate: profile.pacing.value.bps() / 8,
             rtt: profile.rtt,
-            members: Mutex::default(),
+            members: Vec::new(),
+        };
+        Self {
+            ledger: Mutex::new(ledger),
             woken: Notify::new(),
         }
+    }
+
+    /// Divides what this profile says from now on, among the legs that are there already too.
+    pub fn change(&self, profile: &LinkProfile) {
+        let mut ledger = self.lock();
+        ledger.rate = profile.pacing.value.bps() / 8;
+        ledger.rtt = profile.rtt;
+        self.woken.notify_one();
     }
 
     /// Takes a leg in that has not sent anything yet: it starts with the share that it has if it sends at once, and with
@@ -119,20 +135,21 @@ impl Budget {
             written: AtomicU64::new(0),
             idle: AtomicBool::new(true),
         });
-        let mut members = self.lock();
-        let others: u64 = members
+        let mut ledger = self.lock();
+        let others: u64 = ledger
+            .members
             .iter()
             .filter(|member| !member.leg.is_idle())
             .map(|member| member.weight)
             .sum();
-        let share = (self.rate * weight / (others + weight)).max(FLOOR);
+        let share = (ledger.rate * weight / (others + weight)).max(FLOOR);
         pace(&leg.stream, share);
         set_initial_window(
             &leg.stream,
-            Rate::from_bps(share * 8).bytes_in(self.rtt).min(window),
+            Rate::from_bps(share * 8).bytes_in(ledger.rtt).min(window),
             congestion,
         );
-        members.push(Member {
+        ledger.members.push(Member {
             leg: leg.clone(),
             weight,
             congestion: congestion.to_owned(),
@@ -172,10 +189,12 @@ impl Budget {
 
     /// One division; false when no leg sends any more.
     fn redivide(&self, now: Instant, elapsed: Duration) -> bool {
-        let mut members = self.lock();
+        let mut ledger = self.lock();
+        let Ledger { rate, rtt, members } = &mut *ledger;
+        let (rate, rtt) = (*rate, *rtt);
         let appetites: Vec<Appetite> = members
             .iter_mut()
-            .map(|member| member.appetite(now, elapsed, self.rtt))
+            .map(|member| member.appetite(now, elapsed, rtt))
             .collect();
         let weights = || members.iter().map(|member| member.weight);
         let demands = |want: fn(&Appetite) -> u64| -> Vec<Demand> {
@@ -185,8 +204,8 @@ impl Budget {
             };
             weights().zip(&appetites).map(demand).collect()
         };
-        let shares = divide(self.rate, &demands(|appetite| appetite.need));
-        let spare = self.rate - shares.iter().sum::<u64>();
+        let shares = divide(rate, &demands(|appetite| appetite.need));
+        let spare = rate - shares.iter().sum::<u64>();
         // What nobody needs is for those who have something to send, in case that they can after all.
         let extra = divide(
             spare,
@@ -202,15 +221,15 @@ impl Budget {
             let share = match appetite.is_backlogged {
                 true => share + extra,
                 // It sends all that it has at once, at what it would get if it had more; that costs the others nothing.
-                false => share.max(self.rate * member.weight / (backlogged + member.weight)),
+                false => share.max(rate * member.weight / (backlogged + member.weight)),
             };
             member.set_share(share.min(appetite.ceiling), now);
         }
         appetites.iter().any(|appetite| appetite.need > 0)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Member>> {
-        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -377,6 +396,7 @@ impl Drop for Membership {
     fn drop(&mut self) {
         self.budget
             .lock()
+            .members
             .retain(|member| !Arc::ptr_eq(&member.leg, &self.leg));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, Parser, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{link::LinkSpec, selection::Rule};
 
@@ -11,14 +11,56 @@ use crate::{link::LinkSpec, selection::Rule};
 /// New TCP connections that arrive on the named interfaces are split in two by the gateway and relayed, each leg tuned
 /// for its own link. Steering is done by eBPF: no iptables, no nftables, and nothing stays behind.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "pepsal", version, disable_version_flag = true, max_term_width = 100)]
+#[command(
+    name = "pepsal",
+    version,
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    /// What to do instead of running the proxy.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// How to run the proxy, when there is no command.
+    #[command(flatten)]
+    pub daemon: Options,
+
+    /// Print the version
+    #[arg(short = 'V', long, action = clap::ArgAction::Version)]
+    version: Option<bool>,
+}
+
+/// What `pepsal` can do besides running the proxy.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Say what is wrong with a configuration file, and where
+    Check {
+        /// The file
+        #[arg(default_value = DEFAULT_FILE)]
+        file: PathBuf,
+    },
+}
+
+/// Where the package puts the configuration.
+pub const DEFAULT_FILE: &str = "/etc/pepsal/pepsal.toml";
+
+/// How to run the proxy.
+#[derive(Debug, Clone, Args)]
 pub struct Options {
+    /// Read what is not given here from this file; SIGHUP reads it again
+    #[arg(short = 'F', long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
     /// Intercept new TCP connections that arrive on this interface (repeatable)
     #[arg(
         short = 'i',
         long = "interface",
         value_name = "INTERFACE",
-        required_unless_present = "explain"
+        required_unless_present_any = ["explain", "config"]
     )]
     pub interfaces: Vec<String>,
 
@@ -45,9 +87,14 @@ pub struct Options {
     #[arg(short = 'v', long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Print the version
-    #[arg(short = 'V', long, action = clap::ArgAction::Version)]
-    version: Option<bool>,
+    /// Least severity of what is logged; RUST_LOG overrides
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        default_value = "info",
+        conflicts_with = "verbose"
+    )]
+    pub log_level: LogLevel,
 
     /// Port of the proxy's own listeners, on the loopback addresses
     #[arg(
@@ -55,6 +102,7 @@ pub struct Options {
         long,
         value_name = "PORT",
         default_value = "5000",
+        value_parser = port,
         help_heading = "Proxy"
     )]
     pub port: NonZeroU16,
@@ -137,6 +185,14 @@ pub struct Options {
     #[command(flatten)]
     pub tcp: TcpArgs,
 
+    /// Where metrics are served: ADDRESS:PORT, or unix:PATH
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observation")]
+    pub metrics_listen: Option<String>,
+
+    /// Unix socket on which the daemon answers the other commands
+    #[arg(long, value_name = "PATH", help_heading = "Observation")]
+    pub admin_socket: Option<PathBuf>,
+
     /// Accepted for PEPsal's sake and ignored: no sniffer is needed
     #[arg(
         short = 's',
@@ -145,6 +201,44 @@ pub struct Options {
         help_heading = "Proxy"
     )]
     pub sniff_interface: Option<String>,
+}
+
+impl Options {
+    /// The level that -v or --log-level ask for.
+    pub fn level(&self) -> LogLevel {
+        match self.verbose {
+            0 => self.log_level,
+            1 => LogLevel::Debug,
+            _ => LogLevel::Trace,
+        }
+    }
+}
+
+/// How severe something has to be to be logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum LogLevel {
+    /// What ends the daemon
+    Error,
+    /// What an operator should look at
+    Warn,
+    /// Changes of state
+    Info,
+    /// Every flow
+    Debug,
+    /// Every socket option that was refused, and more
+    Trace,
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        })
+    }
 }
 
 /// Which connections are intercepted, and what of them reaches the server.
@@ -159,6 +253,14 @@ pub struct SteeringOptions {
     /// Leave alone what a rule takes (repeatable), written as for --only
     #[arg(long, value_name = "RULE")]
     pub bypass: Vec<Rule>,
+
+    /// Rules for --only from a file, one a line (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub only_from: Vec<PathBuf>,
+
+    /// Rules for --bypass from a file, one a line (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub bypass_from: Vec<PathBuf>,
 
     /// Packet mark of steered packets and the bits of the mark that it may touch
     #[arg(long, value_name = "VALUE[/MASK]", default_value = "0x10000000/0x10000000")]
@@ -300,6 +402,11 @@ fn number(text: &str) -> Result<u32, String> {
         None => text.parse(),
     };
     parsed.map_err(|_| format!("'{text}' is not a 32-bit number, decimal or 0x…"))
+}
+
+fn port(text: &str) -> Result<NonZeroU16, String> {
+    text.parse()
+        .map_err(|_| format!("'{text}' is not a port: give a number from 1 to 65535"))
 }
 
 /// Tables that the kernel fills itself would be flushed with ours.

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, recv},
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::{
+    cli::Options,
     conduit::ConduitPool,
     leg::{self, LegConfig},
     link::{Link, Links},
@@ -101,10 +103,38 @@ impl CloseReason {
     }
 }
 
-/// What all flows share.
-pub struct Shared {
+/// What a flow goes by from its start to its end. A reload changes it for flows that start later.
+pub struct Settings {
     /// How legs are made.
     pub legs: LegConfig,
+    /// How long the server may take to answer.
+    pub connect_timeout: Duration,
+    /// How long a flow may stay pending.
+    pub collector: Collector,
+    /// How long an open flow may carry nothing.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Settings {
+    /// What the options ask for, with legs that were made of them; `epoch` is when the daemon started.
+    pub fn new(options: &Options, legs: LegConfig, epoch: Instant) -> Self {
+        Self {
+            legs,
+            connect_timeout: options.connect_timeout,
+            collector: Collector {
+                epoch,
+                interval: options.gc_interval,
+                lifetime: options.pending_lifetime,
+            },
+            idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
+        }
+    }
+}
+
+/// What all flows share.
+pub struct Shared {
+    /// What flows go by that start now.
+    pub settings: ArcSwap<Settings>,
     /// The links that have a profile.
     pub links: Arc<Links>,
     /// What is remembered of paths without.
@@ -115,12 +145,6 @@ pub struct Shared {
     pub metrics: Metrics,
     /// What bytes pass through.
     pub conduits: ConduitPool,
-    /// How long the server may take to answer.
-    pub connect_timeout: Duration,
-    /// How long a flow may stay pending.
-    pub collector: Collector,
-    /// How long an open flow may carry nothing.
-    pub idle_timeout: Option<Duration>,
     /// Cancelled when open flows have to end.
     pub stop: CancellationToken,
 }
@@ -150,6 +174,8 @@ impl Collector {
 pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
     let (place, record) = shared.table.enter(client, server, &shared.metrics);
     shared.metrics.count(Event::Accepted);
+    let settings = shared.settings.load_full();
+    let legs = &settings.legs;
     let progress = &place.flow.progress;
     let reason = async {
         let (client_link, server_link) = (
@@ -158,25 +184,23 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         );
         let start = |leg: &mut Leg, link: &Option<Arc<Link>>, ifindex: u32, peer: SocketAddr| match link {
             Some(link) => {
-                let congestion = shared
-                    .legs
+                let congestion = legs
                     .congestion_of(leg.side(), Some(link))
                     .unwrap_or_default();
                 leg.join(link, record.traffic_class, congestion);
             }
             None => {
-                shared.legs.settle_congestion(leg.side(), leg.stream());
+                legs.settle_congestion(leg.side(), leg.stream());
                 shared.paths.resume(ifindex, peer.ip(), leg.stream());
             }
         };
         let Ok(mut client_leg) = Leg::new(stream, Side::Client) else {
             return CloseReason::ClientReset;
         };
-        shared
-            .legs
+        legs
             .tune_client(client_leg.stream(), client, &record, client_link.as_deref());
         start(&mut client_leg, &client_link, record.ingress_ifindex, client);
-        if let Some(patience) = shared.legs.early_data_patience(server_link.as_deref()) {
+        if let Some(patience) = legs.early_data_patience(server_link.as_deref()) {
             // Without data in time the SYN goes without.
             let _ = timeout(patience, client_leg.stream().readable()).await;
         }
@@ -184,7 +208,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             return CloseReason::ClientReset;
         };
         let connect = async {
-            let connect = shared.legs.connect(
+            let connect = legs.connect(
                 client,
                 server,
                 &record,
@@ -200,7 +224,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         };
         let patience = server_link
             .as_ref()
-            .map_or(shared.connect_timeout, |link| link.profile.connect_timeout.value);
+            .map_or(settings.connect_timeout, |link| link.profile.connect_timeout.value);
         let mut server_leg = tokio::select! {
             connected = timeout(patience, connect) => match connected {
                 Ok(Ok(stream)) => match Leg::new(stream, Side::Server) {
@@ -214,13 +238,13 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
                 Err(_) => return CloseReason::ConnectTimeout,
             },
             reason = client_leg.abandoned() => return reason,
-            () = sleep_until(shared.collector.due(progress.started())) => return CloseReason::PendingTooLong,
+            () = sleep_until(settings.collector.due(progress.started())) => return CloseReason::PendingTooLong,
             () = shared.stop.cancelled() => return CloseReason::Shutdown,
         };
         start(&mut server_leg, &server_link, record.egress_ifindex, server);
         place.flow.set_open();
         let limits = Limits {
-            idle: shared.idle_timeout,
+            idle: settings.idle_timeout,
             stop: &shared.stop,
             conduits: &shared.conduits,
         };

@@ -2,8 +2,9 @@
 //!
 //! The modules are listed in the order in which a flow meets them:
 //!
-//! 1. [`steer`]: the client's SYN enters an interface; an eBPF program finds it selected ([`selection`]), records what it
-//!    says and marks it. [`route`]'s rules deliver marked packets locally, and a second program gives the connection to
+//! 1. [`steer`]: the client's SYN enters an interface; an eBPF program finds it selected ([`selection`], in the tables of
+//!    [`selection_maps`]), records what it says and marks it. [`route`]'s rules deliver marked packets locally, and a second
+//!    program gives the connection to
 //! 2. [`listener`], where it is accepted.
 //! 3. [`flow`] enters it in the [`table`], and makes
 //! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options. Both legs get the
@@ -13,8 +14,8 @@
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
-//! Around them: [`cli`] says what is wanted, [`preflight`] whether it can be had, [`instance`] that nobody else has it,
-//! [`cgroup`] is the daemon's own,
+//! Around them: [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`preflight`] whether it
+//! can be had, [`instance`] that nobody else has it, [`cgroup`] is the daemon's own, [`log`] tells,
 //! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
 
 pub mod btf;
@@ -22,19 +23,23 @@ pub mod budget;
 pub mod cgroup;
 pub mod cli;
 pub mod conduit;
+pub mod config;
 pub mod flow;
 pub mod instance;
 pub mod keeper;
 pub mod leg;
 pub mod link;
 pub mod listener;
+pub mod log;
 pub mod metrics;
 pub mod paths;
 pub mod preflight;
 pub mod rate_control;
 pub mod relay;
+mod reload;
 pub mod route;
 pub mod selection;
+pub mod selection_maps;
 pub mod socket;
 pub mod steer;
 pub mod table;
@@ -43,12 +48,13 @@ pub mod units;
 use std::{future::pending, io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{Result, bail};
+use arc_swap::ArcSwap;
 use futures_util::future::join_all;
 use pepsal_ebpf::{Counter, LINKS_MAX};
 use tokio::{
     net::{TcpListener, TcpStream},
     signal::unix::{Signal, SignalKind, signal},
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
@@ -56,14 +62,17 @@ use tracing::{info, warn};
 use crate::{
     cli::Options,
     conduit::ConduitPool,
-    flow::{CloseReason, Collector, Shared},
+    config::Configuration,
+    flow::{CloseReason, Settings, Shared},
     instance::{Instance, Predecessor, Successor},
     keeper::Keeper,
     leg::LegConfig,
-    link::{LinkProfile, Links},
-    listener::{Binder, Listeners, Pair},
+    link::{Link, LinkProfile, Links},
+    listener::{Listeners, Pair, Place},
+    log::Log,
     metrics::{Event, Metrics},
     rate_control::RateControl,
+    reload::Reloader,
     route::{Changes, Interfaces, Routes},
     selection::Selection,
     steer::Steering,
@@ -74,14 +83,18 @@ use crate::{
 ///
 /// # Errors
 /// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
-pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
+pub async fn run(configuration: Configuration, log: &Log, ready: impl FnOnce()) -> Result<()> {
     let (mut stop, mut stop_too) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let mut proxy = Proxy::start(&options).await?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut proxy = Proxy::start(&configuration.options).await?;
+    let options = &configuration.options;
     let names = options.interfaces.join(",");
     info!(interfaces = names, port = options.port, limit = proxy.limit, mark = %options.steering.mark, "ready");
     ready();
 
-    if let Some(successor) = proxy.serve(stopped(&mut stop, &mut stop_too)).await {
+    let mut reloader = Reloader::new(configuration, log);
+    let stopping = stopped(&mut stop, &mut stop_too);
+    if let Some(successor) = proxy.serve(stopping, &mut hangup, &mut reloader).await {
         let process = successor.process();
         proxy.hand_over(successor).await;
         info!(
@@ -99,7 +112,7 @@ pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
         "stopping: new connections pass through"
     );
     tokio::select! {
-        () = proxy.drain(options.drain_timeout) => {}
+        () = proxy.drain(reloader.options().drain_timeout) => {}
         () = stopped(&mut stop, &mut stop_too) => info!("stopping at once"),
     }
     proxy.report();
@@ -125,8 +138,8 @@ struct Proxy {
     routes: Routes,
     /// None once another has taken over.
     instance: Option<Arc<Instance>>,
-    _rate_control: Option<RateControl>,
-    listeners: Arc<Listeners>,
+    rate_control: Option<RateControl>,
+    listeners: Listeners,
     intercepted: Vec<String>,
     limit: u32,
     changes: Changes,
@@ -155,17 +168,11 @@ impl Proxy {
             Some(_) => None,
             None => Some(Instance::claim(&options.interfaces, table)?),
         };
-        let legs = LegConfig::new(options);
-        for algorithm in legs.congestion() {
-            if RateControl::is_named(algorithm) {
-                bail!(
-                    "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
-                );
-            }
-            preflight::check_congestion(algorithm)?;
-        }
-        let (links, rate_control) = link_profiles(options, &interfaces)?;
-        let links = Arc::new(Links::new(links));
+        let legs = leg_config(options)?;
+        let mut rate_control = None;
+        let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
+        profiles.iter().for_each(announce);
+        let links = Arc::new(Links::new(profiles));
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
@@ -184,12 +191,11 @@ impl Proxy {
         if let Err(error) = steering.enable_initial_windows() {
             info!("legs start with the kernel's initial window: {error:#}");
         }
-        let binder = Binder {
-            tcp: &options.tcp,
-            legs: &legs,
-            beside_another: predecessor.is_some(),
+        let place = Place {
+            port: options.port.get(),
+            shared: predecessor.is_some(),
         };
-        let listeners = Listeners::bind(options.port.get(), &links, &binder)?;
+        let listeners = Listeners::bind(place, &options.tcp, &legs, &links)?;
         let changes = Changes::subscribe()?;
         let mut routes = match predecessor {
             Some(_) => Routes::beside(mark, table),
@@ -219,27 +225,20 @@ impl Proxy {
         };
 
         let shared = Shared {
-            legs,
+            settings: ArcSwap::from_pointee(Settings::new(options, legs, Instant::now())),
             links,
             paths: Arc::default(),
             table: Arc::new(FlowTable::new(steering.flows().clone())),
             metrics: Metrics::default(),
             conduits: ConduitPool::new(pipes),
-            connect_timeout: options.connect_timeout,
-            collector: Collector {
-                epoch: tokio::time::Instant::now(),
-                interval: options.gc_interval,
-                lifetime: options.pending_lifetime,
-            },
-            idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
             stop: CancellationToken::new(),
         };
         Ok(Self {
             steering,
             routes,
             instance: instance.map(Arc::new),
-            _rate_control: rate_control,
-            listeners: Arc::new(listeners),
+            rate_control,
+            listeners,
             intercepted,
             limit,
             changes,
@@ -251,16 +250,14 @@ impl Proxy {
     }
 
     /// Accepts and looks after things until `stop`, or until another instance wants to take over.
-    async fn serve(&mut self, stop: impl Future<Output = ()>) -> Option<Successor> {
-        tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept(
-            self.listeners.clone(),
-            self.shared.clone(),
-            self.flows.clone(),
-        )));
-        for link in self.shared.links.iter().cloned() {
-            let keep = async move { link.budget.keep().await };
-            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
-        }
+    async fn serve(
+        &mut self,
+        stop: impl Future<Output = ()>,
+        hangup: &mut Signal,
+        reloader: &mut Reloader<'_>,
+    ) -> Option<Successor> {
+        self.accept_from(&self.listeners.pairs);
+        self.keep_budgets(&self.shared.links.all());
         let mut stop = pin!(stop);
         let mut successor = pin!(asked(self.instance.clone()));
         let mut rounds = interval(keeper::ROUND);
@@ -271,7 +268,24 @@ impl Proxy {
                 successor = &mut successor => return Some(successor),
                 _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared),
                 () = self.changes.next() => self.adapt().await,
+                _ = hangup.recv(), if reloader.is_idle() => reloader.read(),
+                Some(read) = reloader.next() => reloader.apply(read, self).await,
             }
+        }
+    }
+
+    fn accept_from(&self, pairs: &[Arc<Pair>]) {
+        for pair in pairs {
+            let accept = accept(pair.clone(), self.shared.clone(), self.flows.clone());
+            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept));
+        }
+    }
+
+    fn keep_budgets(&self, links: &[Arc<Link>]) {
+        for link in links {
+            let budget = link.budget.clone();
+            let keep = async move { budget.keep().await };
+            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
         }
     }
 
@@ -392,29 +406,47 @@ fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
     Ok(())
 }
 
-/// Works out what follows from every `--link`, and shows it.
+/// How the options want legs to be made, if the kernel can.
+fn leg_config(options: &Options) -> Result<LegConfig> {
+    let legs = LegConfig::new(options);
+    for algorithm in legs.congestion() {
+        if RateControl::is_named(algorithm) {
+            bail!(
+                "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
+            );
+        }
+        preflight::check_congestion(algorithm)?;
+    }
+    Ok(legs)
+}
+
+/// Works out what follows from every `--link`, if its interface is there.
 fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
-) -> Result<(Vec<LinkProfile>, Option<RateControl>)> {
-    let (profiles, rate_control) = explain(options)?;
+    rate_control: &mut Option<RateControl>,
+) -> Result<Vec<LinkProfile>> {
+    let profiles = explain(options, rate_control)?;
     for profile in &profiles {
         let name = &profile.interface;
         if !interfaces.values().any(|interface| interface == name) {
             bail!("--link {name}: there is no interface of that name");
         }
         preflight::check_congestion(&profile.congestion.value)?;
-        info!("legs that leave through {name}:\n{profile}");
     }
-    Ok((profiles, rate_control))
+    Ok(profiles)
 }
 
-/// The profiles that follow from the command line, and the congestion control that was registered for them, which has to
-/// be kept for as long as they are used.
+fn announce(profile: &LinkProfile) {
+    info!("legs that leave through {}:\n{profile}", profile.interface);
+}
+
+/// The profiles that follow from the options. The congestion control that is registered for them, unless it has been, has
+/// to be kept for as long as they are used.
 ///
 /// # Errors
 /// For two links behind one interface, and for more links than the kernel side has room for.
-pub fn explain(options: &Options) -> Result<(Vec<LinkProfile>, Option<RateControl>)> {
+pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
             .iter()
@@ -430,11 +462,14 @@ pub fn explain(options: &Options) -> Result<(Vec<LinkProfile>, Option<RateContro
         );
     }
     if options.links.is_empty() {
-        return Ok((Vec::new(), None));
+        return Ok(Vec::new());
     }
-    let rate_control = RateControl::register();
-    let congestion = match &rate_control {
-        Ok(rate_control) => rate_control.name.as_str(),
+    let registered = match rate_control.take() {
+        Some(registered) => Ok(registered),
+        None => RateControl::register(),
+    };
+    let congestion = match registered {
+        Ok(registered) => rate_control.insert(registered).name.as_str(),
         Err(error) => {
             let best = preflight::best_congestion();
             warn!(
@@ -444,13 +479,12 @@ pub fn explain(options: &Options) -> Result<(Vec<LinkProfile>, Option<RateContro
         }
     };
     let profile = |spec| LinkProfile::derive(spec, congestion, options.connect_timeout);
-    Ok((options.links.iter().map(profile).collect(), rate_control.ok()))
+    Ok(options.links.iter().map(profile).collect())
 }
 
 /// Accepts for as long as it is polled.
-async fn accept(listeners: Arc<Listeners>, shared: Arc<Shared>, flows: TaskTracker) {
-    let accepting = listeners.pairs.iter().flat_map(Pair::iter);
-    join_all(accepting.map(|listener| accept_from(listener, &shared, &flows))).await;
+async fn accept(pair: Arc<Pair>, shared: Arc<Shared>, flows: TaskTracker) {
+    join_all(pair.iter().map(|listener| accept_from(listener, &shared, &flows))).await;
 }
 
 async fn accept_from(listener: &TcpListener, shared: &Arc<Shared>, flows: &TaskTracker) {

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     fmt,
     str::FromStr,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, PoisonError, RwLock, RwLockReadGuard},
     time::Duration,
 };
 
@@ -67,111 +67,178 @@ impl Weights {
     }
 }
 
-const KEYS: &str = "rate, rtt, up, cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, keepalive, \
-                    connect-timeout, weights, peer";
+/// The keys of a link.
+pub const KEYS: [&str; 16] = [
+    "rate",
+    "rtt",
+    "up",
+    "cc",
+    "iw",
+    "pacing",
+    "rcvbuf",
+    "sndbuf",
+    "unsent",
+    "mss",
+    "rto-min",
+    "rto-max",
+    "keepalive",
+    "connect-timeout",
+    "weights",
+    "peer",
+];
 
 impl FromStr for LinkSpec {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',');
-        let interface = parts.next().unwrap_or_default().trim().to_owned();
+        let interface = parts.next().unwrap_or_default().trim();
         if interface.is_empty() || interface.contains('=') {
             return Err("the interface comes first, like sat0,rate=50mbit,rtt=600ms".into());
         }
-        let (mut rate, mut rtt) = (None, None);
-        let mut spec = Self {
-            interface,
-            rate: Rate::from_bps(0),
-            rtt: Duration::ZERO,
-            up: None,
-            congestion: None,
-            initial_window: None,
-            pacing: None,
-            receive_buffer: None,
-            send_buffer: None,
-            unsent: None,
-            mss: None,
-            rto_min: None,
-            rto_max: None,
-            keepalive: None,
-            connect_timeout: None,
-            weights: Weights::Equal,
-            peer: Peer::Unknown,
-        };
+        let mut draft = Draft::new(interface);
         let mut seen = HashSet::new();
         for part in parts {
             let Some((key, value)) = part.trim().split_once('=') else {
-                return Err(format!("'{part}' is not KEY=VALUE; keys are {KEYS}"));
+                return Err(format!("'{part}' is not KEY=VALUE; keys are {}", KEYS.join(", ")));
             };
             if !seen.insert(key) {
                 return Err(format!("{key} is given twice"));
             }
-            let naming = |error: String| format!("{key}: {error}");
-            let bounded = |least: Duration, most: Duration| {
-                let time = units::time(value).map_err(naming)?;
-                match time {
-                    time if time >= least && time <= most => Ok(time),
-                    _ => Err(format!(
-                        "{key}: '{value}' is out of range: from {least:?} to {most:?}"
-                    )),
-                }
-            };
-            match key {
-                "rate" => rate = Some(units::rate(value).map_err(naming)?),
-                "rtt" => rtt = Some(bounded(Duration::from_millis(1), Duration::from_secs(10))?),
-                "up" => spec.up = Some(units::rate(value).map_err(naming)?),
-                "cc" if !value.is_empty() => spec.congestion = Some(value.to_owned()),
-                "iw" => spec.initial_window = Some(units::size(value).map_err(naming)?),
-                "pacing" => spec.pacing = Some(units::rate(value).map_err(naming)?),
-                "rcvbuf" => spec.receive_buffer = Some(units::size(value).map_err(naming)?),
-                "sndbuf" => spec.send_buffer = Some(units::size(value).map_err(naming)?),
-                "unsent" => spec.unsent = Some(units::size(value).map_err(naming)?),
-                "mss" => match value.parse() {
-                    Ok(mss @ 88..=32_767) => spec.mss = Some(mss),
-                    _ => {
-                        return Err(format!(
-                            "mss: '{value}' is not a segment size, from 88 to 32767 bytes"
-                        ));
-                    }
-                },
-                "rto-min" => {
-                    spec.rto_min = Some(bounded(Duration::from_millis(5), Duration::from_millis(200))?)
-                }
-                "rto-max" => spec.rto_max = Some(bounded(Duration::from_secs(1), Duration::from_secs(120))?),
-                "keepalive" => {
-                    spec.keepalive = Some(bounded(Duration::from_secs(1), Duration::from_secs(32_767))?);
-                }
-                "connect-timeout" => {
-                    spec.connect_timeout = Some(bounded(Duration::from_secs(1), Duration::from_secs(3600))?);
-                }
-                "weights" => {
-                    spec.weights = match value {
-                        "equal" => Weights::Equal,
-                        "dscp" => Weights::Dscp,
-                        _ => return Err(format!("weights: '{value}' is neither equal nor dscp")),
-                    }
-                }
-                "peer" => {
-                    spec.peer = match value {
-                        "pepsal" => Peer::Pepsal,
-                        "unknown" => Peer::Unknown,
-                        _ => return Err(format!("peer: '{value}' is neither pepsal nor unknown")),
-                    }
-                }
-                _ => return Err(format!("'{key}' is not one of {KEYS}")),
-            }
+            draft.set(key, value)?;
         }
-        spec.rate = rate.ok_or("rate is missing: how fast the link is, like rate=50mbit")?;
-        spec.rtt = rtt.ok_or("rtt is missing: the link's round trip, like rtt=600ms")?;
-        if spec
-            .pacing
-            .is_some_and(|pacing| pacing > spec.up.unwrap_or(spec.rate))
-        {
-            return Err(format!(
-                "pacing is more than the link's {}",
-                spec.up.unwrap_or(spec.rate)
-            ));
+        draft.finish().map_err(|fault| fault.what)
+    }
+}
+
+/// A link while its keys are being read.
+#[derive(Debug, Clone)]
+pub struct Draft {
+    spec: LinkSpec,
+    rate: Option<Rate>,
+    rtt: Option<Duration>,
+}
+
+/// What is wrong with a link as a whole.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// The key that is missing or contradicts another.
+    pub key: &'static str,
+    /// What is wrong, and what to do.
+    pub what: String,
+}
+
+impl Draft {
+    /// A link of which nothing is known yet.
+    pub fn new(interface: &str) -> Self {
+        Self {
+            spec: LinkSpec {
+                interface: interface.to_owned(),
+                rate: Rate::from_bps(0),
+                rtt: Duration::ZERO,
+                up: None,
+                congestion: None,
+                initial_window: None,
+                pacing: None,
+                receive_buffer: None,
+                send_buffer: None,
+                unsent: None,
+                mss: None,
+                rto_min: None,
+                rto_max: None,
+                keepalive: None,
+                connect_timeout: None,
+                weights: Weights::Equal,
+                peer: Peer::Unknown,
+            },
+            rate: None,
+            rtt: None,
+        }
+    }
+
+    /// Takes a key's value.
+    ///
+    /// # Errors
+    /// What is wrong with the key or the value, and what would be right.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        let spec = &mut self.spec;
+        let naming = |error: String| format!("{key}: {error}");
+        let bounded = |least: Duration, most: Duration| {
+            let time = units::time(value).map_err(naming)?;
+            match time {
+                time if time >= least && time <= most => Ok(time),
+                _ => Err(format!(
+                    "{key}: '{value}' is out of range: from {least:?} to {most:?}"
+                )),
+            }
+        };
+        let (millis, seconds) = (Duration::from_millis, Duration::from_secs);
+        match key {
+            "rate" => self.rate = Some(units::rate(value).map_err(naming)?),
+            "rtt" => self.rtt = Some(bounded(millis(1), seconds(10))?),
+            "up" => spec.up = Some(units::rate(value).map_err(naming)?),
+            "cc" if value.is_empty() || value.contains(',') => {
+                return Err(format!("cc: '{value}' is not the name of a congestion control"));
+            }
+            "cc" => spec.congestion = Some(value.to_owned()),
+            "iw" => spec.initial_window = Some(units::size(value).map_err(naming)?),
+            "pacing" => spec.pacing = Some(units::rate(value).map_err(naming)?),
+            "rcvbuf" => spec.receive_buffer = Some(units::size(value).map_err(naming)?),
+            "sndbuf" => spec.send_buffer = Some(units::size(value).map_err(naming)?),
+            "unsent" => spec.unsent = Some(units::size(value).map_err(naming)?),
+            "mss" => match value.parse() {
+                Ok(mss @ 88..=32_767) => spec.mss = Some(mss),
+                _ => {
+                    return Err(format!(
+                        "mss: '{value}' is not a segment size, from 88 to 32767 bytes"
+                    ));
+                }
+            },
+            "rto-min" => spec.rto_min = Some(bounded(millis(5), millis(200))?),
+            "rto-max" => spec.rto_max = Some(bounded(seconds(1), seconds(120))?),
+            "keepalive" => spec.keepalive = Some(bounded(seconds(1), seconds(32_767))?),
+            "connect-timeout" => spec.connect_timeout = Some(bounded(seconds(1), seconds(3600))?),
+            "weights" => {
+                spec.weights = match value {
+                    "equal" => Weights::Equal,
+                    "dscp" => Weights::Dscp,
+                    _ => return Err(format!("weights: '{value}' is neither equal nor dscp")),
+                }
+            }
+            "peer" => {
+                spec.peer = match value {
+                    "pepsal" => Peer::Pepsal,
+                    "unknown" => Peer::Unknown,
+                    _ => return Err(format!("peer: '{value}' is neither pepsal nor unknown")),
+                }
+            }
+            _ => return Err(format!("'{key}' is not one of {}", KEYS.join(", "))),
+        }
+        Ok(())
+    }
+
+    /// The link, once all of its keys are read.
+    ///
+    /// # Errors
+    /// When a key is missing, or two contradict each other.
+    pub fn finish(self) -> Result<LinkSpec, Fault> {
+        let missing = |key, what: &str| Fault {
+            key,
+            what: what.to_owned(),
+        };
+        let mut spec = self.spec;
+        spec.rate = self
+            .rate
+            .ok_or_else(|| missing("rate", "rate is missing: how fast the link is, like rate=50mbit"))?;
+        spec.rtt = self
+            .rtt
+            .ok_or_else(|| missing("rtt", "rtt is missing: the link's round trip, like rtt=600ms"))?;
+        let send_rate = spec.up.unwrap_or(spec.rate);
+        if spec.pacing.is_some_and(|pacing| pacing > send_rate) {
+            return Err(Fault {
+                key: "pacing",
+                what: format!("pacing is more than the link's {send_rate}"),
+            });
         }
         Ok(spec)
     }
@@ -352,54 +419,98 @@ pub struct Link {
     pub budget: Arc<Budget>,
 }
 
-/// The links that have a profile, numbered from one as the kernel side knows them.
+/// The links that have or had a profile, numbered from one as the kernel side knows them. A number stays its interface's.
 #[derive(Debug, Default)]
-pub struct Links {
+pub struct Links(RwLock<Numbered>);
+
+#[derive(Debug, Default)]
+struct Numbered {
     links: Vec<Arc<Link>>,
-    by_ifindex: RwLock<HashMap<u32, Arc<Link>>>,
+    /// By position: whether the link has its profile still.
+    described: Vec<bool>,
+    /// Interface index to position.
+    by_ifindex: HashMap<u32, usize>,
 }
 
 impl Links {
     /// Takes the profiles.
     pub fn new(profiles: Vec<LinkProfile>) -> Self {
-        let link = |profile: LinkProfile| {
-            let budget = Arc::new(Budget::new(&profile));
-            Arc::new(Link { profile, budget })
-        };
-        Self {
-            links: profiles.into_iter().map(link).collect(),
-            by_ifindex: RwLock::default(),
-        }
+        let links = Self::default();
+        links.replace(links.prepare(profiles));
+        links
     }
 
-    /// All of them, in the order of their numbers.
-    pub fn iter(&self) -> impl Iterator<Item = &Arc<Link>> {
-        self.links.iter()
+    /// What the links would be with these profiles. A number that was given is never taken back, and its budget stays.
+    pub fn prepare(&self, profiles: Vec<LinkProfile>) -> Prepared {
+        let (mut links, count) = (self.all(), self.read().links.len());
+        let mut described = vec![false; count];
+        for profile in profiles {
+            match position(&links, &profile.interface) {
+                Some(position) => {
+                    let budget = links[position].budget.clone();
+                    links[position] = Arc::new(Link { profile, budget });
+                    described[position] = true;
+                }
+                None => {
+                    let budget = Arc::new(Budget::new(&profile));
+                    links.push(Arc::new(Link { profile, budget }));
+                    described.push(true);
+                }
+            }
+        }
+        Prepared { links, described }
+    }
+
+    /// Lets what was prepared hold from now on: for legs that start later, and its rates for those that are there too.
+    pub fn replace(&self, prepared: Prepared) {
+        let mut numbered = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        for link in &prepared.links {
+            link.budget.change(&link.profile);
+        }
+        numbered.links = prepared.links;
+        numbered.described = prepared.described;
+    }
+
+    /// All of them, in the order of their numbers, those that have no profile any more too.
+    pub fn all(&self) -> Vec<Arc<Link>> {
+        self.read().links.clone()
     }
 
     /// The number of the link behind an interface, [`pepsal_ebpf::NO_LINK`] when it has no profile. From now on legs
     /// find it by the interface's index.
     pub fn bind(&self, ifindex: u32, interface: &str) -> u32 {
-        let Some(position) = self
-            .links
-            .iter()
-            .position(|link| link.profile.interface == interface)
-        else {
+        let mut numbered = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let Some(position) = position(&numbered.links, interface) else {
             return pepsal_ebpf::NO_LINK;
         };
-        let mut by_ifindex = self.by_ifindex.write().unwrap_or_else(PoisonError::into_inner);
-        by_ifindex.insert(ifindex, self.links[position].clone());
-        position as u32 + 1
+        numbered.by_ifindex.insert(ifindex, position);
+        match numbered.described[position] {
+            true => position as u32 + 1,
+            false => pepsal_ebpf::NO_LINK,
+        }
     }
 
     /// The link behind the interface of an index.
     pub fn of(&self, ifindex: u32) -> Option<Arc<Link>> {
-        self.by_ifindex
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&ifindex)
-            .cloned()
+        let numbered = self.read();
+        let position = *numbered.by_ifindex.get(&ifindex)?;
+        numbered.described[position].then(|| numbered.links[position].clone())
     }
+
+    fn read(&self) -> RwLockReadGuard<'_, Numbered> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Links that do not hold yet.
+pub struct Prepared {
+    /// All of them, in the order of their numbers.
+    pub links: Vec<Arc<Link>>,
+    described: Vec<bool>,
+}
+
+fn position(links: &[Arc<Link>], interface: &str) -> Option<usize> {
+    links.iter().position(|link| link.profile.interface == interface)
 }
 
 /// `TCP_INIT_CWND` of RFC 6928 in bytes: no link is so slow that less would be right.
@@ -509,6 +620,25 @@ mod tests {
         assert_eq!(link.receive_buffer.value, 1 << 20);
         assert_eq!(link.rto_max.value, Duration::from_secs(30));
         assert_eq!(link.mss.value, Some(1200));
+    }
+
+    #[test]
+    fn a_profile_that_changes_keeps_its_number_and_its_budget() {
+        let (a, b) = (profile("a,rate=5mbit,rtt=1s"), profile("b,rate=5mbit,rtt=1s"));
+        let (other_b, c) = (profile("b,rate=9mbit,rtt=1s"), profile("c,rate=1mbit,rtt=1s"));
+        let links = Links::new(vec![a, b]);
+        let none = pepsal_ebpf::NO_LINK;
+        assert_eq!((links.bind(7, "b"), links.bind(8, "c")), (2, none));
+        let before = links.of(7).unwrap();
+        links.replace(links.prepare(vec![c, other_b]));
+        let now = links.of(7).unwrap();
+        assert_eq!(now.profile.receive_rate.value, Rate::from_bps(9_000_000));
+        assert!(Arc::ptr_eq(&before.budget, &now.budget));
+        assert_eq!(
+            (links.bind(9, "a"), links.bind(7, "b"), links.bind(8, "c")),
+            (none, 2, 3)
+        );
+        assert!(links.of(9).is_none(), "it has no profile any more");
     }
 
     #[test]

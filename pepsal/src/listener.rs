@@ -4,6 +4,8 @@
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd,
+    sync::Arc,
 };
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +17,7 @@ use crate::{
     cli::TcpArgs,
     leg::LegConfig,
     link::{Link, Links},
+    preflight,
     relay::Side,
     socket,
 };
@@ -42,11 +45,27 @@ impl Pair {
     }
 }
 
+/// Where a pair listens on the loopback.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Zero leaves it to the kernel.
+    pub port: u16,
+    /// Whether the instance that this one follows has the port, too.
+    pub shared: bool,
+}
+
+impl Place {
+    const ANY: Self = Self {
+        port: 0,
+        shared: false,
+    };
+}
+
 /// The listeners of all links: first those for interfaces without a profile, which have the port that the user chose.
 #[derive(Debug)]
 pub struct Listeners {
     /// By the links' numbers.
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<Arc<Pair>>,
 }
 
 impl Listeners {
@@ -54,80 +73,52 @@ impl Listeners {
     ///
     /// # Errors
     /// When the port is taken.
-    pub fn bind(port: u16, links: &Links, binder: &Binder<'_>) -> Result<Self> {
-        let mut pairs = vec![binder.pair(port, None)?];
-        for link in links.iter() {
-            // Nobody has to know the port: connections come by the eBPF map.
-            pairs.push(binder.pair(0, Some(link))?);
-        }
+    pub fn bind(place: Place, tcp: &TcpArgs, legs: &LegConfig, links: &Links) -> Result<Self> {
+        let mut pairs = vec![Arc::new(bind_pair(place, tcp, legs, None)?)];
+        pairs.extend(bind_links(tcp, legs, &links.all())?);
         Ok(Self { pairs })
     }
-}
 
-/// What listeners are made by.
-#[derive(Debug)]
-pub struct Binder<'a> {
-    /// The user's socket options.
-    pub tcp: &'a TcpArgs,
-    /// What accepted legs are to be.
-    pub legs: &'a LegConfig,
-    /// Whether the instance that this one follows still has the port.
-    pub beside_another: bool,
-}
-
-impl Binder<'_> {
-    fn pair(&self, port: u16, link: Option<&Link>) -> Result<Pair> {
-        let v4 = match self.bind(Ipv4Addr::LOCALHOST.into(), port, link) {
-            Ok(listener) => listener,
-            Err(error) => return refuse(error, "127.0.0.1", port),
-        };
-        let v6 = match self.bind(Ipv6Addr::LOCALHOST.into(), port, link) {
-            Ok(listener) => Some(listener),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", port),
-            Err(error) => {
-                warn!("IPv6 connections are not intercepted: cannot listen on [::1]:{port}: {error}");
-                None
+    /// Gives all of them other options, for connections that are not there yet.
+    pub fn tune(&self, tcp: &TcpArgs, legs: &LegConfig, links: &Links) {
+        let links = links.all();
+        let numbered = [None].into_iter().chain(links.iter().map(Some));
+        for (pair, link) in self.pairs.iter().zip(numbered) {
+            for listener in pair.iter() {
+                if let Err(error) = tune(listener, tcp, legs, link) {
+                    warn!("a listener keeps some of its former options: {error}");
+                }
             }
-        };
-        Ok(Pair { v4, v6 })
+        }
     }
+}
 
-    fn bind(&self, addr: IpAddr, port: u16, link: Option<&Link>) -> io::Result<TcpListener> {
-        let addr = SocketAddr::new(addr, port);
-        let listener = Socket::new(
-            Domain::for_address(addr),
-            Type::STREAM.nonblocking().cloexec(),
-            None,
-        )?;
-        listener.set_reuse_address(true)?;
-        if self.beside_another {
-            listener.set_reuse_port(true)?;
+/// Binds a pair for each of these links. Nobody has to know their ports: connections come by the eBPF map.
+///
+/// # Errors
+/// When a socket cannot be had.
+pub fn bind_links(tcp: &TcpArgs, legs: &LegConfig, links: &[Arc<Link>]) -> Result<Vec<Arc<Pair>>> {
+    let bind = |link| bind_pair(Place::ANY, tcp, legs, Some(link)).map(Arc::new);
+    links.iter().map(bind).collect()
+}
+
+fn bind_pair(place: Place, tcp: &TcpArgs, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
+    let v4 = match bind(Ipv4Addr::LOCALHOST.into(), place, tcp, legs, link) {
+        Ok(listener) => listener,
+        Err(error) => return refuse(error, "127.0.0.1", place.port),
+    };
+    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), place, tcp, legs, link) {
+        Ok(listener) => Some(listener),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", place.port),
+        Err(error) => {
+            warn!(
+                "IPv6 connections are not intercepted: cannot listen on [::1]:{}: {error}",
+                place.port
+            );
+            None
         }
-        socket::set_transparent(&listener, addr.is_ipv6())?;
-        if addr.is_ipv6() {
-            socket::set_v6_only(&listener)?;
-        }
-        if self.tcp.fastopen {
-            socket::set_fastopen_queue(&listener, FASTOPEN_QUEUE)?;
-        }
-        if let Some(link) = link {
-            // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
-            socket::set_receive_buffer(&listener, link.profile.receive_buffer.value)?;
-        }
-        // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
-        if let Some(congestion) = self.legs.initial_congestion_of(Side::Client, link) {
-            socket::set_congestion(&listener, congestion)?;
-        }
-        // What the SYN-ACK announces; on an accepted socket it is too late for that.
-        if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(self.tcp.mss) {
-            socket::set_mss(&listener, mss)?;
-        }
-        listener.bind(&addr.into())?;
-        // Only now, so that a port that is in use is refused; for the instance that takes over.
-        listener.set_reuse_port(true)?;
-        listener.listen(BACKLOG)?;
-        TcpListener::from_std(listener.into())
-    }
+    };
+    Ok(Pair { v4, v6 })
 }
 
 fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
@@ -135,4 +126,57 @@ fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
         bail!("port {port} is in use on {addr}: choose another with -p, or stop who listens there");
     }
     Err(error).with_context(|| format!("cannot listen on {addr} port {port}"))
+}
+
+fn bind(
+    addr: IpAddr,
+    place: Place,
+    tcp: &TcpArgs,
+    legs: &LegConfig,
+    link: Option<&Arc<Link>>,
+) -> io::Result<TcpListener> {
+    let addr = SocketAddr::new(addr, place.port);
+    let listener = Socket::new(
+        Domain::for_address(addr),
+        Type::STREAM.nonblocking().cloexec(),
+        None,
+    )?;
+    listener.set_reuse_address(true)?;
+    if place.shared {
+        listener.set_reuse_port(true)?;
+    }
+    socket::set_transparent(&listener, addr.is_ipv6())?;
+    if addr.is_ipv6() {
+        socket::set_v6_only(&listener)?;
+    }
+    tune(&listener, tcp, legs, link)?;
+    listener.bind(&addr.into())?;
+    // Only now, so that a port that is in use is refused; for the instance that takes over.
+    listener.set_reuse_port(true)?;
+    listener.listen(BACKLOG)?;
+    TcpListener::from_std(listener.into())
+}
+
+/// What connections get from the listener that they are accepted from. Everything is set, so that a listener that is in
+/// use loses what it had before.
+fn tune(
+    listener: impl AsFd + Copy,
+    tcp: &TcpArgs,
+    legs: &LegConfig,
+    link: Option<&Arc<Link>>,
+) -> io::Result<()> {
+    let fastopen = if tcp.fastopen { FASTOPEN_QUEUE } else { 0 };
+    socket::set_fastopen_queue(listener, fastopen)?;
+    if let Some(link) = link {
+        // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
+        socket::set_receive_buffer(listener, link.profile.receive_buffer.value)?;
+    }
+    // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
+    match legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
+        Some(congestion) => socket::set_congestion(listener, congestion)?,
+        None => socket::set_congestion(listener, &preflight::default_congestion()?)?,
+    }
+    // What the SYN-ACK announces; on an accepted socket it is too late for that. Zero is the path's.
+    let mss = link.and_then(|link| link.profile.mss.value).or(tcp.mss);
+    socket::set_mss(listener, mss.unwrap_or(0))
 }

@@ -1,6 +1,8 @@
 //! The daemon: command line, log, background, runtime; the rest is [`pepsal::run`].
 
 use std::{
+    env,
+    ffi::OsString,
     fs::File,
     io::{IsTerminal, Read, Write, stderr},
     process::ExitCode,
@@ -13,12 +15,22 @@ use nix::{
     fcntl::OFlag,
     unistd::{ForkResult, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
 };
-use pepsal::cli::Options;
-use tracing_subscriber::EnvFilter;
+use pepsal::{
+    cli::{Cli, Command},
+    config::{self, Configuration},
+    log::Log,
+};
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    match start(options) {
+    let arguments: Vec<OsString> = env::args_os().collect();
+    let ended = match Cli::parse_from(&arguments).command {
+        None => match Configuration::load(arguments) {
+            Ok(configuration) => start(configuration),
+            Err(problems) => Ok(config::refuse(&problems)),
+        },
+        Some(Command::Check { file }) => Ok(config::check(&file)),
+    };
+    match ended {
         Ok(code) => code,
         Err(error) => {
             eprintln!("pepsal: {error:#}");
@@ -27,7 +39,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn start(options: Options) -> Result<ExitCode> {
+fn start(configuration: Configuration) -> Result<ExitCode> {
+    let options = &configuration.options;
     let background = match options.daemon {
         true => match background()? {
             Background::Parent(code) => return Ok(code),
@@ -35,10 +48,9 @@ fn start(options: Options) -> Result<ExitCode> {
         },
         false => None,
     };
-    log(options.verbose)?;
+    let log = Log::start(options.level())?;
     if options.explain {
-        let (profiles, _rate_control) = pepsal::explain(&options)?;
-        for profile in profiles {
+        for profile in pepsal::explain(options, &mut None)? {
             println!("{profile}");
         }
         return Ok(ExitCode::SUCCESS);
@@ -53,7 +65,7 @@ fn start(options: Options) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let ran = runtime.block_on(pepsal::run(options, || {
+    let ran = runtime.block_on(pepsal::run(configuration, &log, || {
         if let Some(told) = background {
             detach(told);
         }
@@ -61,29 +73,6 @@ fn start(options: Options) -> Result<ExitCode> {
     // A second signal ends it at once, whatever is still open.
     runtime.shutdown_background();
     ran.map(|()| ExitCode::SUCCESS)
-}
-
-fn log(verbose: u8) -> Result<()> {
-    let level = match verbose {
-        0 => "info",
-        1 => "debug",
-        _ => "trace",
-    };
-    // The libraries' own debug is of no use to who looks for a flow.
-    let default = format!("warn,pepsal={level},pepsal_ebpf=info");
-    let filter = match std::env::var("RUST_LOG") {
-        Ok(directives) if !directives.is_empty() => EnvFilter::try_new(&directives)
-            .with_context(|| format!("RUST_LOG={directives} is not a log filter"))?,
-        _ => EnvFilter::new(default),
-    };
-    // What eBPF programs log comes through the `log` crate.
-    tracing_log::LogTracer::init().context("cannot set the log up")?;
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(stderr)
-        .with_ansi(stderr().is_terminal())
-        .finish();
-    tracing::subscriber::set_global_default(subscriber).context("cannot set the log up")
 }
 
 enum Background {

@@ -7,7 +7,13 @@
 //! All of that is worked out here. What the kernel gets is a set of ports for every prefix that a rule names, in two
 //! tries, so that it needs one look-up for the destination and one for the source however many rules there are.
 
-use std::{collections::HashMap, fmt, net::IpAddr, ops::RangeInclusive, str::FromStr};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    net::IpAddr,
+    ops::RangeInclusive,
+    str::FromStr,
+};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use pepsal_ebpf::{MappedAddr, PORT_SET_BYTES, PortSet, map_addr};
@@ -169,25 +175,27 @@ impl Selection {
             _ => None,
         });
         let port_rules = list(|subject| (*subject == Subject::Port).then(|| Ipv4Net::default().into()));
-        let by_port = port_rules.ports_of(Ipv4Net::default().into());
+        let mut by_port = [0; PORT_SET_BYTES];
+        port_rules.each_set(|net, ports| {
+            if net == IpNet::from(Ipv4Net::default()) {
+                by_port = *ports;
+            }
+        });
 
         let mut sets = PortSets::default();
-        let mut table = |list: &List, and: &[bool]| -> Vec<(MappedAddr, u32, u32)> {
-            let entry = |net: IpNet| {
+        let mut table = |list: &List, and: &PortSet| -> Vec<(MappedAddr, u32, u32)> {
+            let mut entries = Vec::new();
+            list.each_set(|net, ports| {
+                let mut ports = *ports;
+                ports.iter_mut().zip(and).for_each(|(own, other)| *own &= other);
                 let (addr, len) = mapped(net);
-                let ports: Vec<bool> = list
-                    .ports_of(net)
-                    .iter()
-                    .zip(and)
-                    .map(|(a, b)| *a && *b)
-                    .collect();
-                (addr, len, sets.index_of(&ports))
-            };
-            list.prefixes().into_iter().map(entry).collect()
+                entries.push((addr, len, sets.index_of(&ports)));
+            });
+            entries
         };
         // The port's own verdict rides on the destination's, so that it costs no look-up.
         let destinations = table(&destinations, &by_port);
-        let sources = table(&sources, &[true; 65_536]);
+        let sources = table(&sources, &[0xff; PORT_SET_BYTES]);
         Self {
             destinations,
             sources,
@@ -204,37 +212,62 @@ fn mapped(net: IpNet) -> (MappedAddr, u32) {
     }
 }
 
-/// The rules of one subject, the least specific first.
+/// The rules of one subject by their prefix, in the order of the prefixes' first addresses, the shorter first; those of one
+/// prefix the least specific first. Both families' default is always there, so that each look-up finds one.
 struct List {
-    rules: Vec<(Action, IpNet, RangeInclusive<u16>)>,
+    rules: BTreeMap<IpNet, Vec<(Action, RangeInclusive<u16>)>>,
     default: bool,
 }
 
 impl List {
     fn new(rules: Vec<(Action, IpNet, RangeInclusive<u16>)>) -> Self {
         let default = rules.iter().all(|(action, ..)| *action != Action::Only);
-        Self { rules, default }
-    }
-
-    /// Every prefix that a rule names and both families' default, so that each look-up finds one.
-    fn prefixes(&self) -> Vec<IpNet> {
-        let mut prefixes: Vec<IpNet> = self.rules.iter().map(|(_, net, _)| *net).collect();
-        prefixes.extend([IpNet::from(Ipv4Net::default()), IpNet::from(Ipv6Net::default())]);
-        prefixes.sort();
-        prefixes.dedup();
-        prefixes
-    }
-
-    /// For each port, what becomes of a connection to it from or to `net`.
-    fn ports_of(&self, net: IpNet) -> Vec<bool> {
-        let mut ports = vec![self.default; 65_536];
-        for (action, covering, range) in &self.rules {
-            if covering.contains(&net) {
-                let (first, last) = (usize::from(*range.start()), usize::from(*range.end()));
-                ports[first..=last].fill(*action == Action::Only);
-            }
+        let all = [IpNet::from(Ipv4Net::default()), IpNet::from(Ipv6Net::default())];
+        let mut by_prefix: BTreeMap<_, Vec<_>> = all.map(|net| (net, Vec::new())).into();
+        for (action, net, ports) in rules {
+            by_prefix.entry(net).or_default().push((action, ports));
         }
-        ports
+        Self {
+            rules: by_prefix,
+            default,
+        }
+    }
+
+    /// For each prefix the ports that are intercepted there: what holds for the longest that covers it, and its own rules
+    /// painted over that.
+    fn each_set(&self, mut take: impl FnMut(IpNet, &PortSet)) {
+        // The prefixes that cover the present one, the shortest first.
+        let mut covering: Vec<(IpNet, Box<PortSet>)> = Vec::new();
+        for (net, rules) in &self.rules {
+            while covering.pop_if(|(outer, _)| !outer.contains(net)).is_some() {}
+            let mut ports = match covering.last() {
+                Some((_, outer)) => outer.clone(),
+                None => Box::new([if self.default { 0xff } else { 0 }; PORT_SET_BYTES]),
+            };
+            for (action, range) in rules {
+                paint(&mut ports, range, *action == Action::Only);
+            }
+            take(*net, &ports);
+            covering.push((*net, ports));
+        }
+    }
+}
+
+/// Puts a range of ports into a set, or takes it out.
+fn paint(set: &mut PortSet, range: &RangeInclusive<u16>, taken: bool) {
+    let (first, last) = (usize::from(*range.start()), usize::from(*range.end()));
+    let bits = |byte: &mut u8, bits: u8| match taken {
+        true => *byte |= bits,
+        false => *byte &= !bits,
+    };
+    let (from_first, to_last) = (0xff << (first % 8), 0xff >> (7 - last % 8));
+    match (first / 8, last / 8) {
+        (one, same) if one == same => bits(&mut set[one], from_first & to_last),
+        (begin, end) => {
+            bits(&mut set[begin], from_first);
+            set[begin + 1..end].fill(if taken { 0xff } else { 0 });
+            bits(&mut set[end], to_last);
+        }
     }
 }
 
@@ -246,15 +279,14 @@ struct PortSets {
 }
 
 impl PortSets {
-    fn index_of(&mut self, ports: &[bool]) -> u32 {
-        let mut set = Box::new([0u8; PORT_SET_BYTES]);
-        for (port, _) in ports.iter().enumerate().filter(|(_, taken)| **taken) {
-            set[port / 8] |= 1 << (port % 8);
+    fn index_of(&mut self, set: &PortSet) -> u32 {
+        if let Some(index) = self.indices.get(set) {
+            return *index;
         }
-        *self.indices.entry(set.clone()).or_insert_with(|| {
-            self.sets.push(set);
-            self.sets.len() as u32 - 1
-        })
+        let index = self.sets.len() as u32;
+        self.sets.push(Box::new(*set));
+        self.indices.insert(Box::new(*set), index);
+        index
     }
 }
 
@@ -350,6 +382,29 @@ mod tests {
         assert!(lookup(&selection, "192.0.2.1".parse().unwrap(), to, 80));
         assert!(!lookup(&selection, "192.0.2.129".parse().unwrap(), to, 80));
         assert!(!lookup(&selection, "203.0.113.1".parse().unwrap(), to, 80));
+    }
+
+    #[test]
+    fn ranges_are_painted_to_the_port() {
+        for range in [
+            0..=0,
+            7..=8,
+            8..=15,
+            3..=5,
+            1..=65_535,
+            0..=65_535,
+            65_535..=65_535,
+            1000..=2000,
+        ] {
+            for taken in [true, false] {
+                let mut set = [if taken { 0 } else { 0xff }; PORT_SET_BYTES];
+                paint(&mut set, &range, taken);
+                for port in 0..=u16::MAX {
+                    let is_in = set[usize::from(port) / 8] & (1 << (port % 8)) != 0;
+                    assert_eq!(is_in == taken, range.contains(&port), "{range:?} {taken} {port}");
+                }
+            }
+        }
     }
 
     #[test]

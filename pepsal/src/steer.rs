@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, anyhow, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie},
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, SockMap},
     programs::{
         CgroupSockopt, LinkOrder, ProgramError, SchedClassifier, SkLookup, TcAttachType,
         cgroup_sockopt::CgroupSockoptLink,
@@ -23,12 +23,18 @@ use aya::{
     sys::SyscallError,
 };
 use nix::time::{ClockId, clock_gettime};
-use pepsal_ebpf::{Counter, FlowKey, LINKS_MAX, MappedAddr, NO_LINK, SynRecord, listener_v4, listener_v6};
+use pepsal_ebpf::{Counter, FlowKey, LINKS_MAX, NO_LINK, SynRecord, listener_v4, listener_v6};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, info, warn};
 
 use crate::{
-    cgroup::OwnCgroup, cli::Mark, link::Links, listener::Listeners, route::Interfaces, selection::Selection,
+    cgroup::OwnCgroup,
+    cli::Mark,
+    link::Links,
+    listener::{Listeners, Pair},
+    route::Interfaces,
+    selection::Selection,
+    selection_maps::SelectionMaps,
 };
 
 /// The eBPF object that the build embedded, empty when it had none.
@@ -66,6 +72,7 @@ pub struct Steering {
     heartbeat: Array<MapData, u64>,
     listeners: SockMap<MapData>,
     links: HashMap<MapData, u32, u32>,
+    selection: SelectionMaps,
     attached: BTreeMap<u32, Attachment>,
     lookup: Option<SkLookupLink>,
     windows: Option<(CgroupSockoptLink, OwnCgroup)>,
@@ -88,7 +95,6 @@ impl Steering {
         if OBJECT.is_empty() {
             bail!("this binary was built without its eBPF programs: build it with `cargo xtask build`");
         }
-        let selection = config.selection;
         let (mark, mask) = (config.mark.value, config.mark.mask);
         let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
         let log_syns = u8::from(config.log_syns);
@@ -98,9 +104,6 @@ impl Steering {
             .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
             .override_global("LOG_SYNS", &log_syns, true)
             .map_max_entries("FLOWS", config.limit)
-            .map_max_entries("DESTINATIONS", selection.destinations.len() as u32)
-            .map_max_entries("SOURCES", selection.sources.len() as u32)
-            .map_max_entries("PORT_SETS", selection.port_sets.len() as u32)
             .load(OBJECT)
             .context("the kernel refuses the eBPF maps")?;
         for name in [STEER, REPLIES] {
@@ -110,7 +113,8 @@ impl Steering {
         let lookup: &mut SkLookup = program(&mut ebpf, LISTENER)?;
         lookup.load().map_err(|error| refused(LISTENER, error))?;
         // From here on the programs hold the maps, which are taken out of the object one by one.
-        fill_selection(&mut ebpf, selection)?;
+        let mut selection = SelectionMaps::take(&mut ebpf)?;
+        selection.install(config.selection)?;
         if config.log_syns {
             forward_log(&mut ebpf)?;
         }
@@ -122,6 +126,7 @@ impl Steering {
             heartbeat: Array::try_from(take_map(&mut ebpf, "HEARTBEAT")?)?,
             listeners: SockMap::try_from(take_map(&mut ebpf, "LISTENERS")?)?,
             links: HashMap::try_from(take_map(&mut ebpf, "LINKS")?)?,
+            selection,
             ebpf,
             attached: BTreeMap::new(),
             lookup: None,
@@ -136,16 +141,7 @@ impl Steering {
     /// # Errors
     /// When the kernel refuses.
     pub fn open(&mut self, listeners: &Listeners) -> Result<()> {
-        for (link, pair) in (0..).zip(&listeners.pairs) {
-            self.listeners
-                .set(listener_v4(link), &pair.v4.as_raw_fd(), 0)
-                .context("cannot register the IPv4 listener")?;
-            if let Some(v6) = &pair.v6 {
-                self.listeners
-                    .set(listener_v6(link), &v6.as_raw_fd(), 0)
-                    .context("cannot register the IPv6 listener")?;
-            }
-        }
+        self.register(0, &listeners.pairs)?;
         if self.lookup.is_none() {
             let netns = File::open("/proc/self/ns/net").context("cannot open the network namespace")?;
             let program: &mut SkLookup = program(&mut self.ebpf, LISTENER)?;
@@ -155,6 +151,32 @@ impl Steering {
             self.lookup = Some(program.take_link(link)?);
         }
         Ok(())
+    }
+
+    /// Takes note of the listeners of links, from the number of the first on.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn register(&mut self, first: u32, pairs: &[Arc<Pair>]) -> Result<()> {
+        for (link, pair) in (first..).zip(pairs) {
+            self.listeners
+                .set(listener_v4(link), &pair.v4.as_raw_fd(), 0)
+                .context("cannot register the IPv4 listener")?;
+            if let Some(v6) = &pair.v6 {
+                self.listeners
+                    .set(listener_v6(link), &v6.as_raw_fd(), 0)
+                    .context("cannot register the IPv6 listener")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets other rules of selection hold from now on, for connections that are not there yet.
+    ///
+    /// # Errors
+    /// When the kernel has no room for them; those that held before still do then.
+    pub fn select(&mut self, selection: &Selection) -> Result<()> {
+        self.selection.install(selection)
     }
 
     /// Lets new connections pass from now on. Those that are being set up are still accepted.
@@ -202,10 +224,13 @@ impl Steering {
     ) -> Result<()> {
         for (index, name) in interfaces {
             let link = links.bind(*index, name);
-            if link != NO_LINK {
-                self.links
-                    .insert(index, link, 0)
-                    .context("cannot register a link")?;
+            match link {
+                // It may never have had one.
+                NO_LINK => drop(self.links.remove(index)),
+                link => {
+                    let inserted = self.links.insert(index, link, 0);
+                    inserted.context("cannot register a link")?;
+                }
             }
         }
         self.attached.retain(|index, attachment| {
@@ -320,7 +345,8 @@ where
     Ok(program.try_into()?)
 }
 
-fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
+/// Takes a map out of a loaded object.
+pub(crate) fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
     ebpf.take_map(name)
         .ok_or_else(|| anyhow!("the eBPF object has no map {name}"))
 }
@@ -338,32 +364,6 @@ fn refused(name: &str, error: ProgramError) -> anyhow::Error {
         other => anyhow!("the kernel refuses the eBPF program {name}: {other}"),
     }
 }
-
-fn fill_selection(ebpf: &mut Ebpf, selection: &Selection) -> Result<()> {
-    for (name, entries) in [
-        ("DESTINATIONS", &selection.destinations),
-        ("SOURCES", &selection.sources),
-    ] {
-        let mut trie: LpmTrie<_, MappedAddr, u32> = LpmTrie::try_from(take_map(ebpf, name)?)?;
-        for (addr, len, index) in entries {
-            trie.insert(&lpm_trie::Key::new(*len, *addr), index, 0)
-                .with_context(|| format!("cannot fill the map {name}"))?;
-        }
-    }
-    let mut sets: Array<_, PortSetPod> = Array::try_from(take_map(ebpf, "PORT_SETS")?)?;
-    for (index, set) in selection.port_sets.iter().enumerate() {
-        sets.set(index as u32, PortSetPod(**set), 0)
-            .context("cannot fill the map PORT_SETS")?;
-    }
-    Ok(())
-}
-
-#[repr(transparent)]
-#[derive(Clone, Copy)]
-struct PortSetPod(pepsal_ebpf::PortSet);
-
-// SAFETY: an array of bytes.
-unsafe impl aya::Pod for PortSetPod {}
 
 /// Passes what the programs log on to `tracing`.
 fn forward_log(ebpf: &mut Ebpf) -> Result<()> {

@@ -18,7 +18,7 @@ use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{
-    Counter, EXTENSION_MAX, FlowKey, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord, listener_v4,
+    Counter, EXTENSION_MAX, FlowKey, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey, SynRecord, listener_v4,
     listener_v6, map_addr,
 };
 use pepsal_tests::{Connector, Family, Listener, Topology, eventually};
@@ -64,9 +64,6 @@ impl Gateway {
             .override_global("MARK_MASK", &MARK_MASK, true)
             .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
             .map_max_entries("FLOWS", LIMIT)
-            .map_max_entries("DESTINATIONS", 8)
-            .map_max_entries("SOURCES", 8)
-            .map_max_entries("PORT_SETS", 2)
             .load_file(object()?)?;
         for name in [STEER, REPLIES] {
             program(&mut ebpf, name)?.load()?;
@@ -92,12 +89,13 @@ impl Gateway {
             _listeners: listeners,
         };
         gateway.beat(Duration::ZERO)?;
-        let mut sets: Array<_, PortSet> = gateway
+        let mut sets: HashMap<_, u32, PortSet> = gateway
             .ebpf
             .map_mut("PORT_SETS")
             .context("PORT_SETS")?
             .try_into()?;
-        sets.set(1, [0xff; PORT_SET_BYTES], 0)?;
+        sets.insert(0, [0; PORT_SET_BYTES], 0)?;
+        sets.insert(1, [0xff; PORT_SET_BYTES], 0)?;
         for family in Family::BOTH {
             gateway.select("DESTINATIONS", family, true)?;
             gateway.select("SOURCES", family, true)?;
@@ -115,12 +113,19 @@ impl Gateway {
 
     /// Selects all or nothing of a family.
     fn select(&mut self, trie: &str, family: Family, all: bool) -> Result<()> {
+        self.select_in(0, trie, family, all)
+    }
+
+    /// The same in a generation of rules.
+    fn select_in(&mut self, generation: u32, trie: &str, family: Family, all: bool) -> Result<()> {
         let (prefix, len) = match family {
             Family::V4 => (map_addr(Ipv4Addr::UNSPECIFIED.into()), 96),
             Family::V6 => ([0; 16], 0),
         };
-        let mut trie: LpmTrie<_, MappedAddr, u32> = self.ebpf.map_mut(trie).context("a trie")?.try_into()?;
-        Ok(trie.insert(&lpm_trie::Key::new(len, prefix), u32::from(all), 0)?)
+        let mut trie: LpmTrie<_, PrefixKey, u32> = self.ebpf.map_mut(trie).context("a trie")?.try_into()?;
+        let prefix = PrefixKey::new(generation, prefix);
+        let key = lpm_trie::Key::new(PrefixKey::GENERATION_BITS + len, prefix);
+        Ok(trie.insert(&key, u32::from(all), 0)?)
     }
 
     fn count(&self, counter: Counter) -> Result<u64> {
@@ -960,12 +965,12 @@ fn syn_that_is_not_selected_passes() -> Result<()> {
     // Set 1 takes all ports but those around the server's.
     let mut ports = [0xff; PORT_SET_BYTES];
     ports[usize::from(SERVER_PORT) / 8] = !0b0000_0001;
-    let mut sets: Array<_, PortSet> = gateway
+    let mut sets: HashMap<_, u32, PortSet> = gateway
         .ebpf
         .map_mut("PORT_SETS")
         .context("PORT_SETS")?
         .try_into()?;
-    sets.set(1, ports, 0)?;
+    sets.insert(1, ports, 0)?;
     for (port, expected) in [
         (79, Counter::Intercepted),
         (80, Counter::Unselected),
@@ -978,6 +983,34 @@ fn syn_that_is_not_selected_passes() -> Result<()> {
             ..Tcp::syn(Family::V4)
         };
         assert_eq!(gateway.steer(&syn.packet())?, expected, "port {port}");
+    }
+    Ok(())
+}
+
+#[test]
+fn rules_hold_whose_generation_does() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        gateway.select_in(1, "DESTINATIONS", family, false)?;
+        gateway.select_in(1, "SOURCES", family, true)?;
+    }
+    for (generation, expected) in [
+        (0, Counter::Intercepted),
+        (1, Counter::Unselected),
+        // Nothing was written for it.
+        (2, Counter::Unselected),
+        (0, Counter::Intercepted),
+    ] {
+        let map = gateway.ebpf.map_mut("GENERATION").context("GENERATION")?;
+        Array::<_, u32>::try_from(map)?.set(0, generation, 0)?;
+        for family in Family::BOTH {
+            assert_eq!(
+                gateway.steer(&Tcp::syn(family).packet())?,
+                expected,
+                "{family:?} {generation}"
+            );
+        }
+        gateway.forget_flows()?;
     }
     Ok(())
 }

@@ -1,0 +1,156 @@
+//! The keys of the configuration file. Each stands for an option of the command line, which says what its values are.
+
+/// One key.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Key {
+    /// Its name with that of its table, like `proxy.port`.
+    pub name: &'static str,
+    /// The field of [`Options`](crate::cli::Options) that it stands for.
+    pub option: &'static str,
+    /// When a changed value applies.
+    pub applies: Applies,
+}
+
+/// When a changed value applies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Applies {
+    /// At a reload.
+    Live,
+    /// At the next start.
+    AtStart,
+}
+
+const fn key(name: &'static str, option: &'static str, applies: Applies) -> Key {
+    Key {
+        name,
+        option,
+        applies,
+    }
+}
+
+use Applies::{AtStart, Live};
+
+/// All of them but the links', in the order of the documentation.
+pub const KEYS: &[Key] = &[
+    key("interfaces", "interfaces", AtStart),
+    key("daemon", "daemon", AtStart),
+    key("log.level", "log_level", Live),
+    key("proxy.port", "port", AtStart),
+    key("proxy.conns", "max_connections", AtStart),
+    key("proxy.threads", "threads", AtStart),
+    key("proxy.logfile", "logfile", AtStart),
+    key("proxy.monitoring-pid", "monitoring_pid", AtStart),
+    key("proxy.gc-interval", "gc_interval", Live),
+    key("proxy.plifetime", "pending_lifetime", Live),
+    key("proxy.connect-timeout", "connect_timeout", Live),
+    key("proxy.idle-timeout", "idle_timeout", Live),
+    key("proxy.drain-timeout", "drain_timeout", Live),
+    key("steering.only", "only", Live),
+    key("steering.only-from", "only_from", Live),
+    key("steering.bypass", "bypass", Live),
+    key("steering.bypass-from", "bypass_from", Live),
+    key("steering.source", "source", Live),
+    key("steering.replicate", "replicate", Live),
+    key("steering.mark", "mark", AtStart),
+    key("steering.table", "table", AtStart),
+    key("steering.log-syns", "log_syns", AtStart),
+    key("tcp.congestion", "congestion", Live),
+    key("tcp.client-congestion", "client_congestion", Live),
+    key("tcp.server-congestion", "server_congestion", Live),
+    key("tcp.max-segment-size", "mss", Live),
+    key("tcp.fastopen", "fastopen", Live),
+    key("tcp.quickack", "quickack", Live),
+    key("tcp.nodelay", "nodelay", Live),
+    key("tcp.cork", "cork", Live),
+    key("metrics.listen", "metrics_listen", AtStart),
+    key("admin.socket", "admin_socket", AtStart),
+];
+
+/// The table whose tables are links: `[link.sat0]`.
+pub const LINK: &str = "link";
+
+/// The field of [`Options`](crate::cli::Options) that links are in.
+pub const LINKS: &str = "links";
+
+/// The key of a name.
+pub fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.name == name)
+}
+
+/// The tables that keys are in.
+pub fn tables() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().filter_map(|key| Some(key.name.split_once('.')?.0))
+}
+
+/// What somebody may have meant who wrote a name that nobody knows, perhaps in the wrong table.
+pub fn suggest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    let plain = name.to_ascii_lowercase().replace('_', "-");
+    let (table, written) = plain.rsplit_once('.').unwrap_or(("", &plain));
+    let likeness = |candidate: &'a str| {
+        let (own, part) = candidate.rsplit_once('.').unwrap_or(("", candidate));
+        // The first knows common beginnings, the second letters that changed places.
+        let nearly = strsim::damerau_levenshtein(written, part) <= 1;
+        let likeness = strsim::jaro_winkler(written, part).max(if nearly { 0.9 } else { 0.0 });
+        (likeness + if own == table { 0.05 } else { 0.0 }, candidate)
+    };
+    let alike = known
+        .into_iter()
+        .map(likeness)
+        .filter(|(likeness, _)| *likeness > 0.85);
+    alike
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+    use crate::cli::Cli;
+
+    /// What only makes sense on the command line.
+    const COMMAND_LINE_ONLY: [&str; 7] = [
+        "command",
+        "config",
+        "explain",
+        "verbose",
+        "version",
+        "help",
+        "sniff_interface",
+    ];
+
+    #[test]
+    fn every_option_has_a_key_and_every_key_an_option() {
+        let command = Cli::command();
+        let options: Vec<&str> = command.get_arguments().map(|arg| arg.get_id().as_str()).collect();
+        for key in KEYS {
+            assert!(options.contains(&key.option), "{} stands for no option", key.name);
+        }
+        for option in options {
+            assert!(
+                option == LINKS
+                    || COMMAND_LINE_ONLY.contains(&option)
+                    || KEYS.iter().any(|key| key.option == option),
+                "{option} has no key in the configuration file"
+            );
+        }
+    }
+
+    #[test]
+    fn misspelt_names_are_recognised() {
+        let names = || KEYS.iter().map(|key| key.name).chain(tables());
+        for (wrong, right) in [
+            ("interface", Some("interfaces")),
+            ("interfases", Some("interfaces")),
+            ("port", Some("proxy.port")),
+            ("prot", Some("proxy.port")),
+            ("connect_timeout", Some("proxy.connect-timeout")),
+            ("steering.bypas", Some("steering.bypass")),
+            ("zzz", None),
+            ("tpc", Some("tcp")),
+        ] {
+            assert_eq!(suggest(wrong, names()), right, "{wrong}");
+        }
+    }
+}

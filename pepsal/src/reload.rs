@@ -1,0 +1,161 @@
+//! SIGHUP: the file is read again, and what can change while flows are open changes.
+//!
+//! Everything that may fail comes first. So the new configuration is taken over whole, but for what needs a restart, or
+//! not at all.
+
+use anyhow::{Result, bail};
+use pepsal_ebpf::LINKS_MAX;
+use tokio::task::{JoinError, JoinSet};
+use tracing::{info, warn};
+
+use crate::{
+    Proxy, announce,
+    cli::Options,
+    config::{Applies, Change, Configuration, Problem},
+    flow::Settings,
+    leg_config, link_profiles, listener,
+    log::Log,
+    route,
+    selection::Selection,
+};
+
+/// What was read: a configuration and its rules, worked out.
+type Read = Result<(Configuration, Selection), Vec<Problem>>;
+
+/// Reads the configuration again and compares it with the one that runs.
+pub struct Reloader<'a> {
+    log: &'a Log,
+    /// What needs a restart is still as it says.
+    started: Configuration,
+    running: Configuration,
+    reading: JoinSet<Read>,
+}
+
+impl<'a> Reloader<'a> {
+    /// One for a daemon that was started with this configuration.
+    pub fn new(configuration: Configuration, log: &'a Log) -> Self {
+        Self {
+            log,
+            started: configuration.clone(),
+            running: configuration,
+            reading: JoinSet::new(),
+        }
+    }
+
+    /// What the daemon goes by now, but for what needs a restart.
+    pub fn options(&self) -> &Options {
+        &self.running.options
+    }
+
+    /// Whether nothing is being read.
+    pub fn is_idle(&self) -> bool {
+        self.reading.is_empty()
+    }
+
+    /// Begins to read. Long lists of rules take their time, and meanwhile the daemon has to show that it is alive.
+    pub fn read(&mut self) {
+        if self.running.options.config.is_none() {
+            return info!("nothing to read again: no --config was given");
+        }
+        let running = self.running.clone();
+        self.reading.spawn_blocking(move || {
+            let configuration = running.reload()?;
+            let steering = &configuration.options.steering;
+            let selection = Selection::new(&steering.only, &steering.bypass);
+            Ok((configuration, selection))
+        });
+    }
+
+    /// What was read, once it is; never when nothing is being read.
+    pub async fn next(&mut self) -> Option<Result<Read, JoinError>> {
+        self.reading.join_next().await
+    }
+
+    /// Lets what was read hold, unless something is wrong with it.
+    pub async fn apply(&mut self, read: Result<Read, JoinError>, proxy: &mut Proxy) {
+        let (configuration, selection) = match read {
+            Ok(Ok(read)) => read,
+            Ok(Err(problems)) => {
+                return warn!(
+                    "not reloaded, the running configuration stays: {}",
+                    first(&problems)
+                );
+            }
+            Err(error) => return warn!("not reloaded, the running configuration stays: {error}"),
+        };
+        if let Err(error) = proxy.reconfigure(&configuration.options, &selection).await {
+            return warn!("not reloaded, the running configuration stays: {error:#}");
+        }
+        if let Err(error) = self.log.set(configuration.options.level()) {
+            if configuration.options.level() != self.running.options.level() {
+                warn!("log.level: {error}");
+            }
+        }
+        report(&self.running, &self.started, &configuration);
+        self.running = configuration;
+    }
+}
+
+fn first(problems: &[Problem]) -> String {
+    match problems {
+        [] => String::new(),
+        [only] => only.to_string(),
+        [first, others @ ..] => format!("{first} (pepsal check shows {} more)", others.len()),
+    }
+}
+
+/// One line with what changed, and one for each key that needs a restart.
+fn report(running: &Configuration, started: &Configuration, now: &Configuration) {
+    let of = |changes: Vec<Change>, applies| -> Vec<String> {
+        let those = changes.iter().filter(|change| change.applies == applies);
+        those.map(Change::to_string).collect()
+    };
+    let changed = of(running.changes_to(now), Applies::Live);
+    match changed.is_empty() {
+        true => info!("reloaded: nothing changed that applies now"),
+        false => info!("reloaded: {}", changed.join("; ")),
+    }
+    for waiting in of(started.changes_to(now), Applies::AtStart) {
+        warn!("{waiting}");
+    }
+}
+
+impl Proxy {
+    /// Takes other options over: all that apply while flows are open, or none.
+    async fn reconfigure(&mut self, options: &Options, selection: &Selection) -> Result<()> {
+        let legs = leg_config(options)?;
+        let interfaces = route::interfaces().await?;
+        let profiles = link_profiles(options, &interfaces, &mut self.rate_control)?;
+        let links = self.shared.links.clone();
+        let (known, next) = (links.all(), links.prepare(profiles));
+        if next.links.len() > LINKS_MAX as usize {
+            bail!(
+                "more than {LINKS_MAX} links had a profile since the start: restart to forget the former ones"
+            );
+        }
+        let new = next.links[known.len()..].to_vec();
+        let pairs = listener::bind_links(&options.tcp, &legs, &new)?;
+        // A pair that is not kept leaves its slot empty.
+        self.steering
+            .register(self.listeners.pairs.len() as u32, &pairs)?;
+        self.steering.select(selection)?;
+
+        // From here on nothing fails.
+        for link in &next.links {
+            if !known.iter().any(|known| known.profile == link.profile) {
+                announce(&link.profile);
+            }
+        }
+        links.replace(next);
+        self.accept_from(&pairs);
+        self.keep_budgets(&new);
+        self.listeners.pairs.extend(pairs);
+        self.listeners.tune(&options.tcp, &legs, &links);
+        let epoch = self.shared.settings.load().collector.epoch;
+        let settings = Settings::new(options, legs, epoch);
+        self.shared.settings.store(settings.into());
+        // Which interface has which link.
+        self.adapt().await;
+        Ok(())
+    }
+}

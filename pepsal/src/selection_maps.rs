@@ -1,0 +1,143 @@
+//! The kernel's tables of the selection, which can be exchanged while packets pass.
+//!
+//! Rules have a generation, which is part of every prefix's key. New rules are written beside those that hold; then one
+//! word is changed, which the program reads once for each connection. So a connection is judged by the old rules or by the
+//! new ones, never by none and never by a mixture. A program that had read the word before it changed still finds its
+//! rules: they are removed when the next ones are written.
+
+use std::{io, thread};
+
+use anyhow::{Context, Result};
+use aya::{
+    Ebpf,
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, lpm_trie},
+};
+use pepsal_ebpf::{PortSet, PrefixKey};
+
+use crate::{selection::Selection, steer::take_map};
+
+/// The maps, and what is in them.
+pub struct SelectionMaps {
+    destinations: LpmTrie<MapData, PrefixKey, u32>,
+    sources: LpmTrie<MapData, PrefixKey, u32>,
+    port_sets: HashMap<MapData, u32, PortSetPod>,
+    generation: Array<MapData, u32>,
+    holding: Option<Rules>,
+    former: Option<Rules>,
+}
+
+/// What is in the maps of one generation.
+struct Rules {
+    generation: u32,
+    destinations: Vec<lpm_trie::Key<PrefixKey>>,
+    sources: Vec<lpm_trie::Key<PrefixKey>>,
+    /// The number of the first set of ports, and how many there are.
+    port_sets: (u32, u32),
+}
+
+impl SelectionMaps {
+    /// Takes the maps out of a loaded object. There is no rule in them yet, and nothing is intercepted.
+    ///
+    /// # Errors
+    /// When the object does not have them.
+    pub fn take(ebpf: &mut Ebpf) -> Result<Self> {
+        Ok(Self {
+            destinations: take_map(ebpf, "DESTINATIONS")?.try_into()?,
+            sources: take_map(ebpf, "SOURCES")?.try_into()?,
+            port_sets: take_map(ebpf, "PORT_SETS")?.try_into()?,
+            generation: take_map(ebpf, "GENERATION")?.try_into()?,
+            holding: None,
+            former: None,
+        })
+    }
+
+    /// Lets these rules hold from now on.
+    ///
+    /// # Errors
+    /// When the kernel has no room for them; those that held before still do then.
+    pub fn install(&mut self, selection: &Selection) -> Result<()> {
+        if let Some(former) = self.former.take() {
+            self.remove(&former);
+        }
+        let (generation, first_set) = self.holding.as_ref().map_or((0, 0), |rules| {
+            let (first, sets) = rules.port_sets;
+            (rules.generation.wrapping_add(1), first.wrapping_add(sets))
+        });
+        let mut rules = Rules {
+            generation,
+            destinations: Vec::new(),
+            sources: Vec::new(),
+            port_sets: (first_set, 0),
+        };
+        let written = self
+            .write(selection, &mut rules)
+            .and_then(|()| self.generation.set(0, generation, 0).map_err(Into::into));
+        match written {
+            Ok(()) => self.former = self.holding.replace(rules),
+            Err(_) => self.remove(&rules),
+        }
+        written
+    }
+
+    fn write(&mut self, selection: &Selection, rules: &mut Rules) -> Result<()> {
+        let first_set = rules.port_sets.0;
+        for set in &selection.port_sets {
+            let number = first_set.wrapping_add(rules.port_sets.1);
+            insert_patiently(|| self.port_sets.insert(number, PortSetPod(**set), 0))
+                .context("too many different sets of ports for the kernel")?;
+            rules.port_sets.1 += 1;
+        }
+        for (trie, prefixes, written) in [
+            (
+                &mut self.destinations,
+                &selection.destinations,
+                &mut rules.destinations,
+            ),
+            (&mut self.sources, &selection.sources, &mut rules.sources),
+        ] {
+            for (addr, len, set) in prefixes {
+                let prefix = PrefixKey::new(rules.generation, *addr);
+                let key = lpm_trie::Key::new(PrefixKey::GENERATION_BITS + len, prefix);
+                insert_patiently(|| trie.insert(&key, first_set.wrapping_add(*set), 0))
+                    .context("too many prefixes for the kernel")?;
+                written.push(key);
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, rules: &Rules) {
+        // What could not be removed is of a generation that does not hold.
+        for key in &rules.destinations {
+            let _ = self.destinations.remove(key);
+        }
+        for key in &rules.sources {
+            let _ = self.sources.remove(key);
+        }
+        let (first, sets) = rules.port_sets;
+        for number in 0..sets {
+            let _ = self.port_sets.remove(&first.wrapping_add(number));
+        }
+    }
+}
+
+/// The kernel keeps a few free elements at hand and fetches more a moment later: until then it says that there are none.
+fn insert_patiently(mut insert: impl FnMut() -> Result<(), MapError>) -> Result<(), MapError> {
+    const TRIES: u32 = 100;
+    for _ in 1..TRIES {
+        match insert() {
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::OutOfMemory => {
+                thread::yield_now();
+            }
+            inserted => return inserted,
+        }
+    }
+    insert()
+}
+
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+struct PortSetPod(PortSet);
+
+// SAFETY: an array of bytes.
+unsafe impl aya::Pod for PortSetPod {}

@@ -1,0 +1,427 @@
+//! The configuration file: what it says is what the daemon does, what is wrong with it is said with its place, and what
+//! changes in it applies to connections to come.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use pepsal_tests::{
+    Accepted, Connector, Daemon, Family, Footprint, Leg, Listener, Server, Topology, Transfer, eventually,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A directory of this test's own with a configuration, removed in the end.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(configuration: &str) -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("pepsal-configuration-{}-{number}", process::id()));
+        fs::create_dir_all(&path)?;
+        let scratch = Self(path);
+        scratch.write(configuration)?;
+        Ok(scratch)
+    }
+
+    /// Replaced whole: whoever reads it meanwhile gets the old or the new one.
+    fn write(&self, configuration: &str) -> Result<()> {
+        fs::write(self.path("new"), configuration)?;
+        Ok(fs::rename(self.path("new"), self.path("pepsal.toml"))?)
+    }
+
+    fn path(&self, name: &str) -> String {
+        let path = self.0.join(name);
+        path.to_str().expect("the name is made of ASCII").to_owned()
+    }
+
+    fn file(&self) -> String {
+        self.path("pepsal.toml")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A gateway with a daemon that was started from a file, and a server.
+struct Scene {
+    daemon: Daemon,
+    scratch: Scratch,
+    topology: Topology,
+    server: Server,
+}
+
+impl Scene {
+    fn new(configuration: &str, arguments: &[&str]) -> Result<Self> {
+        let topology = Topology::new()?;
+        let server = Server::start(&topology.server)?;
+        let scratch = Scratch::new(configuration)?;
+        let file = scratch.file();
+        let arguments = [&["-F", &file], arguments].concat();
+        Ok(Self {
+            daemon: Daemon::start(&topology.gateway, &arguments)?,
+            scratch,
+            topology,
+            server,
+        })
+    }
+
+    /// Whether a connection made now, which carries some bytes, is split.
+    fn is_split(&self, family: Family) -> Result<bool> {
+        let outcome = Transfer::upload(10_000).run(&self.topology.client, self.server.address(family))?;
+        ensure!(outcome.intact);
+        Ok(outcome.syn.ttl() == 64)
+    }
+
+    /// Lets the daemon read another configuration, and returns what it says to that, from the line with `answer` on.
+    fn reload(&mut self, configuration: &str, answer: &str) -> Result<String> {
+        self.scratch.write(configuration)?;
+        self.hangup(answer)
+    }
+
+    fn hangup(&mut self, answer: &str) -> Result<String> {
+        let before = self.daemon.log().len();
+        self.daemon.signal(Signal::SIGHUP)?;
+        let said = || self.daemon.log()[before..].to_owned();
+        eventually(PATIENCE, || said().contains("reloaded"));
+        // The lines that need a restart follow at once.
+        eventually(PATIENCE, || said().contains(answer));
+        Ok(said())
+    }
+}
+
+/// An open flow.
+struct Flow {
+    client: TcpStream,
+    server: Accepted,
+}
+
+impl Flow {
+    fn open(topology: &Topology, listener: &Listener) -> Result<Self> {
+        let address = SocketAddr::new(Family::V4.server(), listener.port());
+        let client = Connector::default().connect(&topology.client, address)?;
+        let server = listener.accept(PATIENCE)?;
+        Ok(Self { client, server })
+    }
+
+    fn is_split(&self) -> bool {
+        self.server.syn.ttl() == 64
+    }
+
+    /// 256 KiB each way, checked.
+    fn exchange(&mut self) -> Result<()> {
+        cross(&mut self.client, &mut self.server.stream).context("up")?;
+        cross(&mut self.server.stream, &mut self.client).context("down")
+    }
+}
+
+fn cross(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
+    let payload: Vec<u8> = (0..256 * 1024_u32).map(|i| (i % 251) as u8).collect();
+    let mut received = vec![0; payload.len()];
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| from.write_all(&payload));
+        to.read_exact(&mut received)?;
+        writer.join().expect("writing does not panic")
+    })?;
+    ensure!(received == payload, "what arrives is not what was sent");
+    Ok(())
+}
+
+#[test]
+fn daemon_does_what_the_file_says() -> Result<()> {
+    let configuration = "interfaces = [\"lan0\"]\nproxy.port = 5321\n[steering]\nbypass = [\"fd00::/8\"]\n\
+                         [link.sat0]\nrate = \"20mbit\"\nrtt = \"50ms\"\n[log]\nlevel = \"debug\"\n";
+    let scene = Scene::new(configuration, &[])?;
+    assert!(scene.is_split(Family::V4)?);
+    assert!(!scene.is_split(Family::V6)?, "{}", Family::V6.server());
+    let log = scene.daemon.log();
+    assert!(
+        log.contains("port=5321") && log.contains("20 Mbit/s") && log.contains("DEBUG"),
+        "{log}"
+    );
+    Ok(())
+}
+
+#[test]
+fn bad_files_are_refused_with_the_place_before_anything_is_touched() -> Result<()> {
+    let topology = Topology::new()?;
+    let before = Footprint::of(&topology.gateway)?;
+    let scratch = Scratch::new("")?;
+    let file = scratch.file();
+    for (configuration, complaint) in [
+        ("interfaces = [\"lan0\"\n", ":1:21: not TOML: "),
+        (
+            "interfases = [\"lan0\"]\n",
+            ":1:1: unknown key 'interfases': did you mean 'interfaces'?",
+        ),
+        ("interfaces = \"lan0\"\n", ":1:14: interfaces: a list is expected"),
+        (
+            "\n[link.sat0]\nrate = \"50\"\nrtt = \"600ms\"\n",
+            ":3:8: link.sat0.rate: '50' is not a rate: give",
+        ),
+        (
+            "[tcp]\nnodelay = true\ncork = true\n",
+            ":3:1: tcp.cork contradicts tcp.nodelay: leave one of them out",
+        ),
+        (
+            "[link.sat0]\nrate = \"5mbit\"\nrtt = \"1s\"\n[link.sat0]\nrate = \"5mbit\"\nrtt = \"1s\"\n",
+            ":4:7: 'sat0' is there twice",
+        ),
+        ("", ": interfaces is missing: name those"),
+        (
+            "interfaces = [\"lan0\"]\n[steering]\nonly-from = [\"/nosuch\"]\n",
+            "/nosuch: cannot be read: ",
+        ),
+    ] {
+        scratch.write(configuration)?;
+        let expected = match complaint.starts_with('/') {
+            true => complaint.to_owned(),
+            false => format!("{file}{complaint}"),
+        };
+        let check = Daemon::command(&topology.gateway, &["check", &file])?.output()?;
+        let said = String::from_utf8(check.stderr)?;
+        assert_eq!(check.status.code(), Some(1), "{configuration:?}");
+        assert!(said.starts_with(&expected), "{configuration:?}: {said}");
+        let started = Daemon::expect_failure(&topology.gateway, &["-F", &file])?;
+        assert_eq!(
+            (started.code(), &started.log),
+            (Some(1), &said),
+            "{configuration:?}"
+        );
+    }
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+#[test]
+fn check_says_what_a_good_file_asks_for() -> Result<()> {
+    let topology = Topology::new()?;
+    let scratch = Scratch::new("interfaces = [\"lan0\", \"sat0\"]\nsteering.only = [\"port=80\"]\n")?;
+    let file = scratch.file();
+    let check = Daemon::command(&topology.gateway, &["check", &file])?.output()?;
+    assert!(check.status.success());
+    assert_eq!(
+        String::from_utf8(check.stdout)?,
+        format!("{file}: valid; intercepts on lan0, sat0; selects by one rule\n")
+    );
+    Ok(())
+}
+
+#[test]
+fn reload_changes_selection_link_and_log_level_and_leaves_open_flows_alone() -> Result<()> {
+    let base = "interfaces = [\"lan0\"]\n";
+    let slow = "[link.sat0]\nrate = \"8mbit\"\nrtt = \"20ms\"\n";
+    let mut scene = Scene::new(&format!("{base}{slow}"), &[])?;
+    let listener = Listener::bind_any(&scene.topology.server, Family::V4.server())?;
+    let mut flow = Flow::open(&scene.topology, &listener)?;
+    assert!(flow.is_split());
+    flow.exchange()?;
+    let pacing = |scene: &Scene, flow: &Flow| -> Result<Option<u64>> {
+        let ends = (flow.client.local_addr()?, flow.client.peer_addr()?);
+        let legs = Leg::all(&scene.topology.gateway)?;
+        let server_leg = legs.iter().find(|leg| (leg.local, leg.peer) == ends);
+        Ok(server_leg.context("the server leg")?.pacing_bps)
+    };
+    assert_eq!(pacing(&scene, &flow)?, Some(7_600_000));
+
+    let fast = "[link.sat0]\nrate = \"80mbit\"\nrtt = \"20ms\"\n";
+    let rules = "[log]\nlevel = \"debug\"\n[steering]\nbypass = [\"10.0.0.0/8\"]\n";
+    let said = scene.reload(&format!("{base}{fast}{rules}"), "reloaded: ")?;
+    for change in [
+        "log.level info -> debug",
+        "steering.bypass none -> 10.0.0.0/8",
+        "link.sat0 rate=8mbit,rtt=20ms -> rate=80mbit,rtt=20ms",
+    ] {
+        assert!(said.contains(change), "{change}: {said}");
+    }
+    assert!(!scene.is_split(Family::V4)?);
+    assert!(scene.is_split(Family::V6)?);
+    scene.daemon.wait_for_log("DEBUG")?;
+    flow.exchange()?;
+    // The division notices with the next bytes.
+    eventually(PATIENCE, || {
+        flow.exchange().is_ok() && pacing(&scene, &flow).is_ok_and(|pacing| pacing == Some(76_000_000))
+    });
+
+    // A link that comes is one for connections to come, and one that goes is none any more.
+    let said = scene.reload(
+        &format!("{base}[link.lan0]\nrate = \"9mbit\"\nrtt = \"5ms\"\n"),
+        "reloaded: ",
+    )?;
+    assert!(said.contains("link.sat0 rate=80mbit,rtt=20ms -> none"), "{said}");
+    assert!(said.contains("link.lan0 none -> rate=9mbit,rtt=5ms"), "{said}");
+    let mut next = Flow::open(&scene.topology, &listener)?;
+    assert!(next.is_split());
+    assert_eq!(pacing(&scene, &next)?, None);
+    let client = next.client.local_addr()?;
+    let legs = Leg::all(&scene.topology.gateway)?;
+    let leg = legs
+        .iter()
+        .find(|leg| leg.peer == client)
+        .context("the client leg")?;
+    assert_eq!(leg.pacing_bps, Some(8_550_000));
+    next.exchange()?;
+    flow.exchange()?;
+    drop((flow, next));
+    assert_eq!(scene.daemon.terminate()?.code(), Some(0));
+    Ok(())
+}
+
+#[test]
+fn reload_of_a_bad_file_keeps_the_running_configuration() -> Result<()> {
+    let good = "interfaces = [\"lan0\"]\nsteering.bypass = [\"10.0.0.0/8\"]\n";
+    let mut scene = Scene::new(good, &[])?;
+    let file = scene.scratch.file();
+    for (configuration, complaint) in [
+        (
+            "interfaces = [\"lan0\"]\nproxy.idle-timeout = \"soon\"\n",
+            format!("{file}:2:22: proxy.idle-timeout: "),
+        ),
+        (
+            "interfaces = [\"lan0\"]\nx = 1\ny = 1\n",
+            format!("{file}:2:1: unknown key 'x' (pepsal check shows 1 more)"),
+        ),
+        (
+            "interfaces = [\"lan0\"]\n[link.nosuch0]\nrate = \"5mbit\"\nrtt = \"5ms\"\n",
+            "--link nosuch0: there is no interface of that name".to_owned(),
+        ),
+        (
+            "interfaces = [\"lan0\"]\ntcp.congestion = \"nosuch\"\n",
+            "congestion control 'nosuch' is unknown".to_owned(),
+        ),
+    ] {
+        let said = scene.reload(configuration, "not reloaded, the running configuration stays: ")?;
+        assert!(said.contains(&complaint), "{configuration:?}: {said}");
+        assert!(!scene.is_split(Family::V4)?, "{configuration:?}");
+        assert!(scene.is_split(Family::V6)?, "{configuration:?}");
+    }
+    fs::remove_file(&file)?;
+    let said = scene.hangup("not reloaded")?;
+    assert!(said.contains(&format!("{file}: cannot be read: ")), "{said}");
+    let said = scene.reload(good, "reloaded: ")?;
+    assert!(said.contains("nothing changed"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn reload_names_what_needs_a_restart_each_time() -> Result<()> {
+    let mut scene = Scene::new("interfaces = [\"lan0\"]\n", &["--drain-timeout", "7s"])?;
+    let other =
+        "interfaces = [\"lan0\", \"sat0\"]\n[proxy]\nport = 5001\nconns = 9\ndrain-timeout = \"9s\"\n";
+    for _ in 0..2 {
+        let said = scene.reload(other, "proxy.conns: needs a restart, still 2112")?;
+        assert!(said.contains("interfaces: needs a restart, still lan0"), "{said}");
+        assert!(said.contains("proxy.port: needs a restart, still 5000"), "{said}");
+        assert!(
+            said.contains("nothing changed that applies now"),
+            "the command line wins: {said}"
+        );
+    }
+    let said = scene.reload("interfaces = [\"lan0\"]\n", "reloaded: ")?;
+    assert!(!said.contains("restart"), "{said}");
+    assert!(scene.is_split(Family::V4)?);
+    Ok(())
+}
+
+#[test]
+fn no_connection_is_judged_by_anything_but_the_old_or_the_new_rules() -> Result<()> {
+    // What is intercepted, and what is not, by either set of rules; each has many prefixes that the other has not.
+    let rules = |net: u8| -> String {
+        let others = (0..200).map(|i| format!("\"{net}.{i}.0.0/16:{}\"", 1000 + i));
+        let list: Vec<String> = others.collect();
+        format!(
+            "interfaces = [\"lan0\"]\n[steering]\nonly = [\"{}/32\", {}]\n",
+            Family::V4.server(),
+            list.join(", ")
+        )
+    };
+    let scene = Scene::new(&rules(20), &[])?;
+    let listener = Listener::bind_any(&scene.topology.server, Family::V4.server())?;
+    let passing = Listener::bind_any(&scene.topology.server, Family::V6.server())?;
+    let done = AtomicBool::new(false);
+    let (client, v4, v6) = (&scene.topology.client, listener.port(), passing.port());
+    let connections = thread::scope(|scope| -> Result<u32> {
+        let connecting = scope.spawn(|| -> Result<u32> {
+            let mut connections = 0;
+            while !done.load(Ordering::Relaxed) {
+                let stream = Connector::default().connect(client, (Family::V4.server(), v4).into())?;
+                ensure!(
+                    listener.accept(PATIENCE)?.syn.ttl() == 64,
+                    "one that both rules take passed"
+                );
+                drop(stream);
+                let stream = Connector::default().connect(client, (Family::V6.server(), v6).into())?;
+                ensure!(
+                    passing.accept(PATIENCE)?.syn.ttl() != 64,
+                    "one that both rules leave alone was split"
+                );
+                drop(stream);
+                connections += 2;
+            }
+            Ok(connections)
+        });
+        // However this ends, the connecting does too.
+        let stop = SetOnDrop(&done);
+        for round in 0..30_u8 {
+            scene.scratch.write(&rules(20 + (round + 1) % 2))?;
+            let before = scene.daemon.log().len();
+            scene.daemon.signal(Signal::SIGHUP)?;
+            eventually(PATIENCE, || {
+                scene.daemon.log()[before..].contains("reloaded: steering.only")
+            });
+        }
+        drop(stop);
+        connecting.join().expect("connecting does not panic")
+    })?;
+    assert!(connections > 60, "{connections} connections in 30 reloads");
+    Ok(())
+}
+
+/// Sets a flag, after a panic too.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn lists_of_rules_are_read_again() -> Result<()> {
+    let mut scene = Scene::new("interfaces = [\"lan0\"]\n", &[])?;
+    let list = scene.scratch.path("bypass.list");
+    let configuration = format!("interfaces = [\"lan0\"]\nsteering.bypass-from = [\"{list}\"]\n");
+    fs::write(&list, "# the servers\n10.0.0.0/8\n")?;
+    scene.reload(&configuration, "reloaded: steering.bypass-from")?;
+    assert!(!scene.is_split(Family::V4)?);
+    fs::write(&list, "fd00::/8\n")?;
+    scene.hangup("reloaded: steering.bypass-from")?;
+    assert!(scene.is_split(Family::V4)?);
+    assert!(!scene.is_split(Family::V6)?);
+    // Many at once, with ports of their own.
+    let many: Vec<String> = (0..2000)
+        .map(|i| format!("11.{}.{}.0/24:{i}\n", i / 250, i % 250))
+        .collect();
+    fs::write(&list, many.concat())?;
+    scene.hangup("reloaded: steering.bypass-from")?;
+    assert!(scene.is_split(Family::V6)?);
+    fs::write(&list, "fd00::/8\n11.0.0/8\n")?;
+    let said = scene.hangup("not reloaded")?;
+    assert!(
+        said.contains(&format!("{list}:2:1: '11.0.0/8' is not an IPv4")),
+        "{said}"
+    );
+    assert!(scene.is_split(Family::V6)?);
+    Ok(())
+}
