@@ -2,7 +2,7 @@
 
 use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
-use clap::{Args, Parser, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{link::LinkSpec, selection::Rule};
 
@@ -11,7 +11,45 @@ use crate::{link::LinkSpec, selection::Rule};
 /// New TCP connections that arrive on the named interfaces are split in two by the gateway and relayed, each leg tuned
 /// for its own link. Steering is done by eBPF: no iptables, no nftables, and nothing stays behind.
 #[derive(Debug, Clone, Parser)]
-#[command(name = "pepsal", version, disable_version_flag = true, max_term_width = 100)]
+#[command(
+    name = "pepsal",
+    version,
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true,
+    max_term_width = 100
+)]
+pub struct Cli {
+    /// What to do instead of running the proxy.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// How to run the proxy, when there is no command.
+    #[command(flatten)]
+    pub daemon: Options,
+
+    /// Print the version
+    #[arg(short = 'V', long, action = clap::ArgAction::Version)]
+    version: Option<bool>,
+}
+
+/// What `pepsal` can do besides running the proxy.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Command {
+    /// Say what is wrong with a configuration file, and where
+    Check {
+        /// The file
+        #[arg(default_value = DEFAULT_FILE)]
+        file: PathBuf,
+    },
+}
+
+/// Where the package puts the configuration.
+pub const DEFAULT_FILE: &str = "/etc/pepsal/pepsal.toml";
+
+/// How to run the proxy.
+#[derive(Debug, Clone, Args)]
 pub struct Options {
     /// Intercept new TCP connections that arrive on this interface (repeatable)
     #[arg(
@@ -39,10 +77,6 @@ pub struct Options {
     /// Log more: debug, then trace (-vv); RUST_LOG overrides
     #[arg(short = 'v', long, action = clap::ArgAction::Count)]
     pub verbose: u8,
-
-    /// Print the version
-    #[arg(short = 'V', long, action = clap::ArgAction::Version)]
-    version: Option<bool>,
 
     /// Port of the proxy's own listeners, on the loopback addresses
     #[arg(

@@ -22,6 +22,7 @@ pub mod budget;
 pub mod cgroup;
 pub mod cli;
 pub mod conduit;
+pub mod config;
 pub mod flow;
 pub mod instance;
 pub mod keeper;

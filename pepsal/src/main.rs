@@ -13,12 +13,19 @@ use nix::{
     fcntl::OFlag,
     unistd::{ForkResult, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
 };
-use pepsal::cli::Options;
+use pepsal::{
+    cli::{Cli, Command, Options},
+    config,
+};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
-    let options = Options::parse();
-    match start(options) {
+    let cli = Cli::parse();
+    let ended = match cli.command {
+        None => start(cli.daemon),
+        Some(Command::Check { file }) => Ok(config::check(&file)),
+    };
+    match ended {
         Ok(code) => code,
         Err(error) => {
             eprintln!("pepsal: {error:#}");
