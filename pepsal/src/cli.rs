@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{link::LinkSpec, selection::Rule};
+use crate::{ctl, link::LinkSpec, selection::Rule};
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
 ///
@@ -43,6 +43,12 @@ pub enum Command {
         #[arg(default_value = DEFAULT_FILE)]
         file: PathBuf,
     },
+    /// Show what the running daemon is attached to, how it is used, and what is missing
+    Status(ctl::status::Arguments),
+    /// List the flows of the running daemon
+    Flows(ctl::flows::Arguments),
+    /// Reset flows of the running daemon
+    Close(ctl::close::Arguments),
 }
 
 /// Where the package puts the configuration.
@@ -157,6 +163,14 @@ pub struct Options {
     /// How long open flows may go on after SIGTERM or SIGINT before they are reset
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, help_heading = "Proxy")]
     pub drain_timeout: Duration,
+
+    /// Where metrics are served: ADDRESS:PORT, unix:/PATH, or none [default: 127.0.0.1:9300]
+    #[arg(long, value_name = "WHERE", help_heading = "Observation")]
+    pub metrics_listen: Option<String>,
+
+    /// Socket that the commands status, flows, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
+    #[arg(long, value_name = "PATH", help_heading = "Observation")]
+    pub admin_socket: Option<PathBuf>,
 
     /// Selection, steering and what is carried over to the server leg.
     #[command(flatten)]

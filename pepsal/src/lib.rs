@@ -13,6 +13,8 @@
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
+//! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
+//!
 //! Around them: [`cli`] says what is wanted, [`preflight`] whether it can be had, [`instance`] that nobody else has it,
 //! [`cgroup`] is the daemon's own,
 //! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
@@ -23,6 +25,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod conduit;
 pub mod config;
+pub mod ctl;
 pub mod flow;
 pub mod instance;
 pub mod keeper;
@@ -30,6 +33,7 @@ pub mod leg;
 pub mod link;
 pub mod listener;
 pub mod metrics;
+pub mod observe;
 pub mod paths;
 pub mod preflight;
 pub mod rate_control;
@@ -41,7 +45,13 @@ pub mod steer;
 pub mod table;
 pub mod units;
 
-use std::{io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
+use std::{
+    io,
+    os::fd::AsFd,
+    pin::pin,
+    sync::{Arc, atomic::AtomicBool},
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Result, bail};
 use futures_util::future::join_all;
@@ -64,6 +74,7 @@ use crate::{
     link::{LinkProfile, Links},
     listener::{Listeners, Pair},
     metrics::{Event, Metrics},
+    observe::{AttachedNow, Observatory, View},
     rate_control::RateControl,
     route::{Changes, Interfaces, Routes},
     selection::Selection,
@@ -109,6 +120,7 @@ async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
 /// Everything that is set up, in the order in which it is taken down again: the programs stop marking before the rules
 /// that deliver what is marked go.
 struct Proxy {
+    observatory: Observatory,
     steering: Steering,
     routes: Routes,
     _instance: Instance,
@@ -167,15 +179,8 @@ impl Proxy {
         let changes = Changes::subscribe()?;
         let routes = Routes::new(mark, table).await?;
         routes.reconcile(&interfaces).await?;
-        steering.open(&listeners)?;
         let intercepted = options.interfaces.clone();
-        steering.attach(
-            &interfaces,
-            |name| intercepted.iter().any(|wanted| wanted == name),
-            &links,
-        )?;
-
-        let shared = Shared {
+        let shared = Arc::new(Shared {
             legs,
             links,
             paths: Arc::default(),
@@ -190,8 +195,33 @@ impl Proxy {
             },
             idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
             stop: CancellationToken::new(),
+        });
+        let view = View {
+            shared: shared.clone(),
+            counters: steering.counters().clone(),
+            intercepted: intercepted.clone(),
+            attached: AttachedNow::default(),
+            policy: routes.policy(),
+            port: options.port.get(),
+            limit,
+            started: SystemTime::now(),
+            ready: AtomicBool::new(false),
         };
+        let observatory = Observatory::open(
+            options.metrics_listen.as_deref(),
+            options.admin_socket.as_deref(),
+            view,
+        )?;
+        steering.open(&listeners)?;
+        steering.attach(
+            &interfaces,
+            |name| intercepted.iter().any(|wanted| wanted == name),
+            &shared.links,
+        )?;
+        observatory.view.attached.set(steering.attachments());
+        observatory.view.set_ready(true);
         Ok(Self {
+            observatory,
             steering,
             routes,
             _instance: instance,
@@ -201,7 +231,7 @@ impl Proxy {
             limit,
             changes,
             keeper,
-            shared: Arc::new(shared),
+            shared,
             flows: TaskTracker::new(),
             accepting: CancellationToken::new(),
         })
@@ -245,6 +275,7 @@ impl Proxy {
                 |name| intercepted.iter().any(|wanted| wanted == name),
                 &self.shared.links,
             )?;
+            self.observatory.view.attached.set(self.steering.attachments());
             let after: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
             if before != after {
                 info!(
@@ -264,6 +295,7 @@ impl Proxy {
 
     /// Lets open flows come to their end, and ends at `deadline` those that have not.
     async fn drain(&mut self, deadline: Duration) {
+        self.observatory.view.set_ready(false);
         self.steering.close();
         self.flows.close();
         let drained = async {
@@ -308,7 +340,7 @@ impl Proxy {
             .map(|event| (event.name().to_owned(), metrics.events(*event)));
         let closed = CloseReason::ALL
             .iter()
-            .map(|reason| (reason.to_string().replace(' ', "_"), metrics.closed(*reason)));
+            .map(|reason| (reason.name(), metrics.closed(*reason)));
         info!(up, down, "flows: {}", counts(events.chain(closed).collect()));
         info!("packets: {}", counts(kernel.collect()));
     }

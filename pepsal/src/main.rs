@@ -15,7 +15,7 @@ use nix::{
 };
 use pepsal::{
     cli::{Cli, Command, Options},
-    config,
+    config, ctl,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -24,6 +24,9 @@ fn main() -> ExitCode {
     let ended = match cli.command {
         None => start(cli.daemon),
         Some(Command::Check { file }) => Ok(config::check(&file)),
+        Some(Command::Status(arguments)) => ctl::status::run(&arguments),
+        Some(Command::Flows(arguments)) => ctl::flows::run(&arguments),
+        Some(Command::Close(arguments)) => ctl::close::run(&arguments),
     };
     match ended {
         Ok(code) => code,

@@ -1,0 +1,8 @@
+//! The commands that an operator types: what the daemon does ([`status`], [`flows`]), and ending flows ([`close`]). They
+//! ask the daemon over its admin socket ([`client`]).
+
+pub mod client;
+pub mod close;
+pub mod flows;
+pub mod status;
+pub mod text;
