@@ -49,6 +49,8 @@ pub enum Command {
     Flows(ctl::flows::Arguments),
     /// Reset flows of the running daemon
     Close(ctl::close::Arguments),
+    /// Find out what of this host would keep pepsal from working, and how to mend it
+    Doctor(ctl::doctor::Arguments),
 }
 
 /// Where the package puts the configuration.

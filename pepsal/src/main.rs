@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         Some(Command::Status(arguments)) => ctl::status::run(&arguments),
         Some(Command::Flows(arguments)) => ctl::flows::run(&arguments),
         Some(Command::Close(arguments)) => ctl::close::run(&arguments),
+        Some(Command::Doctor(arguments)) => ctl::doctor::run(&arguments),
     };
     match ended {
         Ok(code) => code,

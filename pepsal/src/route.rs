@@ -27,7 +27,7 @@ use crate::{cli::Mark, instance};
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(b'p');
 
 /// Before the main table (32766), before VPNs' rules, and before VRFs' (1000).
-const PRIORITY: u32 = 90;
+pub const PRIORITY: u32 = 90;
 
 const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 
@@ -345,6 +345,21 @@ fn connect() -> Result<Handle> {
     Ok(handle)
 }
 
+/// Every policy rule, with its family.
+///
+/// # Errors
+/// When the kernel refuses to list those for IPv4; it may have none for IPv6.
+pub async fn all_rules() -> Result<Vec<(&'static str, RuleMessage)>> {
+    let handle = connect()?;
+    let v4 = rules(&handle, &IpVersion::V4).await?.into_iter();
+    let v6 = rules(&handle, &IpVersion::V6).await.unwrap_or_default();
+    let named = |family: &'static str| move |rule| (family, rule);
+    Ok(v4
+        .map(named("ipv4"))
+        .chain(v6.into_iter().map(named("ipv6")))
+        .collect())
+}
+
 async fn rules(handle: &Handle, family: &IpVersion) -> Result<Vec<RuleMessage>> {
     handle
         .rule()
@@ -363,11 +378,13 @@ async fn delete_rule(handle: &Handle, rule: RuleMessage) -> Result<()> {
     }
 }
 
-fn is_ours(rule: &RuleMessage) -> bool {
+/// Whether pepsal has added a rule, this instance or another.
+pub fn is_ours(rule: &RuleMessage) -> bool {
     rule.attributes.contains(&RuleAttribute::Protocol(PROTOCOL))
 }
 
-fn rule_table(rule: &RuleMessage) -> Option<u32> {
+/// The table that a rule leads to.
+pub fn rule_table(rule: &RuleMessage) -> Option<u32> {
     let long = rule.attributes.iter().find_map(|attribute| match attribute {
         RuleAttribute::Table(table) => Some(*table),
         _ => None,
