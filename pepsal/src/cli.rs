@@ -47,6 +47,8 @@ pub enum Command {
     Status(ctl::status::Arguments),
     /// List the flows of the running daemon
     Flows(ctl::flows::Arguments),
+    /// Watch the flows of the running daemon live
+    Top(ctl::top::Arguments),
     /// Reset flows of the running daemon
     Close(ctl::close::Arguments),
     /// Find out what of this host would keep pepsal from working, and how to mend it
