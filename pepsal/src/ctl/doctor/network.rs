@@ -112,7 +112,7 @@ fn filters(interface: &str) -> Option<Finding> {
         ));
     };
     let filters: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    let names: Vec<String> = filters
+    let mut names: Vec<String> = filters
         .iter()
         .filter(|filter| filter.get("options").is_some())
         .map(|filter| {
@@ -121,6 +121,8 @@ fn filters(interface: &str) -> Option<Finding> {
         })
         .filter(|name| !name.starts_with("pepsal"))
         .collect();
+    // u32 lists its hash tables, too.
+    names.dedup();
     (!names.is_empty()).then(|| foreign_program(interface, "a filter", &names))
 }
 
