@@ -228,6 +228,14 @@ impl Budget {
         appetites.iter().any(|appetite| appetite.need > 0)
     }
 
+    /// What is divided, in bytes of payload per second, and how much of it the legs use at present: what was acknowledged,
+    /// averaged over about a round trip.
+    pub fn rate(&self) -> (u64, f64) {
+        let ledger = self.lock();
+        let used = ledger.members.iter().filter(|member| !member.leg.is_idle());
+        (ledger.rate, used.map(|member| member.rate).sum())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{link::LinkSpec, selection::Rule};
+use crate::{ctl, link::LinkSpec, selection::Rule};
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
 ///
@@ -43,6 +43,16 @@ pub enum Command {
         #[arg(default_value = DEFAULT_FILE)]
         file: PathBuf,
     },
+    /// Show what the running daemon is attached to, how it is used, and what is missing
+    Status(ctl::status::Arguments),
+    /// List the flows of the running daemon
+    Flows(ctl::flows::Arguments),
+    /// Watch the flows of the running daemon live
+    Top(ctl::top::Arguments),
+    /// Reset flows of the running daemon
+    Close(ctl::close::Arguments),
+    /// Find out what of this host would keep pepsal from working, and how to mend it
+    Doctor(ctl::doctor::Arguments),
 }
 
 /// Where the package puts the configuration.
@@ -177,6 +187,14 @@ pub struct Options {
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, help_heading = "Proxy")]
     pub drain_timeout: Duration,
 
+    /// Where metrics are served: ADDRESS:PORT, unix:/PATH, or none [default: 127.0.0.1:9300]
+    #[arg(long, value_name = "WHERE", help_heading = "Observation")]
+    pub metrics_listen: Option<String>,
+
+    /// Socket that the commands status, flows, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
+    #[arg(long, value_name = "PATH", help_heading = "Observation")]
+    pub admin_socket: Option<PathBuf>,
+
     /// Selection, steering and what is carried over to the server leg.
     #[command(flatten)]
     pub steering: SteeringOptions,
@@ -184,14 +202,6 @@ pub struct Options {
     /// Socket options of the legs.
     #[command(flatten)]
     pub tcp: TcpArgs,
-
-    /// Where metrics are served: ADDRESS:PORT, or unix:PATH
-    #[arg(long, value_name = "ADDRESS", help_heading = "Observation")]
-    pub metrics_listen: Option<String>,
-
-    /// Unix socket on which the daemon answers the other commands
-    #[arg(long, value_name = "PATH", help_heading = "Observation")]
-    pub admin_socket: Option<PathBuf>,
 
     /// Accepted for PEPsal's sake and ignored: no sniffer is needed
     #[arg(

@@ -29,7 +29,7 @@ use crate::{
     metrics::{Event, Metrics},
     paths::{self, Paths},
     relay::{Leg, Limits, Side, relay},
-    table::FlowTable,
+    table::{FlowTable, Observation},
 };
 
 /// Why a flow ended.
@@ -71,6 +71,9 @@ pub enum CloseReason {
     /// pepsal was stopped.
     #[error("shutdown")]
     Shutdown,
+    /// The operator closed it.
+    #[error("administrative")]
+    Administrative,
 }
 
 impl CloseReason {
@@ -88,7 +91,13 @@ impl CloseReason {
         Self::LocalFailure,
         Self::IdleTimeout,
         Self::Shutdown,
+        Self::Administrative,
     ];
+
+    /// Its name in metrics.
+    pub fn name(self) -> String {
+        self.to_string().replace(' ', "_")
+    }
 
     fn of_connect(error: &io::Error) -> Self {
         match error.kind() {
@@ -172,11 +181,13 @@ impl Collector {
 
 /// Serves an accepted connection until its end. Whatever goes wrong here resets the client: dropping a [`Leg`] does.
 pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
-    let (place, record) = shared.table.enter(client, server, &shared.metrics);
+    let (place, record) = shared
+        .table
+        .enter(client, server, shared.stop.child_token(), &shared.metrics);
     shared.metrics.count(Event::Accepted);
     let settings = shared.settings.load_full();
     let legs = &settings.legs;
-    let progress = &place.flow.progress;
+    let (flow, progress) = (&place.flow, &place.flow.progress);
     let reason = async {
         let (client_link, server_link) = (
             shared.links.of(record.ingress_ifindex),
@@ -197,6 +208,12 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         let Ok(mut client_leg) = Leg::new(stream, Side::Client) else {
             return CloseReason::ClientReset;
         };
+        flow.watch(
+            Side::Client,
+            client_leg.stream(),
+            record.ingress_ifindex,
+            &shared.metrics,
+        );
         legs
             .tune_client(client_leg.stream(), client, &record, client_link.as_deref());
         start(&mut client_leg, &client_link, record.ingress_ifindex, client);
@@ -239,16 +256,27 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             },
             reason = client_leg.abandoned() => return reason,
             () = sleep_until(settings.collector.due(progress.started())) => return CloseReason::PendingTooLong,
-            () = shared.stop.cancelled() => return CloseReason::Shutdown,
+            () = flow.stop.cancelled() => return CloseReason::Shutdown,
         };
         start(&mut server_leg, &server_link, record.egress_ifindex, server);
-        place.flow.set_open();
+        flow.watch(
+            Side::Server,
+            server_leg.stream(),
+            record.egress_ifindex,
+            &shared.metrics,
+        );
+        flow.set_open();
+        shared
+            .metrics
+            .connect
+            .observe(progress.started().elapsed().as_secs_f64());
         let limits = Limits {
             idle: settings.idle_timeout,
-            stop: &shared.stop,
+            stop: &flow.stop,
             conduits: &shared.conduits,
         };
         let reason = relay(&client_leg, &server_leg, progress, &limits).await;
+        flow.observe(&shared.metrics);
         if client_link.is_none() && progress.down.load(Ordering::Relaxed) >= paths::ENOUGH {
             shared
                 .paths
@@ -262,12 +290,15 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         reason
     }
     .await;
-    let (up, down) = (
-        progress.up.load(Ordering::Relaxed),
-        progress.down.load(Ordering::Relaxed),
-    );
-    shared.metrics.close(reason, up, down);
-    debug!(%client, %server, up, down, seconds = progress.started().elapsed().as_secs_f64(), "{reason}");
+    let reason = match reason {
+        CloseReason::Shutdown if flow.is_closed() => CloseReason::Administrative,
+        reason => reason,
+    };
+    // Bytes that went with a SYN, of a flow that was not relayed any more.
+    let Observation { up, down, .. } = flow.observe(&shared.metrics);
+    let open = progress.started().elapsed();
+    shared.metrics.close(reason, open);
+    debug!(%client, %server, up, down, seconds = open.as_secs_f64(), "{reason}");
 }
 
 /// Whether the client has sent something already, in its SYN or right after the handshake. A reset that has come by then

@@ -14,6 +14,8 @@
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
+//! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
+//!
 //! Around them: [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`preflight`] whether it
 //! can be had, [`instance`] that nobody else has it, [`cgroup`] is the daemon's own, [`log`] tells,
 //! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
@@ -24,6 +26,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod conduit;
 pub mod config;
+pub mod ctl;
 pub mod flow;
 pub mod instance;
 pub mod keeper;
@@ -32,6 +35,7 @@ pub mod link;
 pub mod listener;
 pub mod log;
 pub mod metrics;
+pub mod observe;
 pub mod paths;
 pub mod preflight;
 pub mod rate_control;
@@ -45,7 +49,14 @@ pub mod steer;
 pub mod table;
 pub mod units;
 
-use std::{future::pending, io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
+use std::{
+    future::pending,
+    io,
+    os::fd::AsFd,
+    pin::pin,
+    sync::{Arc, atomic::AtomicBool},
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Result, bail};
 use arc_swap::ArcSwap;
@@ -71,6 +82,7 @@ use crate::{
     listener::{Listeners, Pair, Place},
     log::Log,
     metrics::{Event, Metrics},
+    observe::{AttachedNow, Observatory, View},
     rate_control::RateControl,
     reload::Reloader,
     route::{Changes, Interfaces, Routes},
@@ -134,6 +146,7 @@ async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
 /// Everything that is set up, in the order in which it is taken down again: the programs stop marking before the rules
 /// that deliver what is marked go.
 struct Proxy {
+    observatory: Observatory,
     steering: Steering,
     routes: Routes,
     /// None once another has taken over.
@@ -202,12 +215,37 @@ impl Proxy {
             None => Routes::new(mark, table).await?,
         };
         routes.reconcile(&interfaces).await?;
-        steering.open(&listeners)?;
         let intercepted = options.interfaces.clone();
+        let shared = Arc::new(Shared {
+            settings: ArcSwap::from_pointee(Settings::new(options, legs, Instant::now())),
+            links,
+            paths: Arc::default(),
+            table: Arc::new(FlowTable::new(steering.flows().clone())),
+            metrics: Metrics::default(),
+            conduits: ConduitPool::new(pipes),
+            stop: CancellationToken::new(),
+        });
+        let view = View {
+            shared: shared.clone(),
+            counters: steering.counters().clone(),
+            intercepted: intercepted.clone(),
+            attached: AttachedNow::default(),
+            policy: routes.policy(),
+            port: options.port.get(),
+            limit,
+            started: SystemTime::now(),
+            ready: AtomicBool::new(false),
+        };
+        let mut observatory = Observatory::new(view);
+        let places = (options.metrics_listen.as_deref(), options.admin_socket.as_deref());
+        if predecessor.is_none() {
+            observatory.open(places.0, places.1)?;
+        }
+        steering.open(&listeners)?;
         steering.attach(
             &interfaces,
             |name| intercepted.iter().any(|wanted| wanted == name),
-            &links,
+            &shared.links,
         )?;
         let instance = match (instance, predecessor) {
             (None, Some(predecessor)) => {
@@ -219,21 +257,15 @@ impl Proxy {
                     process,
                     "taken over: the process before goes on with its open flows"
                 );
+                observatory.open(places.0, places.1)?;
                 Some(instance)
             }
             (instance, _) => instance,
         };
-
-        let shared = Shared {
-            settings: ArcSwap::from_pointee(Settings::new(options, legs, Instant::now())),
-            links,
-            paths: Arc::default(),
-            table: Arc::new(FlowTable::new(steering.flows().clone())),
-            metrics: Metrics::default(),
-            conduits: ConduitPool::new(pipes),
-            stop: CancellationToken::new(),
-        };
+        observatory.view.attached.set(steering.attachments());
+        observatory.view.set_ready(true);
         Ok(Self {
+            observatory,
             steering,
             routes,
             instance: instance.map(Arc::new),
@@ -243,7 +275,7 @@ impl Proxy {
             limit,
             changes,
             keeper,
-            shared: Arc::new(shared),
+            shared,
             flows: TaskTracker::new(),
             accepting: CancellationToken::new(),
         })
@@ -304,6 +336,7 @@ impl Proxy {
                 |name| intercepted.iter().any(|wanted| wanted == name),
                 &self.shared.links,
             )?;
+            self.observatory.view.attached.set(self.steering.attachments());
             let after: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
             if before != after {
                 info!(
@@ -329,6 +362,8 @@ impl Proxy {
         }
         self.routes.hand_over();
         self.instance = None;
+        self.observatory.view.set_ready(false);
+        self.observatory.close().await;
         successor.tell().await;
     }
 
@@ -346,6 +381,7 @@ impl Proxy {
 
     /// Has new connections pass, lets open flows come to their end, and ends at `deadline` those that have not.
     async fn drain(&mut self, deadline: Duration) {
+        self.observatory.view.set_ready(false);
         self.steering.close();
         if timeout(deadline, self.finish(HANDSHAKES)).await.is_err() {
             info!(
@@ -379,7 +415,7 @@ impl Proxy {
             .map(|event| (event.name().to_owned(), metrics.events(*event)));
         let closed = CloseReason::ALL
             .iter()
-            .map(|reason| (reason.to_string().replace(' ', "_"), metrics.closed(*reason)));
+            .map(|reason| (reason.name(), metrics.closed(*reason)));
         info!(up, down, "flows: {}", counts(events.chain(closed).collect()));
         info!("packets: {}", counts(kernel.collect()));
     }

@@ -18,6 +18,7 @@ use nix::{
 use pepsal::{
     cli::{Cli, Command},
     config::{self, Configuration},
+    ctl,
     log::Log,
 };
 
@@ -29,6 +30,11 @@ fn main() -> ExitCode {
             Err(problems) => Ok(config::refuse(&problems)),
         },
         Some(Command::Check { file }) => Ok(config::check(&file)),
+        Some(Command::Status(arguments)) => ctl::status::run(&arguments),
+        Some(Command::Flows(arguments)) => ctl::flows::run(&arguments),
+        Some(Command::Top(arguments)) => ctl::top::run(&arguments),
+        Some(Command::Close(arguments)) => ctl::close::run(&arguments),
+        Some(Command::Doctor(arguments)) => ctl::doctor::run(&arguments),
     };
     match ended {
         Ok(code) => code,

@@ -1,6 +1,16 @@
 //! Counters of the daemon. Those of the kernel side are [`pepsal_ebpf::Counter`].
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use nix::net::if_::if_indextoname;
+use prometheus_client::metrics::histogram::Histogram;
 
 use crate::flow::CloseReason;
 
@@ -45,6 +55,16 @@ events! {
     AcceptFailed = "accept_failed",
 }
 
+/// Upper bounds in seconds: from a neighbour's answer to the time-out of a connect.
+const CONNECT_SECONDS: [f64; 13] = [
+    0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0,
+];
+
+/// Upper bounds in seconds: from a request to a session of a day.
+const DURATION_SECONDS: [f64; 11] = [
+    0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0,
+];
+
 /// All counters.
 #[derive(Debug)]
 pub struct Metrics {
@@ -52,6 +72,26 @@ pub struct Metrics {
     closed: [AtomicU64; CloseReason::ALL.len()],
     up: AtomicU64,
     down: AtomicU64,
+    /// Seconds from a flow's acceptance until its server leg is connected.
+    pub connect: Histogram,
+    /// Seconds from a flow's acceptance to its end.
+    pub duration: Histogram,
+    interfaces: RwLock<HashMap<u32, Arc<Traffic>>>,
+}
+
+/// What the legs behind one interface have carried.
+#[derive(Debug)]
+pub struct Traffic {
+    /// The interface's name.
+    pub interface: String,
+    /// Bytes that were relayed out through it.
+    pub sent: AtomicU64,
+    /// Bytes that came in through it and were relayed.
+    pub received: AtomicU64,
+    /// Segments with data that were sent through it, retransmissions included.
+    pub segments: AtomicU64,
+    /// Segments that were sent again.
+    pub retransmitted: AtomicU64,
 }
 
 impl Default for Metrics {
@@ -62,6 +102,9 @@ impl Default for Metrics {
             closed: [const { AtomicU64::new(0) }; _],
             up: AtomicU64::new(0),
             down: AtomicU64::new(0),
+            connect: Histogram::new(CONNECT_SECONDS),
+            duration: Histogram::new(DURATION_SECONDS),
+            interfaces: RwLock::default(),
         }
     }
 }
@@ -77,11 +120,10 @@ impl Metrics {
         self.events[event as usize].load(Ordering::Relaxed)
     }
 
-    /// Counts the end of a flow and the bytes that it carried up and down.
-    pub fn close(&self, reason: CloseReason, up: u64, down: u64) {
+    /// Counts the end of a flow and how long it was open.
+    pub fn close(&self, reason: CloseReason, open: Duration) {
         self.closed[reason as usize].fetch_add(1, Ordering::Relaxed);
-        self.up.fetch_add(up, Ordering::Relaxed);
-        self.down.fetch_add(down, Ordering::Relaxed);
+        self.duration.observe(open.as_secs_f64());
     }
 
     /// How many flows ended for a reason.
@@ -89,8 +131,49 @@ impl Metrics {
         self.closed[reason as usize].load(Ordering::Relaxed)
     }
 
-    /// Bytes that the flows that have ended carried, up and down.
+    /// Counts bytes that a flow carried up and down.
+    pub fn carried(&self, up: u64, down: u64) {
+        self.up.fetch_add(up, Ordering::Relaxed);
+        self.down.fetch_add(down, Ordering::Relaxed);
+    }
+
+    /// Bytes that flows have carried, up and down. Those of open flows are in it as of when they were last looked at
+    /// ([`crate::table::Flow::observe`]).
     pub fn bytes(&self) -> (u64, u64) {
         (self.up.load(Ordering::Relaxed), self.down.load(Ordering::Relaxed))
+    }
+
+    /// Where the legs behind the interface of an index are counted; nowhere when there is no such interface.
+    pub fn traffic(&self, ifindex: u32) -> Option<Arc<Traffic>> {
+        let known = |interfaces: &HashMap<u32, Arc<Traffic>>| interfaces.get(&ifindex).cloned();
+        let read = self.interfaces.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(traffic) = known(&read) {
+            return Some(traffic);
+        }
+        drop(read);
+        let interface = if_indextoname(ifindex).ok()?.into_string().ok()?;
+        let mut interfaces = self.interfaces.write().unwrap_or_else(PoisonError::into_inner);
+        // An interface that was made anew has another index, and counts on under its name.
+        let same = interfaces.values().find(|traffic| traffic.interface == interface);
+        let traffic = same.cloned().unwrap_or_else(|| {
+            Arc::new(Traffic {
+                interface,
+                sent: AtomicU64::new(0),
+                received: AtomicU64::new(0),
+                segments: AtomicU64::new(0),
+                retransmitted: AtomicU64::new(0),
+            })
+        });
+        interfaces.insert(ifindex, traffic.clone());
+        Some(traffic)
+    }
+
+    /// Every interface that has carried a leg, by name.
+    pub fn interfaces(&self) -> Vec<Arc<Traffic>> {
+        let interfaces = self.interfaces.read().unwrap_or_else(PoisonError::into_inner);
+        let mut traffic: Vec<_> = interfaces.values().cloned().collect();
+        traffic.sort_by(|a, b| a.interface.cmp(&b.interface));
+        traffic.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        traffic
     }
 }

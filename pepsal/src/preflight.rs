@@ -41,13 +41,21 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-fn check_kernel(release: &str) -> Result<()> {
+/// The first two numbers of a kernel's release.
+pub fn version(release: &str) -> (u32, u32) {
     let mut numbers = release
         .trim()
         .split(|c: char| !c.is_ascii_digit())
         .map_while(|n| n.parse::<u32>().ok());
-    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if version < OLDEST_KERNEL {
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// Checks a kernel by its release.
+///
+/// # Errors
+/// When it is too old.
+pub fn check_kernel(release: &str) -> Result<()> {
+    if version(release) < OLDEST_KERNEL {
         let (major, minor) = OLDEST_KERNEL;
         bail!(
             "kernel {} is too old: {major}.{minor} or newer is needed",
@@ -57,7 +65,11 @@ fn check_kernel(release: &str) -> Result<()> {
     Ok(())
 }
 
-fn check_capabilities(status: &str) -> Result<()> {
+/// Checks the capabilities that a process's `status` names.
+///
+/// # Errors
+/// When some are missing, naming them.
+pub fn check_capabilities(status: &str) -> Result<()> {
     let effective = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
@@ -79,6 +91,11 @@ fn check_capabilities(status: &str) -> Result<()> {
     Ok(())
 }
 
+/// How many descriptors so many flows need.
+pub fn descriptors(flows: u32) -> u64 {
+    u64::from(flows) * 2 + OTHER_DESCRIPTORS
+}
+
 /// Raises the limit of descriptors as far as it goes, and returns how many flows and how many pipes fit.
 ///
 /// # Errors
@@ -98,7 +115,7 @@ pub fn fit_descriptors(flows: u32) -> Result<(u32, usize)> {
         warn!(
             "{flows} connections need {} descriptors and {limit} are allowed: handling {fitting} at most; raise the \
              limit (LimitNOFILE=, ulimit -n) or lower -c",
-            u64::from(flows) * 2 + OTHER_DESCRIPTORS
+            descriptors(flows)
         );
     }
     let flows = flows.min(fitting);

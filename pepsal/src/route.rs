@@ -17,6 +17,7 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType},
     rule::{RuleAction, RuleAttribute, RuleMessage},
 };
+use netlink_sys::AsyncSocket;
 use rtnetlink::{Handle, IpVersion, MulticastGroup, new_connection, new_multicast_connection};
 use tracing::{debug, info, warn};
 
@@ -26,7 +27,7 @@ use crate::{cli::Mark, instance};
 const PROTOCOL: RouteProtocol = RouteProtocol::Other(b'p');
 
 /// Before the main table (32766), before VPNs' rules, and before VRFs' (1000).
-const PRIORITY: u32 = 90;
+pub const PRIORITY: u32 = 90;
 
 const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 
@@ -40,10 +41,22 @@ pub struct Routes {
     handed_over: bool,
 }
 
+/// Which packets are delivered here, and by which table.
 #[derive(Debug, Clone, Copy)]
-struct Policy {
-    mark: Mark,
-    table: u32,
+pub struct Policy {
+    /// The mark of steered packets.
+    pub mark: Mark,
+    /// The table of the local routes.
+    pub table: u32,
+}
+
+/// The rules and routes of a [`Policy`] that the kernel has.
+#[derive(Debug, Default)]
+pub struct Present {
+    /// The interfaces that have a rule, for IPv4 and for IPv6. Nothing where the kernel has no rules for the family.
+    pub rules: [Option<BTreeSet<String>>; 2],
+    /// Whether there is a local route, for IPv4 and for IPv6.
+    pub routes: [bool; 2],
 }
 
 impl Routes {
@@ -92,9 +105,54 @@ impl Routes {
     pub async fn reconcile(&self, interfaces: &Interfaces) -> Result<usize> {
         self.policy.reconcile(interfaces).await
     }
+
+    /// What they are for.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
 }
 
 impl Policy {
+    /// Looks at what there is.
+    ///
+    /// # Errors
+    /// When the kernel refuses to list it.
+    pub async fn present(self) -> Result<Present> {
+        let (mut connection, handle, _) = new_connection().context("cannot open a netlink socket")?;
+        // Only then is it the kernel that picks this table's routes, of a million perhaps.
+        let filters = connection
+            .socket_mut()
+            .socket_mut()
+            .set_netlink_get_strict_chk(true);
+        filters.context("cannot list the routes of one table")?;
+        tokio::spawn(connection);
+        let mut present = Present::default();
+        for (i, family) in FAMILIES.iter().enumerate() {
+            let Ok(rules) = rules(&handle, family).await else {
+                continue;
+            };
+            let interface = |rule: RuleMessage| {
+                rule.attributes.into_iter().find_map(|attribute| match attribute {
+                    RuleAttribute::Iifname(name) => Some(name),
+                    _ => None,
+                })
+            };
+            let ours = rules
+                .into_iter()
+                .filter(|rule| is_ours(rule) && rule_table(rule) == Some(self.table));
+            present.rules[i] = Some(ours.filter_map(interface).collect());
+            let mut wanted = RouteMessage::default();
+            wanted.header.address_family = address_family(family);
+            wanted.attributes.push(RouteAttribute::Table(self.table));
+            let routes: Result<Vec<RouteMessage>, _> =
+                handle.route().get(wanted).execute().try_collect().await;
+            // A table that was never filled is an error.
+            let routes = routes.unwrap_or_default();
+            present.routes[i] = routes.iter().any(|route| route.header.kind == RouteType::Local);
+        }
+        Ok(present)
+    }
+
     async fn reconcile(self, interfaces: &Interfaces) -> Result<usize> {
         let handle = connect()?;
         let mut added = 0;
@@ -306,6 +364,21 @@ fn connect() -> Result<Handle> {
     Ok(handle)
 }
 
+/// Every policy rule, with its family.
+///
+/// # Errors
+/// When the kernel refuses to list those for IPv4; it may have none for IPv6.
+pub async fn all_rules() -> Result<Vec<(&'static str, RuleMessage)>> {
+    let handle = connect()?;
+    let v4 = rules(&handle, &IpVersion::V4).await?.into_iter();
+    let v6 = rules(&handle, &IpVersion::V6).await.unwrap_or_default();
+    let named = |family: &'static str| move |rule| (family, rule);
+    Ok(v4
+        .map(named("ipv4"))
+        .chain(v6.into_iter().map(named("ipv6")))
+        .collect())
+}
+
 async fn rules(handle: &Handle, family: &IpVersion) -> Result<Vec<RuleMessage>> {
     handle
         .rule()
@@ -324,11 +397,13 @@ async fn delete_rule(handle: &Handle, rule: RuleMessage) -> Result<()> {
     }
 }
 
-fn is_ours(rule: &RuleMessage) -> bool {
+/// Whether pepsal has added a rule, this instance or another.
+pub fn is_ours(rule: &RuleMessage) -> bool {
     rule.attributes.contains(&RuleAttribute::Protocol(PROTOCOL))
 }
 
-fn rule_table(rule: &RuleMessage) -> Option<u32> {
+/// The table that a rule leads to.
+pub fn rule_table(rule: &RuleMessage) -> Option<u32> {
     let long = rule.attributes.iter().find_map(|attribute| match attribute {
         RuleAttribute::Table(table) => Some(*table),
         _ => None,

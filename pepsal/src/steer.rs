@@ -68,7 +68,7 @@ pub struct Config<'a> {
 pub struct Steering {
     ebpf: Ebpf,
     flows: Arc<FlowMap>,
-    counters: PerCpuArray<MapData, u64>,
+    counters: Arc<Counters>,
     heartbeat: Array<MapData, u64>,
     listeners: SockMap<MapData>,
     links: HashMap<MapData, u32, u32>,
@@ -122,7 +122,7 @@ impl Steering {
             flows: Arc::new(FlowMap(Mutex::new(HashMap::try_from(take_map(
                 &mut ebpf, "FLOWS",
             )?)?))),
-            counters: PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?,
+            counters: Arc::new(Counters(PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?)),
             heartbeat: Array::try_from(take_map(&mut ebpf, "HEARTBEAT")?)?,
             listeners: SockMap::try_from(take_map(&mut ebpf, "LISTENERS")?)?,
             links: HashMap::try_from(take_map(&mut ebpf, "LINKS")?)?,
@@ -313,7 +313,43 @@ impl Steering {
 
     /// How often something was decided, on all processors together.
     pub fn count(&self, counter: Counter) -> u64 {
-        self.counters
+        self.counters.count(counter)
+    }
+
+    /// What the programs count.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Where they are attached at present.
+    pub fn attachments(&self) -> Vec<Attached> {
+        let attached = self.attached.values().map(|attachment| Attached {
+            interface: attachment.name.clone(),
+            intercepts: attachment.intercepts,
+            is_tcx: !self.tcx_refused,
+        });
+        attached.collect()
+    }
+}
+
+/// An interface that a program is attached to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Its name.
+    pub interface: String,
+    /// Whether new connections are intercepted there; legs' segments are recognised everywhere.
+    pub intercepts: bool,
+    /// Whether it is by tcx, which vanishes with the process, or by a filter of the clsact qdisc.
+    pub is_tcx: bool,
+}
+
+/// The counters of the programs.
+pub struct Counters(PerCpuArray<MapData, u64>);
+
+impl Counters {
+    /// How often something was decided, on all processors together.
+    pub fn count(&self, counter: Counter) -> u64 {
+        self.0
             .get(&(counter as u32), 0)
             .map_or(0, |values| values.iter().sum())
     }

@@ -5,18 +5,21 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU8, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     time::{Duration, SystemTime},
 };
 
+use nix::libc::tcp_info;
 use pepsal_ebpf::{FlowKey, SynRecord};
-use tokio::time::Instant;
+use tokio::{net::TcpStream, time::Instant};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
-    metrics::{Event, Metrics},
-    relay::Progress,
+    metrics::{Event, Metrics, Traffic},
+    relay::{Progress, Side},
+    socket,
     steer::{FlowMap, monotonic_ns},
 };
 
@@ -33,16 +36,119 @@ pub enum State {
 /// A flow as others may look at it.
 #[derive(Debug)]
 pub struct Flow {
+    /// Its number, which no other flow of this process has.
+    pub id: u64,
     /// The client's address and port.
     pub client: SocketAddr,
     /// The original destination.
     pub server: SocketAddr,
     /// What it has carried, and when.
     pub progress: Progress,
+    /// Cancelled when this flow has to end.
+    pub stop: CancellationToken,
+    closed: AtomicBool,
     state: AtomicU8,
+    legs: [OnceLock<Watched>; 2],
+    counted: Mutex<Counted>,
+}
+
+/// A leg as its flow looks at it, without keeping it from being closed.
+#[derive(Debug)]
+struct Watched {
+    stream: Weak<TcpStream>,
+    traffic: Option<Arc<Traffic>>,
+}
+
+/// How much of a flow is in the totals.
+#[derive(Debug, Default)]
+struct Counted {
+    up: u64,
+    down: u64,
+    legs: [CountedLeg; 2],
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct CountedLeg {
+    sent: u64,
+    received: u64,
+    segments: u32,
+    retransmitted: u32,
+}
+
+/// A flow at one moment.
+#[derive(Debug)]
+pub struct Observation {
+    /// Bytes from the client to the server.
+    pub up: u64,
+    /// Bytes from the server to the client.
+    pub down: u64,
+    /// The client's and the server's leg, where there is one.
+    pub legs: [Option<LegObservation>; 2],
+}
+
+/// A leg at one moment.
+#[derive(Debug)]
+pub struct LegObservation {
+    /// Its socket.
+    pub stream: Arc<TcpStream>,
+    /// The interface that it leaves through, when that is known.
+    pub traffic: Option<Arc<Traffic>>,
+    /// What the kernel says of it.
+    pub info: tcp_info,
 }
 
 impl Flow {
+    /// Lets a leg be looked at, which leaves through the interface of this index.
+    pub fn watch(&self, side: Side, stream: &Arc<TcpStream>, ifindex: u32, metrics: &Metrics) {
+        let watched = Watched {
+            stream: Arc::downgrade(stream),
+            traffic: metrics.traffic(ifindex),
+        };
+        let first = self.legs[side as usize].set(watched);
+        debug_assert!(first.is_ok(), "a flow has one leg on either side");
+    }
+
+    /// Looks at the flow, and adds what it did since it was last looked at to the totals. So these are right whenever
+    /// somebody reads them, and cost the relay nothing.
+    pub fn observe(&self, metrics: &Metrics) -> Observation {
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        let (up, down) = (
+            self.progress.up.load(Ordering::Relaxed),
+            self.progress.down.load(Ordering::Relaxed),
+        );
+        metrics.carried(up - counted.up, down - counted.down);
+        (counted.up, counted.down) = (up, down);
+        let legs = [Side::Client, Side::Server].map(|side| {
+            let watched = self.legs[side as usize].get()?;
+            let counted = &mut counted.legs[side as usize];
+            let (sent, received) = match side {
+                Side::Client => (down, up),
+                Side::Server => (up, down),
+            };
+            counted.advance_bytes(sent, received, watched.traffic.as_deref());
+            let stream = watched.stream.upgrade()?;
+            let info = socket::tcp_info(&*stream).ok()?;
+            counted.advance_segments(&info, watched.traffic.as_deref());
+            Some(LegObservation {
+                stream,
+                traffic: watched.traffic.clone(),
+                info,
+            })
+        });
+        Observation { up, down, legs }
+    }
+
+    /// Ends the flow by a reset of both legs.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+        self.stop.cancel();
+    }
+
+    /// Whether [`Flow::close`] was called.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Relaxed)
+    }
+
     /// How far it has come.
     pub fn state(&self) -> State {
         match self.state.load(Ordering::Relaxed) {
@@ -57,10 +163,37 @@ impl Flow {
     }
 }
 
+impl CountedLeg {
+    fn advance_bytes(&mut self, sent: u64, received: u64, traffic: Option<&Traffic>) {
+        if let Some(traffic) = traffic {
+            traffic.sent.fetch_add(sent - self.sent, Ordering::Relaxed);
+            traffic
+                .received
+                .fetch_add(received - self.received, Ordering::Relaxed);
+        }
+        (self.sent, self.received) = (sent, received);
+    }
+
+    fn advance_segments(&mut self, info: &tcp_info, traffic: Option<&Traffic>) {
+        let (segments, retransmitted) = (info.tcpi_data_segs_out, info.tcpi_total_retrans);
+        if let Some(traffic) = traffic {
+            let more = |now: u32, before: u32| u64::from(now.wrapping_sub(before));
+            traffic
+                .segments
+                .fetch_add(more(segments, self.segments), Ordering::Relaxed);
+            traffic
+                .retransmitted
+                .fetch_add(more(retransmitted, self.retransmitted), Ordering::Relaxed);
+        }
+        (self.segments, self.retransmitted) = (segments, retransmitted);
+    }
+}
+
 /// All flows.
 pub struct FlowTable {
     kernel: Arc<FlowMap>,
     open: Mutex<HashMap<FlowKey, Arc<Flow>>>,
+    next_id: AtomicU64,
 }
 
 impl FlowTable {
@@ -69,23 +202,30 @@ impl FlowTable {
         Self {
             kernel,
             open: Mutex::default(),
+            next_id: AtomicU64::new(1),
         }
     }
 
-    /// Enters an accepted connection, and takes what the kernel recorded of its SYN.
+    /// Enters an accepted connection, and takes what the kernel recorded of its SYN. `stop` is cancelled when it has to
+    /// end.
     pub fn enter(
         self: &Arc<Self>,
         client: SocketAddr,
         server: SocketAddr,
+        stop: CancellationToken,
         metrics: &Metrics,
     ) -> (Place, SynRecord) {
         let key = FlowKey::between(client, server);
-        let progress = Progress::default();
         let flow = Arc::new(Flow {
+            id: self.next_id.fetch_add(1, Ordering::Relaxed),
             client,
             server,
-            progress,
+            progress: Progress::default(),
+            stop,
+            closed: AtomicBool::new(false),
             state: AtomicU8::new(State::Pending as u8),
+            legs: Default::default(),
+            counted: Mutex::default(),
         });
         let mut open = self.lock();
         let record = self.kernel.record(&key).unwrap_or_else(|| {

@@ -5,7 +5,8 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::process::{self, Child, ChildStderr, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -28,6 +29,7 @@ const LOG_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
+    admin_socket: Option<PathBuf>,
     log: Arc<Mutex<String>>,
     reader: Option<JoinHandle<()>>,
 }
@@ -104,6 +106,12 @@ impl Daemon {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The path of its admin socket.
+    pub fn admin_socket(&self) -> &Path {
+        let path = self.admin_socket.as_deref();
+        path.expect("the daemon was started with an admin socket")
     }
 
     /// What it has written to standard error so far.
@@ -197,6 +205,10 @@ impl Daemon {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| command.get_program().display().to_string())?;
+        let mut arguments = command
+            .get_args()
+            .skip_while(|argument| *argument != ADMIN_SOCKET);
+        let admin_socket = arguments.nth(1).map(PathBuf::from);
         let stderr = child.stderr.take().expect("stderr was asked to be piped");
         let log = Arc::<Mutex<String>>::default();
         let reader = thread::spawn({
@@ -205,6 +217,7 @@ impl Daemon {
         });
         Ok(Self {
             child,
+            admin_socket,
             log,
             reader: Some(reader),
         })
@@ -235,6 +248,10 @@ impl Drop for Daemon {
         if let Some(group) = group {
             // The daemon that starts next may have been faster.
             let _ = fs::remove_dir(group);
+        }
+        if let Some(socket) = &self.admin_socket {
+            // Only what was killed leaves it.
+            let _ = fs::remove_file(socket);
         }
     }
 }
@@ -278,7 +295,20 @@ fn collect(stderr: ChildStderr, log: &Mutex<String>, echo: Echo) {
 fn command(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Command {
     let mut command = namespace.command(binary);
     command.args(arguments).env_remove("RUST_LOG");
+    // Namespaces of the network share one file system, where no two daemons can have the same socket.
+    if !arguments.contains(&ADMIN_SOCKET) {
+        command.arg(ADMIN_SOCKET).arg(own_admin_socket());
+    }
     command
+}
+
+const ADMIN_SOCKET: &str = "--admin-socket";
+
+/// A path that no other daemon has.
+fn own_admin_socket() -> PathBuf {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    env::temp_dir().join(format!("pepsal-test-{}-{number}.sock", process::id()))
 }
 
 /// The binary under test: `PEPSAL_BIN`, or the workspace's debug build.

@@ -1,0 +1,87 @@
+//! The other end of the admin socket.
+
+use std::{
+    io::{self, BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+
+use crate::observe::{
+    admin::DEFAULT_PATH,
+    protocol::{Answer, Question, Reply, Request, VERSION},
+};
+
+/// How long an answer may take: longer than rates are measured at most.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Which daemon is meant.
+#[derive(Debug, Clone, Args)]
+pub struct Socket {
+    /// The daemon's admin socket
+    #[arg(long = "admin-socket", value_name = "PATH", default_value = DEFAULT_PATH)]
+    path: PathBuf,
+}
+
+/// A connection to the daemon.
+pub struct Client {
+    stream: BufReader<UnixStream>,
+}
+
+impl Socket {
+    /// Connects.
+    ///
+    /// # Errors
+    /// When no daemon is there, or this user may not ask it.
+    pub fn connect(&self) -> Result<Client> {
+        let shown = self.path.display();
+        let stream = UnixStream::connect(&self.path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
+                anyhow!("no daemon listens at {shown}: is it running, and with this --admin-socket?")
+            }
+            io::ErrorKind::PermissionDenied => {
+                anyhow!("no permission for {shown}: be root, or in the socket's group")
+            }
+            _ => anyhow!("cannot connect to {shown}: {error}"),
+        })?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        let stream = BufReader::new(stream);
+        Ok(Client { stream })
+    }
+}
+
+impl Client {
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// What the daemon says is wrong, or why there is no answer.
+    pub fn ask(&mut self, question: Question) -> Result<Answer> {
+        let request = Request {
+            version: VERSION,
+            question,
+        };
+        let mut line = serde_json::to_vec(&request)?;
+        line.push(b'\n');
+        self.stream
+            .get_mut()
+            .write_all(&line)
+            .context("cannot ask the daemon")?;
+        let mut answer = String::new();
+        self.stream
+            .read_line(&mut answer)
+            .context("the daemon does not answer")?;
+        if answer.is_empty() {
+            bail!("the daemon has closed the connection without an answer");
+        }
+        let reply: Reply = serde_json::from_str(&answer)
+            .context("the daemon's answer cannot be read: is it of another version than this command?")?;
+        match reply.answer {
+            Answer::Error(error) => bail!(error),
+            answer => Ok(answer),
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! The admin socket: whoever may open it may see every flow and end it.
+
+use std::{
+    collections::HashMap,
+    fs, io,
+    net::{IpAddr, SocketAddr},
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use ipnet::IpNet;
+use tokio::{
+    io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, split},
+    task::spawn_blocking,
+    time::{Instant, sleep, timeout},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    View,
+    protocol::{
+        Answer, Ends, FlowState, FlowStatus, Flows, FlowsQuestion, Question, Reply, Request, Status, VERSION,
+        Ways,
+    },
+    socket_file::SocketFile,
+    visitors::{self, Listener, Stream},
+};
+use crate::table::{Flow, State};
+
+/// Where the admin socket is unless something else is asked for.
+pub const DEFAULT_PATH: &str = "/run/pepsal/pepsal.sock";
+
+/// Connections at once.
+const PLACES: usize = 16;
+
+/// The longest request in bytes.
+const REQUEST_MAX: u64 = 4096;
+
+/// How long a connection may ask nothing.
+const IDLE: Duration = Duration::from_secs(300);
+
+/// How long an answer may take to be read.
+const SLOWEST_READER: Duration = Duration::from_secs(10);
+
+/// The longest time over which rates are measured.
+const INTERVAL_MAX: Duration = Duration::from_secs(10);
+
+/// Listens at `path`; without one at [`DEFAULT_PATH`], whose directory is made. `none` is for nowhere.
+///
+/// # Errors
+/// When another daemon has it, or when a path that was asked for cannot be had.
+pub fn bind(path: Option<&Path>) -> Result<Option<(Listener, SocketFile)>> {
+    let Some(asked) = path else {
+        let usual = Path::new(DEFAULT_PATH);
+        if let Err(error) = make_directory(usual) {
+            warn!("no admin socket, as {DEFAULT_PATH} cannot be made: {error}");
+            return Ok(None);
+        }
+        return Listener::at(usual.to_owned())
+            .context("admin socket (--admin-socket)")
+            .map(Some);
+    };
+    if asked == Path::new("none") {
+        return Ok(None);
+    }
+    Listener::at(asked.to_owned())
+        .context("admin socket (--admin-socket)")
+        .map(Some)
+}
+
+fn make_directory(socket: &Path) -> io::Result<()> {
+    match socket.parent() {
+        Some(directory) if !directory.exists() => {
+            fs::create_dir(directory)?;
+            fs::set_permissions(directory, fs::Permissions::from_mode(0o755))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Answers for as long as it is polled.
+pub async fn serve(listener: Listener, view: Arc<View>) {
+    visitors::receive(listener, PLACES, |stream| {
+        let view = view.clone();
+        async move {
+            if let Err(error) = visit(stream, &view).await {
+                debug!("admin socket: {error}");
+            }
+        }
+    })
+    .await;
+}
+
+/// A line is answered by a line, until there are no more, or one that is too long, or the visitor does not read.
+async fn visit(stream: Box<dyn Stream>, view: &Arc<View>) -> io::Result<()> {
+    let (read, mut write) = split(stream);
+    let mut read = BufReader::new(read);
+    loop {
+        let line = match timeout(IDLE, read_line(&mut read)).await?? {
+            Line::End => return Ok(()),
+            Line::TooLong => None,
+            Line::Complete(line) => Some(line),
+        };
+        let is_last = line.is_none();
+        let answer = match line {
+            Some(line) => answer(&line, view).await,
+            None => Answer::Error(format!("the request is longer than {REQUEST_MAX} bytes")),
+        };
+        let reply = Reply {
+            version: VERSION,
+            answer,
+        };
+        let mut bytes = serde_json::to_vec(&reply)?;
+        bytes.push(b'\n');
+        timeout(SLOWEST_READER, write.write_all(&bytes)).await??;
+        if is_last {
+            return Ok(());
+        }
+    }
+}
+
+enum Line {
+    Complete(Vec<u8>),
+    TooLong,
+    End,
+}
+
+async fn read_line(read: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Line> {
+    let mut line = Vec::new();
+    read.take(REQUEST_MAX + 1).read_until(b'\n', &mut line).await?;
+    Ok(match line.last() {
+        None => Line::End,
+        Some(b'\n') => Line::Complete(line),
+        Some(_) if line.len() as u64 > REQUEST_MAX => Line::TooLong,
+        // The visitor has left in the middle of it.
+        Some(_) => Line::End,
+    })
+}
+
+async fn answer(line: &[u8], view: &Arc<View>) -> Answer {
+    let answered = match serde_json::from_slice::<Request>(line) {
+        Err(error) => Err(format!("no request of this protocol: {error}")),
+        Ok(Request { version, .. }) if version != VERSION => Err(format!(
+            "version {version} of the protocol is not spoken here: {VERSION} is"
+        )),
+        Ok(Request { question, .. }) => match question {
+            Question::Status => Ok(Answer::Status(Box::new(Status::of(view).await))),
+            Question::Flows(question) => flows(question, view).await.map(Answer::Flows),
+            Question::Close { flow } => close(&flow, view).map(Answer::Closed),
+        },
+    };
+    answered.unwrap_or_else(Answer::Error)
+}
+
+async fn flows(question: FlowsQuestion, view: &Arc<View>) -> Result<Flows, String> {
+    let filter = Filter::parse(&question)?;
+    let before = match question.interval_ms {
+        0 => None,
+        ms => {
+            let interval = Duration::from_millis(ms);
+            if interval > INTERVAL_MAX {
+                return Err(format!(
+                    "interval_ms {ms} is more than {}",
+                    INTERVAL_MAX.as_millis()
+                ));
+            }
+            let since = Instant::now();
+            let carried = view.shared.table.snapshot().iter().map(carried).collect();
+            sleep(interval).await;
+            Some((since, carried))
+        }
+    };
+    let view = view.clone();
+    // Thousands of system calls: not on the threads that relay.
+    let look = move || look(&question, &filter, before.as_ref(), &view);
+    spawn_blocking(look)
+        .await
+        .map_err(|_| "cannot look at the flows".to_owned())
+}
+
+/// What flows had carried when a measurement of rates began, by their numbers.
+type Carried = HashMap<u64, Ways<u64>>;
+
+fn carried(flow: &Arc<Flow>) -> (u64, Ways<u64>) {
+    use std::sync::atomic::Ordering::Relaxed;
+    let (up, down) = (flow.progress.up.load(Relaxed), flow.progress.down.load(Relaxed));
+    (flow.id, Ways { up, down })
+}
+
+fn look(
+    question: &FlowsQuestion,
+    filter: &Filter,
+    before: Option<&(Instant, Carried)>,
+    view: &View,
+) -> Flows {
+    let table = view.shared.table.snapshot();
+    let status = |flow: &Arc<Flow>| {
+        let mut status = FlowStatus::of(flow, &view.shared.metrics);
+        if let Some((since, carried)) = before {
+            let since = (*since).max(flow.progress.started());
+            let before = carried.get(&flow.id).copied().unwrap_or_default();
+            status.bytes_per_second = status.bytes.over(before, since.elapsed());
+        }
+        status
+    };
+    let wanted = table.iter().filter(|flow| filter.takes(flow));
+    let mut list: Vec<FlowStatus> = wanted
+        .map(status)
+        .filter(|status| filter.takes_legs(status))
+        .collect();
+    list.sort_by(|a, b| question.sort.key(b).total_cmp(&question.sort.key(a)));
+    if question.limit > 0 {
+        list.truncate(question.limit);
+    }
+    Flows {
+        total: table.len(),
+        list,
+    }
+}
+
+struct Filter {
+    client: Option<IpNet>,
+    server: Option<IpNet>,
+    port: Option<u16>,
+    state: Option<State>,
+    interface: Option<String>,
+}
+
+impl Filter {
+    fn parse(question: &FlowsQuestion) -> Result<Self, String> {
+        Ok(Self {
+            client: question.client.as_deref().map(prefix).transpose()?,
+            server: question.server.as_deref().map(prefix).transpose()?,
+            port: question.port,
+            state: question.state.map(|state| match state {
+                FlowState::Pending => State::Pending,
+                FlowState::Open => State::Open,
+            }),
+            interface: question.interface.clone(),
+        })
+    }
+
+    fn takes(&self, flow: &Flow) -> bool {
+        self.client.is_none_or(|net| net.contains(&flow.client.ip()))
+            && self.server.is_none_or(|net| net.contains(&flow.server.ip()))
+            && self.port.is_none_or(|port| port == flow.server.port())
+            && self.state.is_none_or(|state| state == flow.state())
+    }
+
+    fn takes_legs(&self, flow: &FlowStatus) -> bool {
+        let Some(wanted) = &self.interface else {
+            return true;
+        };
+        let mut legs = [&flow.legs.client, &flow.legs.server].into_iter().flatten();
+        legs.any(|leg| leg.interface.as_ref() == Some(wanted))
+    }
+}
+
+fn prefix(text: &str) -> Result<IpNet, String> {
+    text.parse::<IpNet>()
+        .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
+        .map_err(|_| format!("'{text}' is neither an address nor a prefix"))
+}
+
+/// Which flows to end.
+#[derive(Debug, PartialEq, Eq)]
+enum Target {
+    Id(u64),
+    Client(IpAddr),
+    ClientPort(SocketAddr),
+}
+
+impl Target {
+    fn parse(text: &str) -> Result<Self, String> {
+        let id = text.parse().map(Self::Id).ok();
+        id.or_else(|| text.parse().map(Self::ClientPort).ok())
+            .or_else(|| text.parse().map(Self::Client).ok())
+            .ok_or_else(|| {
+                format!("'{text}' is no flow: give its number, its client's address, or that with the port")
+            })
+    }
+
+    fn is(&self, flow: &Flow) -> bool {
+        match self {
+            Self::Id(id) => flow.id == *id,
+            Self::Client(address) => flow.client.ip() == *address,
+            Self::ClientPort(address) => flow.client == *address,
+        }
+    }
+}
+
+fn close(which: &str, view: &View) -> Result<Vec<Ends>, String> {
+    let target = Target::parse(which)?;
+    let flows = view.shared.table.snapshot();
+    let closed: Vec<Ends> = flows
+        .iter()
+        .filter(|flow| target.is(flow))
+        .map(|flow| {
+            flow.close();
+            info!(client = %flow.client, server = %flow.server, "closed by the operator");
+            Ends {
+                id: flow.id,
+                client: flow.client,
+                server: flow.server,
+            }
+        })
+        .collect();
+    match closed.is_empty() {
+        true => Err(format!("there is no flow {which}")),
+        false => Ok(closed),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flow_is_named_by_number_or_client() {
+        assert_eq!(Target::parse("17"), Ok(Target::Id(17)));
+        assert_eq!(
+            Target::parse("[fd01::2]:80"),
+            Ok(Target::ClientPort("[fd01::2]:80".parse().unwrap()))
+        );
+        assert_eq!(
+            Target::parse("10.1.0.2"),
+            Ok(Target::Client("10.1.0.2".parse().unwrap()))
+        );
+        assert!(Target::parse("lan0").unwrap_err().contains("'lan0' is no flow"));
+    }
+
+    #[tokio::test]
+    async fn a_line_is_complete_or_too_long_or_not_there() {
+        let long = vec![b'x'; 5000];
+        assert!(matches!(
+            read_line(&mut &b"{}\n"[..]).await.unwrap(),
+            Line::Complete(_)
+        ));
+        assert!(matches!(read_line(&mut &b"{}"[..]).await.unwrap(), Line::End));
+        assert!(matches!(read_line(&mut &b""[..]).await.unwrap(), Line::End));
+        assert!(matches!(read_line(&mut &long[..]).await.unwrap(), Line::TooLong));
+    }
+}

@@ -1,0 +1,397 @@
+//! The metrics as Prometheus reads them. `docs/metrics.md` has every name, unit and meaning.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, atomic::Ordering},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result};
+use pepsal_ebpf::Counter;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeMetric, text::encode},
+    metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge, histogram::Histogram},
+    registry::Registry,
+};
+use tokio::task::spawn_blocking;
+
+use super::View;
+use crate::{
+    flow::CloseReason,
+    metrics::Event,
+    table::{LegObservation, State},
+};
+
+/// The content type of what [`render`] makes.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Looks at everything, and writes down what there is to see.
+///
+/// # Errors
+/// None in practice.
+pub async fn render(view: Arc<View>) -> Result<String> {
+    // Thousands of system calls: not on the threads that relay.
+    let render = move || {
+        let mut registry = Registry::with_prefix("pepsal");
+        registry.register_collector(Box::new(Snapshot::take(&view)));
+        let mut text = String::new();
+        encode(&mut text, &registry)?;
+        Ok(text)
+    };
+    spawn_blocking(render).await.context("cannot look at the flows")?
+}
+
+/// All figures at one moment.
+struct Snapshot {
+    started: SystemTime,
+    limit: u32,
+    pending: u64,
+    open: u64,
+    bytes: [u64; 2],
+    closed: Vec<(String, u64)>,
+    events: Vec<(&'static str, u64)>,
+    packets: Vec<(&'static str, u64)>,
+    connect: Histogram,
+    duration: Histogram,
+    intercepted: Vec<(String, bool)>,
+    interfaces: BTreeMap<String, InterfaceFigures>,
+    links: Vec<LinkFigures>,
+}
+
+/// What the legs behind an interface have carried, and how those are doing that are open.
+#[derive(Default)]
+struct InterfaceFigures {
+    legs: u64,
+    sent: u64,
+    received: u64,
+    segments: u64,
+    retransmitted: u64,
+    /// Seconds, of every leg that has a measurement.
+    round_trips: Vec<f64>,
+    delivery_rate: u64,
+}
+
+/// How much of a link's rate is used, in bytes per second.
+struct LinkFigures {
+    interface: String,
+    rate: u64,
+    used: f64,
+}
+
+impl Snapshot {
+    fn take(view: &View) -> Self {
+        let shared = &view.shared;
+        let metrics = &shared.metrics;
+        let (mut pending, mut open) = (0, 0);
+        let mut interfaces = BTreeMap::<String, InterfaceFigures>::new();
+        for flow in shared.table.snapshot() {
+            match flow.state() {
+                State::Pending => pending += 1,
+                State::Open => open += 1,
+            }
+            // Leg by leg, so that none is kept open for the time that all take.
+            for leg in flow.observe(metrics).legs.into_iter().flatten() {
+                if let Some(traffic) = &leg.traffic {
+                    interfaces.entry(traffic.interface.clone()).or_default().add(&leg);
+                }
+            }
+        }
+        for traffic in metrics.interfaces() {
+            let figures = interfaces.entry(traffic.interface.clone()).or_default();
+            figures.sent = traffic.sent.load(Ordering::Relaxed);
+            figures.received = traffic.received.load(Ordering::Relaxed);
+            figures.segments = traffic.segments.load(Ordering::Relaxed);
+            figures.retransmitted = traffic.retransmitted.load(Ordering::Relaxed);
+        }
+        let (up, down) = metrics.bytes();
+        let attached = view.attached.get();
+        let is_intercepted = |name: &String| attached.iter().any(|on| on.intercepts && on.interface == *name);
+        let link = |link: &Arc<crate::link::Link>| {
+            let (rate, used) = link.budget.rate();
+            let interface = link.profile.interface.clone();
+            LinkFigures {
+                interface,
+                rate,
+                used,
+            }
+        };
+        Self {
+            started: view.started,
+            limit: view.limit,
+            pending,
+            open,
+            bytes: [up, down],
+            closed: CloseReason::ALL
+                .iter()
+                .map(|reason| (reason.name(), metrics.closed(*reason)))
+                .collect(),
+            events: Event::ALL
+                .iter()
+                .map(|event| (event.name(), metrics.events(*event)))
+                .collect(),
+            packets: Counter::ALL
+                .iter()
+                .map(|counter| (counter.name(), view.counters.count(*counter)))
+                .collect(),
+            connect: metrics.connect.clone(),
+            duration: metrics.duration.clone(),
+            intercepted: view
+                .intercepted
+                .iter()
+                .map(|name| (name.clone(), is_intercepted(name)))
+                .collect(),
+            interfaces,
+            links: shared.links.all().iter().map(link).collect(),
+        }
+    }
+}
+
+impl InterfaceFigures {
+    fn add(&mut self, leg: &LegObservation) {
+        self.legs += 1;
+        if leg.info.tcpi_rtt > 0 {
+            self.round_trips.push(f64::from(leg.info.tcpi_rtt) / 1e6);
+        }
+        // What an idle leg delivered last is no rate of now.
+        if leg.info.tcpi_unacked > 0 {
+            self.delivery_rate += leg.info.tcpi_delivery_rate;
+        }
+    }
+
+    fn mean_round_trip(&self) -> Option<f64> {
+        let legs = self.round_trips.len();
+        (legs > 0).then(|| self.round_trips.iter().sum::<f64>() / legs as f64)
+    }
+}
+
+impl fmt::Debug for Snapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Snapshot").finish_non_exhaustive()
+    }
+}
+
+impl Collector for Snapshot {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Families(encoder);
+        out.gauge(
+            "build_info",
+            "The version; always 1",
+            &["version"],
+            [([env!("CARGO_PKG_VERSION")], 1.0)],
+        )?;
+        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let single = |value: f64| [([], value)];
+        out.gauge(
+            "start_time_seconds",
+            "When the daemon was started, in seconds since 1970",
+            &[],
+            single(started.as_secs_f64()),
+        )?;
+        self.encode_flows(&mut out)?;
+        self.encode_steering(&mut out)?;
+        self.encode_interfaces(&mut out)?;
+        self.encode_links(&mut out)
+    }
+}
+
+impl Snapshot {
+    fn encode_flows(&self, out: &mut Families<'_>) -> fmt::Result {
+        let single = |value: u64| [([], value as f64)];
+        out.gauge(
+            "flows_open",
+            "Flows whose two legs are connected",
+            &[],
+            single(self.open),
+        )?;
+        out.gauge(
+            "flows_pending",
+            "Flows that were accepted, but not by the server yet",
+            &[],
+            single(self.pending),
+        )?;
+        out.gauge(
+            "flows_limit",
+            "The most flows at once; further connections pass",
+            &[],
+            single(self.limit.into()),
+        )?;
+        let closed = self.closed.iter().map(|(reason, n)| ([reason.as_str()], *n));
+        out.counter(
+            "flows_closed",
+            "Flows that have ended, by why they did",
+            &["reason"],
+            closed,
+        )?;
+        let [up, down] = self.bytes;
+        out.counter(
+            "bytes",
+            "Bytes relayed: up is from client to server",
+            &["direction"],
+            [(["up"], up), (["down"], down)],
+        )?;
+        out.histogram(
+            "connect_seconds",
+            "From a flow's acceptance until its server is connected",
+            &self.connect,
+        )?;
+        out.histogram(
+            "flow_duration_seconds",
+            "From a flow's acceptance to its end",
+            &self.duration,
+        )?;
+        let events = self.events.iter().map(|(name, n)| ([*name], *n));
+        out.counter(
+            "events",
+            "What happened to connections besides their end",
+            &["event"],
+            events,
+        )
+    }
+
+    fn encode_steering(&self, out: &mut Families<'_>) -> fmt::Result {
+        let packets = self.packets.iter().map(|(name, n)| ([*name], *n));
+        out.counter(
+            "packets",
+            "What the eBPF programs decided of packets",
+            &["verdict"],
+            packets,
+        )?;
+        let intercepted = self
+            .intercepted
+            .iter()
+            .map(|(name, is)| ([name.as_str()], f64::from(u8::from(*is))));
+        out.gauge(
+            "interface_intercepted",
+            "Whether the new connections of an interface that was named are intercepted",
+            &["interface"],
+            intercepted,
+        )
+    }
+
+    fn encode_interfaces(&self, out: &mut Families<'_>) -> fmt::Result {
+        let interfaces = || {
+            self.interfaces
+                .iter()
+                .map(|(name, figures)| (name.as_str(), figures))
+        };
+        let counter = |value: fn(&InterfaceFigures) -> u64| {
+            interfaces().map(move |(name, figures)| ([name], value(figures)))
+        };
+        let gauge = |value: fn(&InterfaceFigures) -> f64| {
+            interfaces().map(move |(name, figures)| ([name], value(figures)))
+        };
+        out.gauge(
+            "link_legs_open",
+            "Legs of flows that leave through the interface",
+            &["interface"],
+            gauge(|figures| figures.legs as f64),
+        )?;
+        let bytes = interfaces().flat_map(|(name, figures)| {
+            [
+                ([name, "sent"], figures.sent),
+                ([name, "received"], figures.received),
+            ]
+        });
+        out.counter(
+            "link_bytes",
+            "Bytes relayed out through the interface and in from it",
+            &["interface", "direction"],
+            bytes,
+        )?;
+        out.counter(
+            "link_segments_sent",
+            "Segments with data sent through the interface, retransmissions included",
+            &["interface"],
+            counter(|figures| figures.segments),
+        )?;
+        out.counter(
+            "link_segments_retransmitted",
+            "Segments sent again through the interface",
+            &["interface"],
+            counter(|figures| figures.retransmitted),
+        )?;
+        let round_trips =
+            interfaces().filter_map(|(name, figures)| Some(([name], figures.mean_round_trip()?)));
+        out.gauge(
+            "link_rtt_seconds",
+            "Mean of the open legs' smoothed round trips",
+            &["interface"],
+            round_trips,
+        )?;
+        out.gauge(
+            "link_delivery_rate_bytes_per_second",
+            "Sum of what the legs that are sending last delivered",
+            &["interface"],
+            gauge(|figures| figures.delivery_rate as f64),
+        )
+    }
+
+    fn encode_links(&self, out: &mut Families<'_>) -> fmt::Result {
+        let links = |value: fn(&LinkFigures) -> f64| {
+            let figures = self.links.iter();
+            figures.map(move |link| ([link.interface.as_str()], value(link)))
+        };
+        out.gauge(
+            "link_rate_bytes_per_second",
+            "What the legs of a described link share: its rate, in bytes of payload",
+            &["interface"],
+            links(|link| link.rate as f64),
+        )?;
+        out.gauge(
+            "link_rate_used_ratio",
+            "How much of that is acknowledged at present, from 0 to 1",
+            &["interface"],
+            links(|link| link.used / link.rate.max(1) as f64),
+        )
+    }
+}
+
+/// Writes families of metrics, each with all of its samples.
+struct Families<'a>(DescriptorEncoder<'a>);
+
+impl Families<'_> {
+    fn gauge<'v, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &[&str; N],
+        samples: impl IntoIterator<Item = ([&'v str; N], f64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (values, value) in samples {
+            if N == 0 {
+                return ConstGauge::new(value).encode(family);
+            }
+            let labels: Vec<(&str, &str)> = labels.iter().copied().zip(values).collect();
+            ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn counter<'v, const N: usize>(
+        &mut self,
+        name: &str,
+        help: &str,
+        labels: &[&str; N],
+        samples: impl IntoIterator<Item = ([&'v str; N], u64)>,
+    ) -> fmt::Result {
+        let mut family = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (values, value) in samples {
+            if N == 0 {
+                return ConstCounter::new(value).encode(family);
+            }
+            let labels: Vec<(&str, &str)> = labels.iter().copied().zip(values).collect();
+            ConstCounter::new(value).encode(family.encode_family(&labels)?)?;
+        }
+        Ok(())
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) -> fmt::Result {
+        let family = self
+            .0
+            .encode_descriptor(name, help, None, MetricType::Histogram)?;
+        histogram.encode(family)
+    }
+}

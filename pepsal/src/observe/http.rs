@@ -1,0 +1,187 @@
+//! What Prometheus and load balancers ask: `/metrics`, `/healthz` and `/readyz`, by HTTP/1.1 at an address or a Unix socket.
+//!
+//! One request a connection, and ten seconds for both: slow senders and slow readers are gone then.
+
+use std::{convert::Infallible, io, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result};
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header::{ALLOW, CONTENT_TYPE, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::TokioIo;
+use nix::libc;
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use super::{
+    View, exposition,
+    protocol::Status,
+    socket_file::SocketFile,
+    visitors::{self, Listener, Stream},
+};
+
+/// Where metrics are served unless something else is asked for.
+pub const DEFAULT_PLACE: &str = "127.0.0.1:9300";
+
+/// Connections at once.
+const PLACES: usize = 16;
+
+/// How long a request and its answer may take together.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The largest request that is read; what asks for metrics needs a tenth.
+const REQUEST_MAX: usize = 16 << 10;
+
+/// Where to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// Nowhere.
+    None,
+    /// An address.
+    Tcp(SocketAddr),
+    /// A path.
+    Unix(PathBuf),
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.strip_prefix("unix:")) {
+            ("none", _) => Ok(Self::None),
+            (_, Some(path)) if path.starts_with('/') => Ok(Self::Unix(path.into())),
+            _ => text.parse().map(Self::Tcp).map_err(|_| {
+                format!("'{text}' is no place to listen: give ADDRESS:PORT like {DEFAULT_PLACE}, unix:/PATH, or none")
+            }),
+        }
+    }
+}
+
+/// Listens at `place`; without one at [`DEFAULT_PLACE`], which another instance may have.
+///
+/// # Errors
+/// When a place that was asked for cannot be had.
+pub fn bind(place: Option<&str>) -> Result<Option<(Listener, Option<SocketFile>)>> {
+    let wanted = place.unwrap_or(DEFAULT_PLACE);
+    match Place::from_str(wanted) {
+        Err(error) => anyhow::bail!("metrics: {error}"),
+        Ok(Place::None) => Ok(None),
+        Ok(Place::Unix(path)) => {
+            let (listener, file) = Listener::at(path).context("metrics")?;
+            Ok(Some((listener, Some(file))))
+        }
+        Ok(Place::Tcp(address)) => match listen(address) {
+            Ok(listener) => Ok(Some((Listener::Tcp(listener), None))),
+            Err(error) if place.is_none() => {
+                warn!("no metrics are served, as {address} cannot be listened at: {error}");
+                Ok(None)
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {
+                anyhow::bail!("metrics: {address} is in use: choose another with --metrics-listen")
+            }
+            Err(error) => Err(error).with_context(|| format!("metrics: cannot listen at {address}")),
+        },
+    }
+}
+
+fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    tokio::net::TcpListener::from_std(listener)
+}
+
+/// Answers for as long as it is polled.
+pub async fn serve(listener: Listener, view: Arc<View>) {
+    visitors::receive(listener, PLACES, |stream| visit(stream, view.clone())).await;
+}
+
+async fn visit(stream: Box<dyn Stream>, view: Arc<View>) {
+    let service = service_fn(|request| answer(request, view.clone()));
+    let connection = http1::Builder::new()
+        .keep_alive(false)
+        .max_buf_size(REQUEST_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    match timeout(PATIENCE, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!("a request for metrics: {error}"),
+        Err(_) => debug!("a request for metrics took longer than {PATIENCE:?}"),
+    }
+}
+
+async fn answer(request: Request<Incoming>, view: Arc<View>) -> Result<Response<Full<Bytes>>, Infallible> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".into());
+        refusal
+            .headers_mut()
+            .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+        return Ok(refusal);
+    }
+    Ok(match request.uri().path() {
+        "/metrics" => metrics(view).await,
+        "/healthz" => text(StatusCode::OK, "ok\n".into()),
+        "/readyz" => readiness(&view).await,
+        _ => text(
+            StatusCode::NOT_FOUND,
+            "there are /metrics, /healthz and /readyz\n".into(),
+        ),
+    })
+}
+
+async fn metrics(view: Arc<View>) -> Response<Full<Bytes>> {
+    match exposition::render(view).await {
+        Ok(rendered) => {
+            let mut response = text(StatusCode::OK, rendered);
+            response
+                .headers_mut()
+                .insert(CONTENT_TYPE, HeaderValue::from_static(exposition::CONTENT_TYPE));
+            response
+        }
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")),
+    }
+}
+
+/// Ready is who intercepts new connections wherever it was told to.
+async fn readiness(view: &View) -> Response<Full<Bytes>> {
+    let missing = Status::of(view).await.missing;
+    match missing.is_empty() {
+        true => text(StatusCode::OK, "ready\n".into()),
+        false => text(
+            StatusCode::SERVICE_UNAVAILABLE,
+            missing.iter().map(|what| format!("{what}\n")).collect(),
+        ),
+    }
+}
+
+fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::from(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(
+        CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_addresses_paths_or_nowhere() {
+        assert_eq!(Place::from_str("none"), Ok(Place::None));
+        assert_eq!(
+            Place::from_str("unix:/run/m.sock"),
+            Ok(Place::Unix("/run/m.sock".into()))
+        );
+        assert!(matches!(Place::from_str("[::1]:9300"), Ok(Place::Tcp(_))));
+        for wrong in ["9300", "unix:m.sock", "localhost:9300", ""] {
+            let error = Place::from_str(wrong).unwrap_err();
+            assert!(error.contains(&format!("'{wrong}'")), "{error}");
+        }
+    }
+}

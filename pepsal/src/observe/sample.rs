@@ -1,0 +1,266 @@
+//! Makes what the protocol says of what there is.
+
+use std::{
+    collections::BTreeMap,
+    process,
+    time::{Duration, SystemTime},
+};
+
+use nix::libc::tcp_info;
+use pepsal_ebpf::Counter;
+use tokio::time::Instant;
+
+use super::{
+    View,
+    protocol::{
+        FlowCounts, FlowState, FlowStatus, Interface, LegName, LegStatus, Legs, Limit, LimitedBy, LinkStatus,
+        Status, Ways,
+    },
+};
+use crate::{
+    flow::CloseReason,
+    metrics::{Event, Metrics},
+    socket,
+    table::{Flow, LegObservation, State},
+};
+
+const FAMILIES: [&str; 2] = ["ipv4", "ipv6"];
+
+impl Status {
+    /// Looks at the daemon, and at what the kernel has of it.
+    pub async fn of(view: &View) -> Self {
+        let shared = &view.shared;
+        let metrics = &shared.metrics;
+        let mut missing = Vec::new();
+        if !view.is_ready() {
+            missing.push("it is starting or stopping: new connections pass".to_owned());
+        }
+        let present = view.policy.present().await.unwrap_or_else(|error| {
+            missing.push(format!("rules and routes are unknown: {error:#}"));
+            Default::default()
+        });
+        let with = |is_there: &dyn Fn(usize) -> bool| {
+            let there = (0..).zip(FAMILIES).filter(|(i, _)| is_there(*i));
+            there.map(|(_, family)| family.to_owned()).collect::<Vec<_>>()
+        };
+        let interfaces: Vec<Interface> = view
+            .attached
+            .get()
+            .into_iter()
+            .map(|on| Interface {
+                rules: with(&|i| {
+                    present.rules[i]
+                        .as_ref()
+                        .is_some_and(|rules| rules.contains(&on.interface))
+                }),
+                name: on.interface,
+                intercepts: on.intercepts,
+                attached_by: if on.is_tcx { "tcx" } else { "clsact" }.to_owned(),
+            })
+            .collect();
+        for name in &view.intercepted {
+            if !interfaces.iter().any(|on| on.intercepts && on.name == *name) {
+                missing.push(format!(
+                    "interface {name} is not there: nothing is intercepted on it"
+                ));
+            }
+        }
+        for (i, family) in (0..).zip(FAMILIES) {
+            // A family that the host does not have.
+            if present.rules[i].is_none() || (i == 1 && !present.routes[1]) {
+                continue;
+            }
+            if !present.routes[i] {
+                missing.push(format!(
+                    "table {} has no local route for {family}",
+                    view.policy.table
+                ));
+            }
+            for on in interfaces
+                .iter()
+                .filter(|on| !on.rules.iter().any(|of| of == family))
+            {
+                missing.push(format!("interface {} has no {family} rule", on.name));
+            }
+        }
+        let flows = shared.table.snapshot();
+        flows.iter().for_each(|flow| drop(flow.observe(metrics)));
+        let open = flows.iter().filter(|flow| flow.state() == State::Open).count();
+        let (up, down) = metrics.bytes();
+        let link = |link: &std::sync::Arc<crate::link::Link>| {
+            let (rate, used) = link.budget.rate();
+            LinkStatus {
+                interface: link.profile.interface.clone(),
+                rtt_seconds: link.profile.rtt.as_secs_f64(),
+                rate_bytes_per_second: rate,
+                used_bytes_per_second: used,
+                congestion: link.profile.congestion.value.clone(),
+            }
+        };
+        Self {
+            pepsal: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: process::id(),
+            uptime_seconds: SystemTime::now()
+                .duration_since(view.started)
+                .unwrap_or_default()
+                .as_secs_f64(),
+            ready: view.is_ready(),
+            missing,
+            port: view.port,
+            mark: view.policy.mark.to_string(),
+            table: view.policy.table,
+            routes: with(&|i| present.routes[i]),
+            interfaces,
+            links: shared.links.all().iter().map(link).collect(),
+            flows: FlowCounts {
+                open,
+                pending: flows.len() - open,
+                limit: view.limit,
+            },
+            bytes: Ways { up, down },
+            closed: counts(CloseReason::ALL, |reason| (reason.name(), metrics.closed(reason))),
+            events: counts(Event::ALL, |event| {
+                (event.name().to_owned(), metrics.events(event))
+            }),
+            packets: counts(Counter::ALL, |counter| {
+                (counter.name().to_owned(), view.counters.count(counter))
+            }),
+        }
+    }
+}
+
+fn counts<T: Copy>(all: &[T], count: impl Fn(T) -> (String, u64)) -> BTreeMap<String, u64> {
+    all.iter().map(|one| count(*one)).collect()
+}
+
+impl FlowStatus {
+    /// Looks at a flow. Rates are over its life so far.
+    pub fn of(flow: &Flow, metrics: &Metrics) -> Self {
+        let now = Instant::now();
+        let seen = flow.observe(metrics);
+        let [client, server] = &seen.legs;
+        let age = now - flow.progress.started();
+        let bytes = Ways {
+            up: seen.up,
+            down: seen.down,
+        };
+        Self {
+            id: flow.id,
+            client: flow.client,
+            server: flow.server,
+            state: match flow.state() {
+                State::Pending => FlowState::Pending,
+                State::Open => FlowState::Open,
+            },
+            age_seconds: age.as_secs_f64(),
+            idle_seconds: (now - flow.progress.last()).as_secs_f64(),
+            bytes,
+            bytes_per_second: bytes.over(Ways::default(), age),
+            limited: Ways {
+                up: limit(
+                    (LegName::Client, client.as_ref()),
+                    (LegName::Server, server.as_ref()),
+                ),
+                down: limit(
+                    (LegName::Server, server.as_ref()),
+                    (LegName::Client, client.as_ref()),
+                ),
+            },
+            legs: Legs {
+                client: client.as_ref().map(LegStatus::of),
+                server: server.as_ref().map(LegStatus::of),
+            },
+        }
+    }
+}
+
+impl Ways<u64> {
+    /// The rate of what came on top of `before` within some time.
+    pub fn over(self, before: Self, time: Duration) -> Ways<f64> {
+        let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / time.as_secs_f64().max(1e-3);
+        Ways {
+            up: rate(self.up, before.up),
+            down: rate(self.down, before.down),
+        }
+    }
+}
+
+impl LegStatus {
+    fn of(leg: &LegObservation) -> Self {
+        let info = &leg.info;
+        let measured = |us: u32| (us > 0 && us != u32::MAX).then(|| f64::from(us) / 1e6);
+        let seconds = |us: u64| us as f64 / 1e6;
+        Self {
+            local: leg.stream.local_addr().ok(),
+            peer: leg.stream.peer_addr().ok(),
+            interface: leg.traffic.as_ref().map(|traffic| traffic.interface.clone()),
+            state: state_name(info.tcpi_state).to_owned(),
+            congestion: socket::congestion(&*leg.stream).ok(),
+            rtt_seconds: measured(info.tcpi_rtt),
+            rtt_min_seconds: measured(info.tcpi_min_rtt),
+            mss_bytes: info.tcpi_snd_mss,
+            cwnd_segments: info.tcpi_snd_cwnd,
+            unacknowledged_segments: info.tcpi_unacked,
+            unsent_bytes: info.tcpi_notsent_bytes,
+            sent_segments: info.tcpi_data_segs_out,
+            retransmitted_segments: info.tcpi_total_retrans,
+            delivery_rate_bytes_per_second: info.tcpi_delivery_rate,
+            pacing_limit_bytes_per_second: Some(info.tcpi_max_pacing_rate).filter(|rate| *rate != u64::MAX),
+            send_window_bytes: info.tcpi_snd_wnd,
+            busy_seconds: seconds(info.tcpi_busy_time),
+            receiver_limited_seconds: seconds(info.tcpi_rwnd_limited),
+            send_buffer_limited_seconds: seconds(info.tcpi_sndbuf_limited),
+        }
+    }
+}
+
+/// What keeps one way from carrying more: the leg that it leaves by when data waits there, else the one that it comes in
+/// by. Of the leg that it leaves by the kernel knows why, in times since the connection began.
+fn limit(
+    (from, _): (LegName, Option<&LegObservation>),
+    (to, leaving): (LegName, Option<&LegObservation>),
+) -> Option<Limit> {
+    let info = &leaving?.info;
+    match (info.tcpi_notsent_bytes > 0, info.tcpi_unacked > 0) {
+        (true, _) => Some(Limit {
+            leg: to,
+            by: limited_by(info),
+        }),
+        (false, true) => Some(Limit {
+            leg: from,
+            by: LimitedBy::Sender,
+        }),
+        (false, false) => None,
+    }
+}
+
+fn limited_by(info: &tcp_info) -> LimitedBy {
+    let most = |us: u64| us > info.tcpi_busy_time / 2;
+    let window_is_full =
+        info.tcpi_unacked.saturating_mul(info.tcpi_snd_mss) + info.tcpi_snd_mss > info.tcpi_snd_wnd;
+    match info {
+        _ if window_is_full || most(info.tcpi_rwnd_limited) => LimitedBy::Receiver,
+        _ if most(info.tcpi_sndbuf_limited) => LimitedBy::SendBuffer,
+        _ => LimitedBy::Path,
+    }
+}
+
+/// The states of the kernel's `net/tcp_states.h`, as `ss` shows them.
+fn state_name(state: u8) -> &'static str {
+    const NAMES: [&str; 13] = [
+        "unknown",
+        "established",
+        "syn-sent",
+        "syn-recv",
+        "fin-wait-1",
+        "fin-wait-2",
+        "time-wait",
+        "closed",
+        "close-wait",
+        "last-ack",
+        "listening",
+        "closing",
+        "new-syn-recv",
+    ];
+    NAMES.get(usize::from(state)).copied().unwrap_or("unknown")
+}

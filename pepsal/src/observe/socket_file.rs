@@ -1,0 +1,123 @@
+//! Unix sockets in the file system, which the kernel does not remove with their process.
+
+use std::{
+    fs, io,
+    os::unix::{
+        fs::{FileTypeExt, MetadataExt, PermissionsExt},
+        net::{UnixListener, UnixStream},
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, bail};
+use tracing::{debug, info};
+
+/// Who may connect: the daemon's user and group.
+const MODE: u32 = 0o660;
+
+/// The file of a listening socket, removed when this is dropped, unless another process has put its own there.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    /// Listens at `path`. A file that a process has left there which is gone is replaced.
+    ///
+    /// # Errors
+    /// When a process listens there already, when something else than a socket is there, and when it cannot be made.
+    pub fn bind(path: &Path) -> Result<(UnixListener, Self)> {
+        let shown = path.display();
+        remove_stale(path)?;
+        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {shown}"))?;
+        let made = || {
+            fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
+            listener.set_nonblocking(true)?;
+            identity(path)
+        };
+        let identity = made().with_context(|| format!("cannot listen at {shown}"))?;
+        let path = path.to_owned();
+        Ok((listener, Self { path, identity }))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|there| there == self.identity) {
+            if let Err(error) = fs::remove_file(&self.path) {
+                debug!("cannot remove {}: {error}", self.path.display());
+            }
+        }
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<()> {
+    let shown = path.display();
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("cannot look at {shown}")),
+        Ok(there) if !there.file_type().is_socket() => {
+            bail!("{shown} is there and is no socket: remove it, or choose another path")
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            info!("replacing the socket {shown}, which a process that is gone has left behind");
+            fs::remove_file(path).with_context(|| format!("cannot replace {shown}"))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        _ => bail!("{shown} is in use by another process: stop that, or choose another path"),
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let there = fs::symlink_metadata(path)?;
+    Ok((there.dev(), there.ino()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("pepsal-{}-{name}", std::process::id()));
+        let _ = fs::remove_file(&path);
+        path
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_an_occupied_one_is_not() {
+        let path = scratch("stale");
+        drop(UnixListener::bind(&path).unwrap());
+        let (_listener, file) = SocketFile::bind(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, MODE);
+        let error = SocketFile::bind(&path).unwrap_err().to_string();
+        assert!(error.contains("in use by another process"), "{error}");
+        drop(file);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_successors_socket_is_left_alone() {
+        let path = scratch("successor");
+        let (_listener, file) = SocketFile::bind(&path).unwrap();
+        fs::rename(&path, scratch("moved")).unwrap();
+        let (_successor, successors) = SocketFile::bind(&path).unwrap();
+        drop(file);
+        assert!(path.exists());
+        drop(successors);
+        fs::remove_file(std::env::temp_dir().join(format!("pepsal-{}-moved", std::process::id()))).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_socket_is_not_removed() {
+        let path = scratch("file");
+        fs::write(&path, "precious").unwrap();
+        let error = SocketFile::bind(&path).unwrap_err().to_string();
+        assert!(error.contains("is no socket"), "{error}");
+        assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
+        fs::remove_file(&path).unwrap();
+    }
+}
