@@ -26,6 +26,9 @@ pub struct SelectionMaps {
     former: Option<Rules>,
 }
 
+/// Prefixes that are written or removed between two signs of life.
+const BATCH: usize = 1000;
+
 /// What is in the maps of one generation.
 struct Rules {
     generation: u32,
@@ -51,13 +54,13 @@ impl SelectionMaps {
         })
     }
 
-    /// Lets these rules hold from now on.
+    /// Lets these rules hold from now on. Long lists take their time: `alive` is called again and again meanwhile.
     ///
     /// # Errors
     /// When the kernel has no room for them; those that held before still do then.
-    pub fn install(&mut self, selection: &Selection) -> Result<()> {
+    pub fn install(&mut self, selection: &Selection, mut alive: impl FnMut()) -> Result<()> {
         if let Some(former) = self.former.take() {
-            self.remove(&former);
+            self.remove(&former, &mut alive);
         }
         let (generation, first_set) = self.holding.as_ref().map_or((0, 0), |rules| {
             let (first, sets) = rules.port_sets;
@@ -70,22 +73,23 @@ impl SelectionMaps {
             port_sets: (first_set, 0),
         };
         let written = self
-            .write(selection, &mut rules)
+            .write(selection, &mut rules, &mut alive)
             .and_then(|()| self.generation.set(0, generation, 0).map_err(Into::into));
         match written {
             Ok(()) => self.former = self.holding.replace(rules),
-            Err(_) => self.remove(&rules),
+            Err(_) => self.remove(&rules, &mut alive),
         }
         written
     }
 
-    fn write(&mut self, selection: &Selection, rules: &mut Rules) -> Result<()> {
+    fn write(&mut self, selection: &Selection, rules: &mut Rules, alive: &mut impl FnMut()) -> Result<()> {
         let first_set = rules.port_sets.0;
         for set in &selection.port_sets {
             let number = first_set.wrapping_add(rules.port_sets.1);
             insert_patiently(|| self.port_sets.insert(number, PortSetPod(**set), 0))
                 .context("too many different sets of ports for the kernel")?;
             rules.port_sets.1 += 1;
+            alive();
         }
         for (trie, prefixes, written) in [
             (
@@ -101,18 +105,24 @@ impl SelectionMaps {
                 insert_patiently(|| trie.insert(&key, first_set.wrapping_add(*set), 0))
                     .context("too many prefixes for the kernel")?;
                 written.push(key);
+                if written.len() % BATCH == 0 {
+                    alive();
+                }
             }
         }
         Ok(())
     }
 
-    fn remove(&mut self, rules: &Rules) {
+    fn remove(&mut self, rules: &Rules, alive: &mut impl FnMut()) {
         // What could not be removed is of a generation that does not hold.
-        for key in &rules.destinations {
-            let _ = self.destinations.remove(key);
-        }
-        for key in &rules.sources {
-            let _ = self.sources.remove(key);
+        for (trie, written) in [
+            (&mut self.destinations, &rules.destinations),
+            (&mut self.sources, &rules.sources),
+        ] {
+            for keys in written.chunks(BATCH) {
+                keys.iter().for_each(|key| drop(trie.remove(key)));
+                alive();
+            }
         }
         let (first, sets) = rules.port_sets;
         for number in 0..sets {

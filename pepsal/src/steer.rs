@@ -114,7 +114,7 @@ impl Steering {
         lookup.load().map_err(|error| refused(LISTENER, error))?;
         // From here on the programs hold the maps, which are taken out of the object one by one.
         let mut selection = SelectionMaps::take(&mut ebpf)?;
-        selection.install(config.selection)?;
+        selection.install(config.selection, || ())?;
         if config.log_syns {
             forward_log(&mut ebpf)?;
         }
@@ -176,7 +176,10 @@ impl Steering {
     /// # Errors
     /// When the kernel has no room for them; those that held before still do then.
     pub fn select(&mut self, selection: &Selection) -> Result<()> {
-        self.selection.install(selection)
+        let heartbeat = &mut self.heartbeat;
+        // A beat that fails now is tried again, and told, with the next round.
+        let beat = || drop(heartbeat.set(0, monotonic_ns(), 0));
+        self.selection.install(selection, beat)
     }
 
     /// Lets new connections pass from now on. Those that are being set up are still accepted.

@@ -110,7 +110,7 @@ mod tests {
     use crate::cli::Cli;
 
     /// What only makes sense on the command line.
-    const COMMAND_LINE_ONLY: [&str; 7] = [
+    const COMMAND_LINE_ONLY: [&str; 8] = [
         "command",
         "config",
         "explain",
@@ -118,6 +118,7 @@ mod tests {
         "version",
         "help",
         "sniff_interface",
+        "takeover",
     ];
 
     #[test]

@@ -66,13 +66,10 @@ impl Configuration {
             .clone()
             .try_get_matches_from(&arguments)
             .expect("parsed before");
-        let file = typed
-            .get_one::<PathBuf>("config")
-            .map(|file| directory.join(file));
+        let file = typed.get_one::<PathBuf>("config").cloned();
         let mut merged = arguments.clone();
         if let Some(file) = &file {
-            let content = fs::read_to_string(file)
-                .map_err(|error| vec![Problem::of_file(file, &format!("cannot be read: {error}"))])?;
+            let content = read_text(&directory, file)?;
             let given = file::read(file, &content)?;
             let is_typed = |option: &str| typed.value_source(option) == Some(ValueSource::CommandLine);
             let typed: Vec<&str> = command
@@ -108,7 +105,7 @@ impl Configuration {
             (&steering.bypass_from, &mut steering.bypass),
         ] {
             for list in lists {
-                rules.extend(read_rules(&directory.join(list))?);
+                rules.extend(read_rules(&directory, list)?);
             }
         }
         Ok(Self {
@@ -221,10 +218,14 @@ impl fmt::Display for Change {
     }
 }
 
+fn read_text(directory: &Path, file: &Path) -> Result<String, Vec<Problem>> {
+    fs::read_to_string(directory.join(file))
+        .map_err(|error| vec![Problem::of_file(file, &format!("cannot be read: {error}"))])
+}
+
 /// Reads a list of rules: one a line; what follows a `#` is a comment.
-fn read_rules(list: &Path) -> Result<Vec<Rule>, Vec<Problem>> {
-    let content = fs::read_to_string(list)
-        .map_err(|error| vec![Problem::of_file(list, &format!("cannot be read: {error}"))])?;
+fn read_rules(directory: &Path, list: &Path) -> Result<Vec<Rule>, Vec<Problem>> {
+    let content = read_text(directory, list)?;
     let text = Text::new(list, &content);
     let (mut rules, mut problems, mut at) = (Vec::new(), Vec::new(), 0);
     for line in content.split_inclusive('\n') {
@@ -310,11 +311,7 @@ mod tests {
 
         fn problems(&self, arguments: &[&str]) -> Vec<String> {
             let problems = self.load(arguments).expect_err("the file is wrong");
-            let prefix = format!("{}/", self.0.display());
-            problems
-                .iter()
-                .map(|problem| problem.to_string().replace(&prefix, ""))
-                .collect()
+            problems.iter().map(Problem::to_string).collect()
         }
     }
 
