@@ -38,11 +38,16 @@ fn bytes_and_ends_are_counted_as_they_were() -> Result<()> {
         |scrape: &Scrape, reason: &str| scrape.of("pepsal_flows_closed_total", &[("reason", reason)]);
     bed.eventually_scraped(|scrape| closed(scrape, "finished") == 4.0)?;
     let refused = (Family::V4.server(), 9).into();
-    assert!(send_and_read(&Connector::default().connect(&bed.topology.client, refused)?).is_err());
-    let flow = bed.flow(Family::V4)?;
-    reset(flow.client)?;
-    let flow = bed.flow(Family::V6)?;
-    reset(flow.server.stream)?;
+    let attempt = Connector::default().connect(&bed.topology.client, refused);
+    assert!(attempt.and_then(|stream| send_and_read(&stream)).is_err());
+    let used_flow = |family| -> Result<Flow> {
+        let flow = bed.flow(family)?;
+        (&flow.server.stream).write_all(b"hello")?;
+        (&flow.client).read_exact(&mut [0; 5])?;
+        Ok(flow)
+    };
+    reset(used_flow(Family::V4)?.client)?;
+    reset(used_flow(Family::V6)?.server.stream)?;
     bed.eventually_scraped(|scrape| {
         ["refused", "client_reset", "server_reset"]
             .iter()
@@ -195,7 +200,7 @@ fn occupied_places_are_refused_in_one_line() -> Result<()> {
     assert!(
         asked
             .log
-            .ends_with("pepsal: metrics: 127.0.0.1:9300 is in use: choose another with --metrics-listen\n"),
+            .ends_with("pepsal: metrics: cannot listen at 127.0.0.1:9300: it is in use: choose another with --metrics-listen\n"),
         "{}",
         asked.log
     );
@@ -360,7 +365,8 @@ fn rates_are_measured_over_the_interval() -> Result<()> {
         eventually(PATIENCE, || {
             let flows = bed.flows(&["--interval", "500ms"]).unwrap_or_default();
             let rate = flows["list"][0]["bytes_per_second"]["up"].as_f64().unwrap_or(0.0);
-            (1.2e6..2.4e6).contains(&rate)
+            let limited = &flows["list"][0]["limited"]["up"];
+            (1.2e6..2.4e6).contains(&rate) && *limited == json!({"leg": "server", "by": "share"})
         });
         ensure!(bed.pepsal(&["close", "10.1.0.2"])?.status.success());
         Ok(())
@@ -534,6 +540,40 @@ fn top_draws_what_is_there() -> Result<()> {
     ] {
         assert!(shown.contains(part), "no {part}:\n{shown}");
     }
+    Ok(())
+}
+
+#[test]
+fn top_gives_the_terminal_back() -> Result<()> {
+    let bed = Bed::start(&[])?;
+    let top = format!(
+        "{} top --interval 100ms --admin-socket {}",
+        binary().display(),
+        bed.daemon.admin_socket().display()
+    );
+    // `script` gives it a terminal.
+    let mut script = Command::new("script")
+        .args(["-qec", &top, "/dev/null"])
+        .env("TERM", "xterm")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut keys = script.stdin.take().context("a pipe")?;
+    let mut output = script.stdout.take().context("a pipe")?;
+    let reader = thread::spawn(move || {
+        let mut shown = Vec::new();
+        output.read_to_end(&mut shown).map(|_| shown)
+    });
+    // Any of these keys ends it once it reads them.
+    eventually(PATIENCE, || {
+        let _ = keys.write_all(b"q");
+        script.try_wait().is_ok_and(|ended| ended.is_some())
+    });
+    assert!(script.wait()?.success());
+    let shown = reader.join().expect("no panic")?;
+    let shown = String::from_utf8_lossy(&shown);
+    let (entered, left) = (shown.find("\x1b[?1049h"), shown.rfind("\x1b[?1049l"));
+    assert!(entered.is_some() && left > entered, "{shown:?}");
     Ok(())
 }
 

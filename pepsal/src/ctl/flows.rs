@@ -171,6 +171,7 @@ pub fn limited(limit: Option<Limit>) -> String {
         LimitedBy::Sender => "sender",
         LimitedBy::Receiver => "receiver",
         LimitedBy::SendBuffer => "send buffer",
+        LimitedBy::Share => "share",
         LimitedBy::Path => "path",
     };
     format!("{leg}: {by}")

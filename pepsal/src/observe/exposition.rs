@@ -154,9 +154,10 @@ impl InterfaceFigures {
         if leg.info.tcpi_rtt > 0 {
             self.round_trips.push(f64::from(leg.info.tcpi_rtt) / 1e6);
         }
-        // What an idle leg delivered last is no rate of now.
+        // What an idle leg delivered last is no rate of now. The kernel measures within a round trip, where a burst is
+        // faster than its leg's share.
         if leg.info.tcpi_unacked > 0 {
-            self.delivery_rate += leg.info.tcpi_delivery_rate;
+            self.delivery_rate += leg.info.tcpi_delivery_rate.min(leg.info.tcpi_max_pacing_rate);
         }
     }
 

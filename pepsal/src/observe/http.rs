@@ -4,7 +4,7 @@
 
 use std::{convert::Infallible, io, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use http_body_util::Full;
 use hyper::{
     Method, Request, Response, StatusCode,
@@ -69,7 +69,7 @@ impl FromStr for Place {
 pub fn bind(place: Option<&str>) -> Result<Option<(Listener, Option<SocketFile>)>> {
     let wanted = place.unwrap_or(DEFAULT_PLACE);
     match Place::from_str(wanted) {
-        Err(error) => anyhow::bail!("metrics: {error}"),
+        Err(error) => bail!("metrics: {error}"),
         Ok(Place::None) => Ok(None),
         Ok(Place::Unix(path)) => {
             let (listener, file) = Listener::at(path).context("metrics")?;
@@ -77,14 +77,17 @@ pub fn bind(place: Option<&str>) -> Result<Option<(Listener, Option<SocketFile>)
         }
         Ok(Place::Tcp(address)) => match listen(address) {
             Ok(listener) => Ok(Some((Listener::Tcp(listener), None))),
-            Err(error) if place.is_none() => {
-                warn!("no metrics are served, as {address} cannot be listened at: {error}");
+            Err(error) => {
+                let why = match error.raw_os_error() {
+                    Some(libc::EADDRINUSE) => "it is in use".to_owned(),
+                    _ => error.to_string(),
+                };
+                if place.is_some() {
+                    bail!("metrics: cannot listen at {address}: {why}: choose another with --metrics-listen");
+                }
+                warn!("no metrics are served at {address}: {why}: choose another with --metrics-listen");
                 Ok(None)
             }
-            Err(error) if error.raw_os_error() == Some(libc::EADDRINUSE) => {
-                anyhow::bail!("metrics: {address} is in use: choose another with --metrics-listen")
-            }
-            Err(error) => Err(error).with_context(|| format!("metrics: cannot listen at {address}")),
         },
     }
 }

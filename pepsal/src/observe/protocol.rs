@@ -270,7 +270,9 @@ pub enum LimitedBy {
     Receiver,
     /// This host's send buffer.
     SendBuffer,
-    /// The path to its other end: the congestion window, or the leg's share of the link.
+    /// Its share of its link's rate, which it uses.
+    Share,
+    /// The path to its other end: the congestion window.
     Path,
 }
 

@@ -241,6 +241,8 @@ fn limited_by(info: &tcp_info) -> LimitedBy {
     match info {
         _ if window_is_full || most(info.tcpi_rwnd_limited) => LimitedBy::Receiver,
         _ if most(info.tcpi_sndbuf_limited) => LimitedBy::SendBuffer,
+        // Without a share it is the highest number.
+        _ if info.tcpi_delivery_rate >= info.tcpi_max_pacing_rate / 5 * 4 => LimitedBy::Share,
         _ => LimitedBy::Path,
     }
 }

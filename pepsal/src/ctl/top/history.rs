@@ -7,7 +7,7 @@ use crate::observe::protocol::Flows;
 /// Pictures that are remembered of the whole.
 const LONG: usize = 512;
 /// Pictures that are remembered of each flow.
-const SHORT: usize = 16;
+const SHORT: usize = 8;
 
 /// Bytes per second, picture by picture, the newest last.
 #[derive(Debug, Default)]

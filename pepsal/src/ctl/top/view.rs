@@ -111,18 +111,17 @@ fn share(frame: &mut Frame<'_>, area: Rect, link: &LinkStatus) {
 
 fn table<'a>(app: &App, flows: &'a [FlowStatus]) -> Table<'a> {
     let columns = [
-        ("ID", Constraint::Length(6), None),
-        ("CLIENT", Constraint::Fill(3), None),
-        ("SERVER", Constraint::Fill(3), None),
-        ("STATE", Constraint::Length(7), None),
-        ("AGE", Constraint::Length(8), Some(Sort::Age)),
-        ("BYTES", Constraint::Length(10), Some(Sort::Bytes)),
+        ("ID", Constraint::Length(5), None),
+        ("CLIENT", Constraint::Fill(1), None),
+        ("SERVER", Constraint::Fill(1), None),
+        ("AGE", Constraint::Length(7), Some(Sort::Age)),
+        ("BYTES", Constraint::Length(9), Some(Sort::Bytes)),
         ("UP", Constraint::Length(11), Some(Sort::Rate)),
         ("DOWN", Constraint::Length(11), Some(Sort::Rate)),
-        ("RTT", Constraint::Length(15), Some(Sort::Rtt)),
+        ("RTT", Constraint::Length(13), Some(Sort::Rtt)),
         ("RETRANS", Constraint::Length(8), Some(Sort::Retransmits)),
-        ("LIMITED BY", Constraint::Length(18), None),
-        ("", Constraint::Length(16), None),
+        ("LIMITED BY", Constraint::Length(16), None),
+        ("", Constraint::Length(8), None),
     ];
     let heading = |(name, _, sort): &(&'static str, _, Option<Sort>)| match *sort == Some(app.sort) {
         true => Line::from(format!("{name}▼")),
@@ -143,22 +142,21 @@ fn row<'a>(app: &App, flow: &'a FlowStatus) -> Row<'a> {
         true => flow.limited.up.or(flow.limited.down),
         false => flow.limited.down.or(flow.limited.up),
     };
-    let state = match flow.state {
-        FlowState::Pending => "pending",
-        FlowState::Open => "open",
+    let limit = match flow.state {
+        FlowState::Pending => "pending".to_owned(),
+        FlowState::Open => limited(busier),
     };
     Row::new([
         flow.id.to_string(),
         flow.client.to_string(),
         flow.server.to_string(),
-        state.to_owned(),
         text::age(flow.age_seconds),
         text::bytes(flow.bytes.up + flow.bytes.down),
         text::rate(flow.bytes_per_second.up),
         text::rate(flow.bytes_per_second.down),
         of_legs(&|leg| text::round_trip(leg.rtt_seconds)),
         of_legs(&|leg| leg.retransmitted_segments.to_string()),
-        limited(busier),
+        limit,
         app.history.bars(flow.id),
     ])
 }
