@@ -13,9 +13,9 @@
 //! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
-//! Around them: [`cli`] says what is wanted, [`preflight`] whether it can be had, [`instance`] that nobody else has it,
-//! [`cgroup`] is the daemon's own,
-//! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
+//! Around them: [`cli`] says what is wanted, [`cgroup`] is the daemon's own, [`privileges`] gives up what is not needed,
+//! [`preflight`] says whether it all can be had, [`instance`] that nobody else has it, [`keeper`] looks after what needs
+//! looking after, [`notify`] tells the service manager, and [`run`] holds it all.
 
 pub mod btf;
 pub mod budget;
@@ -29,8 +29,10 @@ pub mod leg;
 pub mod link;
 pub mod listener;
 pub mod metrics;
+pub mod notify;
 pub mod paths;
 pub mod preflight;
+pub mod privileges;
 pub mod rate_control;
 pub mod relay;
 pub mod route;
@@ -54,6 +56,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
+    cgroup::OwnCgroup,
     cli::Options,
     conduit::ConduitPool,
     flow::{CloseReason, Collector, Shared},
@@ -70,16 +73,18 @@ use crate::{
     table::FlowTable,
 };
 
-/// Runs the proxy until it is told to stop. `ready` is called once connections are intercepted.
+/// Runs the proxy until it is told to stop. `cgroup` is the control group of this process, for initial windows, or why
+/// there is none. `ready` is called once connections are intercepted.
 ///
 /// # Errors
 /// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
-pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
+pub async fn run(options: Options, cgroup: Result<OwnCgroup>, ready: impl FnOnce()) -> Result<()> {
     let (mut stop, mut stop_too) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let mut proxy = Proxy::start(&options).await?;
+    let mut proxy = Proxy::start(&options, cgroup).await?;
     let names = options.interfaces.join(",");
     info!(interfaces = names, port = options.port, limit = proxy.limit, mark = %options.steering.mark, "ready");
     ready();
+    proxy.keeper.service_manager.ready();
 
     proxy.serve(stopped(&mut stop, &mut stop_too)).await;
 
@@ -87,6 +92,7 @@ pub async fn run(options: Options, ready: impl FnOnce()) -> Result<()> {
         flows = proxy.shared.table.count(),
         "stopping: new connections pass through"
     );
+    proxy.keeper.service_manager.stopping(options.drain_timeout);
     tokio::select! {
         () = proxy.drain(options.drain_timeout) => {}
         () = stopped(&mut stop, &mut stop_too) => info!("stopping at once"),
@@ -123,7 +129,7 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn start(options: &Options) -> Result<Self> {
+    async fn start(options: &Options, cgroup: Result<OwnCgroup>) -> Result<Self> {
         preflight::check()?;
         if options.sniff_interface.is_some() {
             warn!(
@@ -158,8 +164,7 @@ impl Proxy {
         };
         let mut steering = Steering::load(&config)?;
         steering.beat()?;
-        // Before any socket is opened: a socket belongs to the group that its process was in.
-        if let Err(error) = steering.enable_initial_windows() {
+        if let Err(error) = cgroup.and_then(|cgroup| steering.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
         let listeners = Listeners::bind(options.port.get(), &options.tcp, &legs, &links)?;

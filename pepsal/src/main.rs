@@ -13,7 +13,7 @@ use nix::{
     fcntl::OFlag,
     unistd::{ForkResult, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
 };
-use pepsal::cli::Options;
+use pepsal::{cgroup::OwnCgroup, cli::Options, privileges};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -43,6 +43,9 @@ fn start(options: Options) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
+    // Where cgroup v2 is hidden, it has to be mounted; and sockets belong to the group that their process was in.
+    let cgroup = OwnCgroup::enter();
+    privileges::drop(options.user.as_deref())?;
     let threads = options.threads.map_or_else(
         || thread::available_parallelism().map_or(1, usize::from),
         usize::from,
@@ -53,7 +56,7 @@ fn start(options: Options) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let ran = runtime.block_on(pepsal::run(options, || {
+    let ran = runtime.block_on(pepsal::run(options, cgroup, || {
         if let Some(told) = background {
             detach(told);
         }
