@@ -24,7 +24,8 @@ use core::{
 use aya_ebpf::{
     EbpfContext,
     bindings::{
-        __sk_buff, BPF_F_CURRENT_NETNS, BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup, bpf_sock_tuple, bpf_sockopt,
+        __sk_buff, BPF_F_CURRENT_NETNS, BPF_SK_LOOKUP_F_NO_REUSEPORT, BPF_SK_LOOKUP_F_REPLACE, bpf_sk_lookup,
+        bpf_sock_tuple, bpf_sockopt,
     },
     helpers::generated::{
         bpf_fib_lookup, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_setsockopt, bpf_sk_release,
@@ -434,6 +435,10 @@ fn leg_state(skb: *mut __sk_buff, segment: &Segment) -> Option<u32> {
     }
 }
 
+/// This very listener, not that of another instance with the same port; and whatever a program before this one chose: when
+/// two instances know a flow, the earlier one is about to go.
+const ASSIGN_FLAGS: u64 = (BPF_SK_LOOKUP_F_REPLACE | BPF_SK_LOOKUP_F_NO_REUSEPORT) as u64;
+
 /// Gives the listener a connection that `pepsal_steer` recorded. All others are none of its business, so that local services
 /// keep working.
 #[inline(always)]
@@ -442,12 +447,10 @@ fn assign(ctx: &SkLookupContext) -> Option<Counter> {
     // SAFETY: a newer SYN may overwrite the record meanwhile; either interface is right then.
     let ingress_ifindex = unsafe { FLOWS.get(flow) }?.ingress_ifindex;
     let index = listener(family, ingress_ifindex);
-    Some(
-        match LISTENERS.redirect_sk_lookup(ctx, index, u64::from(BPF_SK_LOOKUP_F_REPLACE)) {
-            Ok(()) => Counter::Assigned,
-            Err(_) => Counter::AssignFailed,
-        },
-    )
+    Some(match LISTENERS.redirect_sk_lookup(ctx, index, ASSIGN_FLAGS) {
+        Ok(()) => Counter::Assigned,
+        Err(_) => Counter::AssignFailed,
+    })
 }
 
 /// The fields are read one by one, volatile and whatever the family is: loads that the compiler merges across branches

@@ -36,6 +36,11 @@ pub struct Options {
     #[arg(short = 'd', long)]
     pub daemon: bool,
 
+    /// Take over from the instance that has this routing table, without a gap: it leaves new connections to this one and
+    /// ends when its own have. Mark and table have to be the same; where no instance runs, this is an ordinary start
+    #[arg(long)]
+    pub takeover: bool,
+
     /// Log more: debug, then trace (-vv); RUST_LOG overrides
     #[arg(short = 'v', long, action = clap::ArgAction::Count)]
     pub verbose: u8,

@@ -71,8 +71,8 @@ impl ShortPath {
     }
 }
 
-/// Round trips below which a path is short: a local or a regional network.
-const SHORT_PATH: Duration = Duration::from_millis(10);
+/// Round trips below which a path is short: a local or a regional network, and no satellite.
+const SHORT_PATH: Duration = Duration::from_millis(25);
 
 impl LegConfig {
     /// What the command line asks for.

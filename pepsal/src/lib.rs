@@ -42,7 +42,7 @@ pub mod steer;
 pub mod table;
 pub mod units;
 
-use std::{io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
+use std::{future::pending, io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{Result, bail};
 use futures_util::future::join_all;
@@ -60,11 +60,11 @@ use crate::{
     cli::Options,
     conduit::ConduitPool,
     flow::{CloseReason, Collector, Shared},
-    instance::Instance,
+    instance::{Instance, Predecessor, Successor},
     keeper::Keeper,
     leg::LegConfig,
     link::{LinkProfile, Links},
-    listener::{Listeners, Pair},
+    listener::{Binder, Listeners, Pair},
     metrics::{Event, Metrics},
     rate_control::RateControl,
     route::{Changes, Interfaces, Routes},
@@ -86,8 +86,19 @@ pub async fn run(options: Options, cgroup: Result<OwnCgroup>, ready: impl FnOnce
     ready();
     proxy.keeper.service_manager.ready();
 
-    proxy.serve(stopped(&mut stop, &mut stop_too)).await;
-
+    if let Some(successor) = proxy.serve(stopped(&mut stop, &mut stop_too)).await {
+        let process = successor.process();
+        proxy.hand_over(successor).await;
+        info!(
+            process,
+            flows = proxy.shared.table.count(),
+            "relieved: new connections are another's"
+        );
+        tokio::select! {
+            () = proxy.finish(HANDSHAKES_LEFT) => {}
+            () = stopped(&mut stop, &mut stop_too) => {}
+        }
+    }
     info!(
         flows = proxy.shared.table.count(),
         "stopping: new connections pass through"
@@ -103,6 +114,8 @@ pub async fn run(options: Options, cgroup: Result<OwnCgroup>, ready: impl FnOnce
 
 /// How long a stop waits for handshakes that are under way.
 const HANDSHAKES: Duration = Duration::from_secs(2);
+/// The same when nobody waits for the stop: long enough for answers that had to be repeated.
+const HANDSHAKES_LEFT: Duration = Duration::from_secs(10);
 
 async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
     tokio::select! {
@@ -116,7 +129,8 @@ async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
 struct Proxy {
     steering: Steering,
     routes: Routes,
-    _instance: Instance,
+    /// None once another has taken over.
+    instance: Option<Arc<Instance>>,
     _rate_control: Option<RateControl>,
     listeners: Arc<Listeners>,
     intercepted: Vec<String>,
@@ -139,7 +153,14 @@ impl Proxy {
         let interfaces = route::interfaces().await?;
         check_interfaces(&options.interfaces, &interfaces)?;
         let table = options.steering.table;
-        let instance = Instance::claim(&options.interfaces, table)?;
+        let predecessor = match options.takeover {
+            true => Predecessor::find(&options.interfaces, table)?,
+            false => None,
+        };
+        let instance = match predecessor {
+            Some(_) => None,
+            None => Some(Instance::claim(&options.interfaces, table)?),
+        };
         let legs = LegConfig::new(options);
         for algorithm in legs.congestion() {
             if RateControl::is_named(algorithm) {
@@ -161,15 +182,24 @@ impl Proxy {
             limit,
             selection: &selection,
             log_syns: options.steering.log_syns,
+            beside_another: predecessor.is_some(),
         };
         let mut steering = Steering::load(&config)?;
         steering.beat()?;
         if let Err(error) = cgroup.and_then(|cgroup| steering.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
-        let listeners = Listeners::bind(options.port.get(), &options.tcp, &legs, &links)?;
+        let binder = Binder {
+            tcp: &options.tcp,
+            legs: &legs,
+            beside_another: predecessor.is_some(),
+        };
+        let listeners = Listeners::bind(options.port.get(), &links, &binder)?;
         let changes = Changes::subscribe()?;
-        let routes = Routes::new(mark, table).await?;
+        let mut routes = match predecessor {
+            Some(_) => Routes::beside(mark, table),
+            None => Routes::new(mark, table).await?,
+        };
         routes.reconcile(&interfaces).await?;
         steering.open(&listeners)?;
         let intercepted = options.interfaces.clone();
@@ -178,6 +208,20 @@ impl Proxy {
             |name| intercepted.iter().any(|wanted| wanted == name),
             &links,
         )?;
+        let instance = match (instance, predecessor) {
+            (None, Some(predecessor)) => {
+                let process = predecessor.process;
+                let relieved = predecessor.relieve(&options.interfaces, table).await;
+                // They stay the other's if it has not let go.
+                let instance = relieved.inspect_err(|_| routes.hand_over())?;
+                info!(
+                    process,
+                    "taken over: the process before goes on with its open flows"
+                );
+                Some(instance)
+            }
+            (instance, _) => instance,
+        };
 
         let shared = Shared {
             legs,
@@ -198,7 +242,7 @@ impl Proxy {
         Ok(Self {
             steering,
             routes,
-            _instance: instance,
+            instance: instance.map(Arc::new),
             _rate_control: rate_control,
             listeners: Arc::new(listeners),
             intercepted,
@@ -211,8 +255,8 @@ impl Proxy {
         })
     }
 
-    /// Accepts and looks after things until `stop`.
-    async fn serve(&mut self, stop: impl Future<Output = ()>) {
+    /// Accepts and looks after things until `stop`, or until another instance wants to take over.
+    async fn serve(&mut self, stop: impl Future<Output = ()>) -> Option<Successor> {
         tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept(
             self.listeners.clone(),
             self.shared.clone(),
@@ -223,11 +267,13 @@ impl Proxy {
             tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
         }
         let mut stop = pin!(stop);
+        let mut successor = pin!(asked(self.instance.clone()));
         let mut rounds = interval(keeper::ROUND);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                () = &mut stop => return,
+                () = &mut stop => return None,
+                successor = &mut successor => return Some(successor),
                 _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared),
                 () = self.changes.next() => self.adapt().await,
             }
@@ -266,21 +312,33 @@ impl Proxy {
         }
     }
 
-    /// Lets open flows come to their end, and ends at `deadline` those that have not.
+    /// Leaves everything but the open flows to another instance.
+    async fn hand_over(&mut self, successor: Successor) {
+        if let Err(error) = self.steering.retire() {
+            warn!("{error:#}");
+            self.steering.close();
+        }
+        self.routes.hand_over();
+        self.instance = None;
+        successor.tell().await;
+    }
+
+    /// Lets open flows come to their end, those too whose handshake is completed within `handshakes`.
+    async fn finish(&self, handshakes: Duration) {
+        self.flows.close();
+        let _ = timeout(handshakes, async {
+            while self.shared.table.pending() > 0 {
+                sleep(Duration::from_millis(10)).await;
+            }
+        })
+        .await;
+        self.flows.wait().await;
+    }
+
+    /// Has new connections pass, lets open flows come to their end, and ends at `deadline` those that have not.
     async fn drain(&mut self, deadline: Duration) {
         self.steering.close();
-        self.flows.close();
-        let drained = async {
-            // Handshakes that were under way when new connections began to pass are still accepted.
-            let _ = timeout(HANDSHAKES, async {
-                while self.shared.table.pending() > 0 {
-                    sleep(Duration::from_millis(10)).await;
-                }
-            })
-            .await;
-            self.flows.wait().await;
-        };
-        if timeout(deadline, drained).await.is_err() {
+        if timeout(deadline, self.finish(HANDSHAKES)).await.is_err() {
             info!(
                 flows = self.shared.table.count(),
                 "resetting the flows that are still open"
@@ -315,6 +373,14 @@ impl Proxy {
             .map(|reason| (reason.to_string().replace(' ', "_"), metrics.closed(*reason)));
         info!(up, down, "flows: {}", counts(events.chain(closed).collect()));
         info!("packets: {}", counts(kernel.collect()));
+    }
+}
+
+/// Never, once the claims are given up.
+async fn asked(instance: Option<Arc<Instance>>) -> Successor {
+    match instance {
+        Some(instance) => instance.successor().await,
+        None => pending().await,
     }
 }
 

@@ -33,9 +33,12 @@ const FAMILIES: [IpVersion; 2] = [IpVersion::V4, IpVersion::V6];
 /// The interfaces that packets of flows can arrive on, by index.
 pub type Interfaces = BTreeMap<u32, String>;
 
-/// What is added to the routing policy; it is taken away again when this is dropped.
+/// What is added to the routing policy; it is taken away again when this is dropped, unless it is another's by then.
 #[derive(Debug)]
-pub struct Routes(Policy);
+pub struct Routes {
+    policy: Policy,
+    handed_over: bool,
+}
 
 #[derive(Debug, Clone, Copy)]
 struct Policy {
@@ -66,7 +69,20 @@ impl Routes {
                 Policy { mark, table }.remove_route(&handle, &family).await?;
             }
         }
-        Ok(Self(Policy { mark, table }))
+        Ok(Self::beside(mark, table))
+    }
+
+    /// Removes nothing: what is there belongs to an instance that this one follows, and has to stay.
+    pub fn beside(mark: Mark, table: u32) -> Self {
+        Self {
+            policy: Policy { mark, table },
+            handed_over: false,
+        }
+    }
+
+    /// Leaves everything to the instance that follows.
+    pub fn hand_over(&mut self) {
+        self.handed_over = true;
     }
 
     /// Adds what is missing: a rule for each of the interfaces and the local routes. Returns how many it had to add.
@@ -74,7 +90,7 @@ impl Routes {
     /// # Errors
     /// When the kernel refuses. A family that it does not have is left out.
     pub async fn reconcile(&self, interfaces: &Interfaces) -> Result<usize> {
-        self.0.reconcile(interfaces).await
+        self.policy.reconcile(interfaces).await
     }
 }
 
@@ -185,7 +201,10 @@ impl Policy {
 impl Drop for Routes {
     /// On a thread and a runtime of its own: the one that drops this may be on its way out.
     fn drop(&mut self) {
-        let policy = self.0;
+        if self.handed_over {
+            return;
+        }
+        let policy = self.policy;
         let removed = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()

@@ -54,6 +54,8 @@ pub struct Config<'a> {
     pub selection: &'a Selection,
     /// Whether every intercepted SYN is logged.
     pub log_syns: bool,
+    /// Whether another instance's programs are attached and have to stay.
+    pub beside_another: bool,
 }
 
 /// The loaded programs. They are detached when this is dropped, and by the kernel when the process is gone.
@@ -68,6 +70,7 @@ pub struct Steering {
     lookup: Option<SkLookupLink>,
     windows: Option<(CgroupSockoptLink, OwnCgroup)>,
     tcx_refused: bool,
+    beside_another: bool,
 }
 
 struct Attachment {
@@ -124,6 +127,7 @@ impl Steering {
             lookup: None,
             windows: None,
             tcx_refused: false,
+            beside_another: config.beside_another,
         })
     }
 
@@ -159,6 +163,15 @@ impl Steering {
             // An empty slot is what is wanted.
             let _ = self.listeners.clear_index(&slot);
         }
+    }
+
+    /// Leaves new connections to another instance from now on, and still takes those that are being set up.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn retire(&mut self) -> Result<()> {
+        // Programs take no new connection for a daemon that shows no sign of life.
+        self.heartbeat.set(0, 0, 0).context("cannot write the heartbeat")
     }
 
     /// Lets the daemon set the initial windows of the sockets that it has opened since it is in `cgroup`.
@@ -231,7 +244,9 @@ impl Steering {
     }
 
     fn attach_one(&mut self, interface: &str, name: &str) -> Result<SchedClassifierLink> {
-        purge(interface);
+        if !self.beside_another {
+            purge(interface);
+        }
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
         let link = match program.attach_with_options(interface, TcAttachType::Ingress, options) {

@@ -1,0 +1,128 @@
+//! How one daemon follows another while traffic goes on.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use pepsal_tests::{
+    Cancel, Connector, Daemon, Direction, Family, Footprint, Server, Session, Topology, Transfer,
+};
+
+/// Arguments that make a daemon work in both directions.
+const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
+const TAKEOVER: [&str; 5] = ["-i", "lan0", "-i", "sat0", "--takeover"];
+
+/// How often a daemon is followed by the next.
+const UPGRADES: usize = 10;
+
+/// Connects, transfers and closes, again and again.
+fn load(topology: &Topology, server: SocketAddr, seed: u64, stop: &AtomicBool) -> Result<u64> {
+    let mut flows = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let number = seed + flows;
+        let direction = [Direction::Upload, Direction::Download][number as usize % 2];
+        let transfer = Transfer::new(direction, 1 << (10 + number % 11)).seed(number);
+        let outcome = transfer
+            .run(&topology.client, server)
+            .with_context(|| format!("flow {flows} of seed {seed}"))?;
+        ensure!(outcome.intact, "flow {flows} of seed {seed} is damaged");
+        ensure!(outcome.syn.ttl() == 64, "flow {flows} of seed {seed} passed by");
+        flows += 1;
+    }
+    Ok(flows)
+}
+
+#[test]
+fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()> {
+    let topology = Topology::new()?;
+    let before = Footprint::of(&topology.gateway)?;
+    let server = Server::start(&topology.server)?;
+    let mut daemons = vec![Daemon::start(&topology.gateway, &BOTH)?];
+    // Opened through the first daemon, and used until the end.
+    let lasting: Vec<Session> = Family::BOTH
+        .into_iter()
+        .map(|family| {
+            Session::open(
+                &Connector::default(),
+                &topology.client,
+                server.address(family),
+                &Cancel::default(),
+            )
+        })
+        .collect::<Result<_>>()?;
+    let stop = AtomicBool::new(false);
+    let flows = AtomicU64::new(0);
+    thread::scope(|scope| -> Result<()> {
+        let loads: Vec<_> = [(Family::V4, 0), (Family::V6, 1_000_000), (Family::V4, 2_000_000)]
+            .into_iter()
+            .map(|(family, seed)| {
+                let (topology, server, stop) = (&topology, server.address(family), &stop);
+                scope.spawn(move || load(topology, server, seed, stop))
+            })
+            .collect();
+        let upgraded = (0..UPGRADES).try_for_each(|upgrade| {
+            let next = Daemon::start(&topology.gateway, &TAKEOVER)?;
+            daemons[upgrade].wait_for_log("relieved")?;
+            daemons.push(next);
+            for session in &lasting {
+                let (_, intact) = session.download(100_000, upgrade as u64)?;
+                ensure!(intact, "a lasting flow is damaged after upgrade {upgrade}");
+            }
+            Ok(())
+        });
+        stop.store(true, Ordering::Relaxed);
+        for load in loads {
+            let done = load.join().expect("the load does not panic")?;
+            flows.fetch_add(done, Ordering::Relaxed);
+        }
+        upgraded
+    })?;
+    assert!(flows.load(Ordering::Relaxed) > UPGRADES as u64, "there was load");
+    drop(lasting);
+    let last = daemons.pop().expect("the last is there");
+    for daemon in daemons {
+        let exit = daemon.wait()?;
+        assert_eq!(
+            exit.code(),
+            Some(0),
+            "one that is relieved ends by itself: {}",
+            exit.log
+        );
+    }
+    let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4))?;
+    assert_eq!(outcome.syn.ttl(), 64, "the rules are still there");
+    last.terminate()?;
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+#[test]
+fn without_another_a_takeover_is_an_ordinary_start() -> Result<()> {
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &TAKEOVER)?;
+    assert_eq!(daemon.terminate()?.code(), Some(0));
+    Ok(())
+}
+
+#[test]
+fn one_that_does_not_let_go_stays() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    daemon.signal(Signal::SIGSTOP)?;
+    let exit = Daemon::expect_failure(&topology.gateway, &TAKEOVER)?;
+    daemon.signal(Signal::SIGCONT)?;
+    let expected = format!(
+        "process {} does not let go: stop it, or start without --takeover",
+        daemon.pid()
+    );
+    assert!(exit.log.contains(&expected), "{}", exit.log);
+    pepsal_tests::eventually(Duration::from_secs(20), || {
+        let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4));
+        outcome.is_ok_and(|outcome| outcome.syn.ttl() == 64)
+    });
+    Ok(())
+}
