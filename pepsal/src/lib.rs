@@ -96,6 +96,7 @@ pub async fn run(options: Options, cgroup: Result<OwnCgroup>, ready: impl FnOnce
         );
         tokio::select! {
             () = proxy.finish(HANDSHAKES_LEFT) => {}
+            () = notify::keep_alive(keeper::ROUND) => {}
             () = stopped(&mut stop, &mut stop_too) => {}
         }
     }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::time::sleep;
 use tracing::debug;
 
 /// What the service manager gets on top of the time to drain, for what else a stop takes.
@@ -45,6 +46,14 @@ impl ServiceManager {
     pub fn stopping(&mut self, drain: Duration) {
         let extension = u32::try_from((drain + STOP_ALLOWANCE).as_micros()).unwrap_or(u32::MAX);
         tell(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(extension)]);
+    }
+}
+
+/// Gives signs of life for as long as it is polled, for when the keeper makes no rounds any more.
+pub async fn keep_alive(interval: Duration) {
+    loop {
+        tell(&[NotifyState::Watchdog]);
+        sleep(interval).await;
     }
 }
 

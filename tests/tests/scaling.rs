@@ -1,9 +1,7 @@
 //! More than one gateway behind a router that shares flows out with a resilient next-hop group.
 
 use anyhow::{Result, ensure};
-use pepsal_tests::{
-    Cancel, Connector, Daemon, Family, Leg, Namespace, Server, Session, Transfer, eventually,
-};
+use pepsal_tests::{Cancel, Connector, Daemon, Family, Leg, Namespace, Server, Session, Transfer};
 
 /// ```text
 ///                 gateway 1
