@@ -151,6 +151,11 @@ pub struct Options {
     pub sniff_interface: Option<String>,
 }
 
+/// The whole command line, for manual pages and completions.
+pub fn command() -> clap::Command {
+    <Options as clap::CommandFactory>::command()
+}
+
 /// Which connections are intercepted, and what of them reaches the server.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Steering")]

@@ -29,11 +29,9 @@ pub fn run(options: &Options) -> Result<()> {
     build::daemon(true)?;
     let tool = tool()?;
     stage()?;
-    let package = package(&tool, "1")?;
+    let package = package(&tool)?;
     if options.check {
-        // An upgrade needs a successor.
-        let successor = self::package(&tool, "2")?;
-        check::run(&options.suite, [&package, &successor])?;
+        check::run(&options.suite, &package)?;
     }
     println!("Made {}.", package.display());
     Ok(())
@@ -72,22 +70,19 @@ fn stage() -> Result<()> {
     }
     let date = shell::output(Command::new("date").args(["--rfc-email", "--utc"]))?;
     let changelog = format!(
-        "pepsal ({}-1) unstable; urgency=medium\n\n  * What is new is in /usr/share/doc/pepsal/CHANGELOG.md.\n\n \
+        "pepsal ({}-1) unstable; urgency=medium\n\n  * What is new is in /usr/share/doc/pepsal/NEWS.md.\n\n \
          -- The pepsal authors <pepsal@localhost>  {date}",
         env!("CARGO_PKG_VERSION")
     );
     fs::write(staged.join("changelog"), changelog).context("the changelog was not made")
 }
 
-/// Makes the package with this revision, and returns where it is.
-fn package(tool: &Path, revision: &str) -> Result<PathBuf> {
-    let folder = build::target_dir().join("debian");
+/// Makes the package, and returns where it is.
+fn package(tool: &Path) -> Result<PathBuf> {
     let mut command = Command::new(tool);
     command
-        .args("--package pepsal --no-build --locked --deb-revision".split(' '))
-        .arg(revision)
-        .arg("--output")
-        .arg(&folder)
+        .args("--package pepsal --no-build --locked --strip --output".split(' '))
+        .arg(build::target_dir().join("debian/"))
         .current_dir(build::root());
     let said = shell::output(&mut command).context("the package was not made")?;
     let path = said.lines().last().context("cargo-deb names no package")?;

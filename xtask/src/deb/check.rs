@@ -16,8 +16,8 @@ use crate::{build, shell};
 /// What the administrator adds to the configuration.
 const EDIT: &str = "\n# An administrator was here.\n";
 
-/// Checks that the first package installs and works, that the second replaces it, and that nothing is left of either.
-pub fn run(suite: &str, [package, successor]: [&Path; 2]) -> Result<()> {
+/// Checks that the package installs and works, that a newer one replaces it, and that nothing is left of either.
+pub fn run(suite: &str, package: &Path) -> Result<()> {
     let root = Root::new(suite)?;
     let clean = root.files()?;
 
@@ -34,7 +34,7 @@ pub fn run(suite: &str, [package, successor]: [&Path; 2]) -> Result<()> {
     let configuration = root.path.join("etc/pepsal/pepsal.toml");
     let edited = fs::read_to_string(&configuration)? + EDIT;
     fs::write(&configuration, &edited)?;
-    root.install(successor)?;
+    root.install(&successor(package)?)?;
     ensure!(
         fs::read_to_string(&configuration)? == edited,
         "the upgrade changed an edited /etc/pepsal/pepsal.toml"
@@ -58,6 +58,33 @@ pub fn run(suite: &str, [package, successor]: [&Path; 2]) -> Result<()> {
     );
     println!("Installed, ran, upgraded and purged in a clean {suite}.");
     Ok(())
+}
+
+/// The same package with a higher version.
+fn successor(package: &Path) -> Result<PathBuf> {
+    let folder = build::target_dir().join("tmp/successor");
+    let _ = fs::remove_dir_all(&folder);
+    fs::create_dir_all(&folder)?;
+    shell::run(
+        Command::new("dpkg-deb")
+            .arg("--raw-extract")
+            .args([package, &folder]),
+    )?;
+    let control = folder.join("DEBIAN/control");
+    let text = fs::read_to_string(&control)?;
+    let version = text
+        .lines()
+        .find(|line| line.starts_with("Version: "))
+        .context("the package has no version")?;
+    fs::write(&control, text.replace(version, &format!("{version}+next")))?;
+    let path = folder.with_extension("deb");
+    let mut build = Command::new("dpkg-deb");
+    build
+        .args(["--root-owner-group", "-Znone", "--build"])
+        .args([&folder, &path]);
+    shell::run(&mut build)?;
+    fs::remove_dir_all(folder)?;
+    Ok(path)
 }
 
 /// A Debian in a folder of its own, which goes away with this.
