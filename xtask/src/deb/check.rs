@@ -108,7 +108,10 @@ impl Root {
         fs::create_dir_all(&root.path)?;
         // What the package itself needs is there already, so that what is left at the end is the package's.
         shell::run(
-            Command::new(debootstrap)
+            // What it mounts goes with it, however it ends, so that removing the folder never reaches the host's.
+            Command::new("unshare")
+                .args(["--mount", "--propagation", "private"])
+                .arg(debootstrap)
                 .args(["--variant=minbase", "--include=systemd,libgcc-s1", suite])
                 .arg(&root.path)
                 .stdout(fs::File::create(root.path.with_extension("log"))?),
@@ -164,33 +167,21 @@ impl Root {
         Ok(())
     }
 
-    /// Every path of the system's, without what package managers and logs keep for themselves.
+    /// Every path of the system's, without what package managers and logs keep, and what a boot clears.
     fn files(&self) -> Result<Vec<String>> {
-        let list = shell::output(
-            Command::new("find")
-                .args([
-                    ".",
-                    "-path",
-                    "./var/lib/apt",
-                    "-prune",
-                    "-o",
-                    "-path",
-                    "./var/cache",
-                    "-prune",
-                ])
-                .args([
-                    "-o",
-                    "-path",
-                    "./var/log",
-                    "-prune",
-                    "-o",
-                    "-path",
-                    "./tmp",
-                    "-prune",
-                ])
-                .args(["-o", "-path", "./var/lib/dpkg", "-prune", "-o", "-print"])
-                .current_dir(&self.path),
-        )?;
+        let mut find = Command::new("find");
+        find.arg(".").current_dir(&self.path);
+        for folder in [
+            "./run",
+            "./tmp",
+            "./var/cache",
+            "./var/lib/apt",
+            "./var/lib/dpkg",
+            "./var/log",
+        ] {
+            find.args(["-path", folder, "-prune", "-o"]);
+        }
+        let list = shell::output(find.arg("-print"))?;
         Ok(list.lines().map(str::to_owned).collect())
     }
 }
