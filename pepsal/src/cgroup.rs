@@ -1,9 +1,12 @@
 //! A control group of the daemon's own, so that the eBPF program that sets initial windows sees its sockets and no others.
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
     io,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        unix::fs::PermissionsExt as _,
+    },
     path::{Path, PathBuf},
     process,
 };
@@ -56,7 +59,7 @@ impl OwnCgroup {
 
 impl Drop for OwnCgroup {
     fn drop(&mut self) {
-        let left = enter(&self.before).and_then(|()| fs::remove_dir(&self.path));
+        let left = enter(&self.before).and_then(|()| remove(&self.path, &self.before));
         if let Err(error) = left {
             tracing::debug!("{} may be left behind: {error}", self.path.display());
         }
@@ -96,6 +99,19 @@ fn mount_detached() -> io::Result<OwnedFd> {
 
 fn enter(group: &Path) -> io::Result<()> {
     fs::write(group.join("cgroup.procs"), process::id().to_string())
+}
+
+/// Nobody may write to the root of the hierarchy, its owner included; root could all the same before it gave that up.
+fn remove(group: &Path, parent: &Path) -> io::Result<()> {
+    match fs::remove_dir(group) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let before = fs::metadata(parent)?.permissions();
+            fs::set_permissions(parent, Permissions::from_mode(before.mode() | 0o200))?;
+            let removed = fs::remove_dir(group);
+            fs::set_permissions(parent, before).and(removed)
+        }
+        removed => removed,
+    }
 }
 
 /// A killed daemon leaves its group behind. One whose process lives is its own, also while it is still empty.

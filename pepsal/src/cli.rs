@@ -175,6 +175,10 @@ pub struct Options {
     )]
     pub monitoring_pid: Option<i32>,
 
+    /// Run as this user, with the capabilities that are needed; files and sockets have to be open to that user
+    #[arg(long, value_name = "NAME", help_heading = "Proxy")]
+    pub user: Option<String>,
+
     /// How long the server may take to answer before the client's connection is reset
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration, help_heading = "Proxy")]
     pub connect_timeout: Duration,
@@ -222,6 +226,11 @@ impl Options {
             _ => LogLevel::Trace,
         }
     }
+}
+
+/// The whole command line, for manual pages and completions.
+pub fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// How severe something has to be to be logged.

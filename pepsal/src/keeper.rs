@@ -18,7 +18,7 @@ use pepsal_ebpf::Counter;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::{flow::Shared, metrics::Event, steer::Steering};
+use crate::{flow::Shared, metrics::Event, notify::ServiceManager, steer::Steering};
 
 /// How often the keeper makes its round; the programs take a daemon for hung that misses six of them.
 pub const ROUND: Duration = Duration::from_millis(500);
@@ -46,6 +46,8 @@ pub struct Keeper {
     monitor: Option<Pid>,
     table_file: Option<File>,
     next_table: Instant,
+    /// Who restarts a daemon whose keeper makes no rounds.
+    pub service_manager: ServiceManager,
 }
 
 impl Keeper {
@@ -69,6 +71,7 @@ impl Keeper {
             monitor: monitor.map(Pid::from_raw),
             table_file: table_file.map(open).transpose()?,
             next_table: Instant::now() + TABLE_INTERVAL,
+            service_manager: ServiceManager::default(),
         })
     }
 
@@ -77,6 +80,7 @@ impl Keeper {
         if let Err(error) = steering.beat() {
             warn!("{error:#}");
         }
+        self.service_manager.alive(shared.table.count());
         self.expire(steering, shared);
         self.watch_limit(steering.count(Counter::LimitReached), shared.table.count() as u64);
         if Instant::now() >= self.next_table {

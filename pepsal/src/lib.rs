@@ -16,9 +16,10 @@
 //!
 //! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
 //!
-//! Around them: [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`preflight`] whether it
-//! can be had, [`instance`] that nobody else has it, [`cgroup`] is the daemon's own, [`log`] tells,
-//! [`keeper`] looks after what needs looking after, and [`run`] holds it all.
+//! Around them: [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`cgroup`] is the
+//! daemon's own, [`privileges`] gives up what is not needed, [`preflight`] says whether it all can be had, [`instance`]
+//! that nobody else has it, [`log`] tells, [`keeper`] looks after what needs looking after, [`notify`] tells the service
+//! manager, and [`run`] holds it all.
 
 pub mod btf;
 pub mod budget;
@@ -35,9 +36,11 @@ pub mod link;
 pub mod listener;
 pub mod log;
 pub mod metrics;
+pub mod notify;
 pub mod observe;
 pub mod paths;
 pub mod preflight;
+pub mod privileges;
 pub mod rate_control;
 pub mod relay;
 mod reload;
@@ -71,6 +74,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
 use crate::{
+    cgroup::OwnCgroup,
     cli::Options,
     conduit::ConduitPool,
     config::Configuration,
@@ -91,18 +95,25 @@ use crate::{
     table::FlowTable,
 };
 
-/// Runs the proxy until it is told to stop. `ready` is called once connections are intercepted.
+/// Runs the proxy until it is told to stop. `cgroup` is the control group of this process, for initial windows, or why
+/// there is none. `ready` is called once connections are intercepted.
 ///
 /// # Errors
 /// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
-pub async fn run(configuration: Configuration, log: &Log, ready: impl FnOnce()) -> Result<()> {
+pub async fn run(
+    configuration: Configuration,
+    log: &Log,
+    cgroup: Result<OwnCgroup>,
+    ready: impl FnOnce(),
+) -> Result<()> {
     let (mut stop, mut stop_too) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
-    let mut proxy = Proxy::start(&configuration.options).await?;
+    let mut proxy = Proxy::start(&configuration.options, cgroup).await?;
     let options = &configuration.options;
     let names = options.interfaces.join(",");
     info!(interfaces = names, port = options.port, limit = proxy.limit, mark = %options.steering.mark, "ready");
     ready();
+    proxy.keeper.service_manager.ready();
 
     let mut reloader = Reloader::new(configuration, log);
     let stopping = stopped(&mut stop, &mut stop_too);
@@ -116,6 +127,7 @@ pub async fn run(configuration: Configuration, log: &Log, ready: impl FnOnce()) 
         );
         tokio::select! {
             () = proxy.finish(HANDSHAKES_LEFT) => {}
+            () = notify::keep_alive(keeper::ROUND) => {}
             () = stopped(&mut stop, &mut stop_too) => {}
         }
     }
@@ -123,8 +135,10 @@ pub async fn run(configuration: Configuration, log: &Log, ready: impl FnOnce()) 
         flows = proxy.shared.table.count(),
         "stopping: new connections pass through"
     );
+    let drain = reloader.options().drain_timeout;
+    proxy.keeper.service_manager.stopping(drain);
     tokio::select! {
-        () = proxy.drain(reloader.options().drain_timeout) => {}
+        () = proxy.drain(drain) => {}
         () = stopped(&mut stop, &mut stop_too) => info!("stopping at once"),
     }
     proxy.report();
@@ -163,7 +177,7 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn start(options: &Options) -> Result<Self> {
+    async fn start(options: &Options, cgroup: Result<OwnCgroup>) -> Result<Self> {
         preflight::check()?;
         if options.sniff_interface.is_some() {
             warn!(
@@ -200,8 +214,7 @@ impl Proxy {
         };
         let mut steering = Steering::load(&config)?;
         steering.beat()?;
-        // Before any socket is opened: a socket belongs to the group that its process was in.
-        if let Err(error) = steering.enable_initial_windows() {
+        if let Err(error) = cgroup.and_then(|cgroup| steering.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
         let place = Place {
@@ -300,8 +313,17 @@ impl Proxy {
                 successor = &mut successor => return Some(successor),
                 _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared),
                 () = self.changes.next() => self.adapt().await,
-                _ = hangup.recv(), if reloader.is_idle() => reloader.read(),
-                Some(read) = reloader.next() => reloader.apply(read, self).await,
+                _ = hangup.recv(), if reloader.is_idle() => {
+                    self.keeper.service_manager.reloading();
+                    reloader.read();
+                    if reloader.is_idle() {
+                        self.keeper.service_manager.ready();
+                    }
+                }
+                Some(read) = reloader.next() => {
+                    reloader.apply(read, self).await;
+                    self.keeper.service_manager.ready();
+                }
             }
         }
     }

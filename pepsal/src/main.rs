@@ -16,10 +16,12 @@ use nix::{
     unistd::{ForkResult, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
 };
 use pepsal::{
+    cgroup::OwnCgroup,
     cli::{Cli, Command},
     config::{self, Configuration},
     ctl,
     log::Log,
+    privileges,
 };
 
 fn main() -> ExitCode {
@@ -61,6 +63,9 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
+    // Where cgroup v2 is hidden, it has to be mounted; and sockets belong to the group that their process was in.
+    let cgroup = OwnCgroup::enter();
+    privileges::drop(options.user.as_deref())?;
     let threads = options.threads.map_or_else(
         || thread::available_parallelism().map_or(1, usize::from),
         usize::from,
@@ -71,7 +76,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let ran = runtime.block_on(pepsal::run(configuration, &log, || {
+    let ran = runtime.block_on(pepsal::run(configuration, &log, cgroup, || {
         if let Some(told) = background {
             detach(told);
         }

@@ -199,14 +199,13 @@ impl Steering {
         self.heartbeat.set(0, 0, 0).context("cannot write the heartbeat")
     }
 
-    /// Lets the daemon set the initial windows of the sockets that it opens from now on.
+    /// Lets the daemon set the initial windows of the sockets that it has opened since it is in `cgroup`.
     ///
     /// # Errors
-    /// Where there is no cgroup v2, or the kernel is too old for the program. The daemon can do without.
-    pub fn enable_initial_windows(&mut self) -> Result<()> {
+    /// Where the kernel is too old for the program. The daemon can do without.
+    pub fn enable_initial_windows(&mut self, cgroup: OwnCgroup) -> Result<()> {
         let program: &mut CgroupSockopt = program(&mut self.ebpf, WINDOW)?;
         program.load().map_err(|error| refused(WINDOW, error))?;
-        let cgroup = OwnCgroup::enter()?;
         let link = program
             .attach(cgroup.open()?, CgroupAttachMode::Single)
             .context("cannot attach to the cgroup")?;

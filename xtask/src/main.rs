@@ -1,4 +1,4 @@
-//! pepsal's own commands: `cargo xtask setup`, `build`, `build-and-load`, `demo`, `bench`, `test`.
+//! pepsal's own commands: `cargo xtask setup`, `build`, `build-and-load`, `demo`, `deb`, `bench`, `test`.
 
 use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 
@@ -7,6 +7,7 @@ use clap::Parser;
 
 mod bench;
 mod build;
+mod deb;
 mod debian;
 mod demo;
 mod linker;
@@ -49,6 +50,8 @@ enum Xtask {
     },
     /// Move a file over an emulated satellite link, with and without pepsal, and show what changes.
     Demo(demo::Options),
+    /// Make a Debian package, in target/debian.
+    Deb(deb::Options),
     /// Measure what pepsal brings, and print it beside what it has to.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -70,6 +73,7 @@ impl Xtask {
             Self::Build { release } => println!("Built {}.", build::daemon(release)?.display()),
             Self::BuildAndLoad { release, args } => return load(release, &args),
             Self::Demo(options) => return demo::run(&options),
+            Self::Deb(options) => deb::run(&options)?,
             Self::Bench(bench) => return bench::run(&bench),
             Self::Test(options) => return Ok(test::run(&options)),
         }

@@ -34,6 +34,7 @@ const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Test, "iperf3", "iperf3"),
     (Needs::Test, "nginx", "nginx-light"),
     (Needs::Test, "strace", "strace"),
+    (Needs::Test, "systemd-analyze", "systemd"),
     (Needs::Test, "tcpdump", "tcpdump"),
 ];
 

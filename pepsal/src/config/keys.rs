@@ -40,6 +40,7 @@ pub const KEYS: &[Key] = &[
     key("proxy.threads", "threads", AtStart),
     key("proxy.logfile", "logfile", AtStart),
     key("proxy.monitoring-pid", "monitoring_pid", AtStart),
+    key("proxy.user", "user", AtStart),
     key("proxy.gc-interval", "gc_interval", Live),
     key("proxy.plifetime", "pending_lifetime", Live),
     key("proxy.connect-timeout", "connect_timeout", Live),

@@ -1,0 +1,236 @@
+//! The filter of system calls (seccomp(2)): those below work, every other one is answered as if the kernel did not have it.
+//!
+//! `ENOSYS`, and neither `EPERM` nor death: libraries know what to do about a call that an older kernel lacks, so a C
+//! library with habits of its own costs nothing, and certainly not all users' connections. What an intruder would need
+//! (execution, other processes, mounts, modules, namespaces) is refused just the same.
+
+use std::{collections::BTreeMap, env::consts::ARCH};
+
+use nix::libc;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    apply_filter,
+};
+
+/// What the daemon and its libraries use, measured over all end-to-end tests, and what their neighbours use instead in
+/// other versions of the C library.
+const ALLOWED: &[libc::c_long] = &[
+    // Sockets
+    libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_connect,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_listen,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+    // Descriptors
+    libc::SYS_close,
+    libc::SYS_close_range,
+    libc::SYS_dup,
+    libc::SYS_dup3,
+    libc::SYS_fcntl,
+    libc::SYS_ioctl,
+    libc::SYS_lseek,
+    libc::SYS_pipe2,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_splice,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Waiting
+    libc::SYS_clock_nanosleep,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_eventfd2,
+    libc::SYS_futex,
+    libc::SYS_nanosleep,
+    libc::SYS_ppoll,
+    libc::SYS_pselect6,
+    libc::SYS_restart_syscall,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+    // Files: the log, the flow table, /proc and /sys, the control group, Unix sockets
+    libc::SYS_chdir,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fdatasync,
+    libc::SYS_flock,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getcwd,
+    libc::SYS_getdents64,
+    libc::SYS_mkdirat,
+    libc::SYS_newfstatat,
+    libc::SYS_openat,
+    libc::SYS_readlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_statfs,
+    libc::SYS_statx,
+    libc::SYS_umask,
+    libc::SYS_unlinkat,
+    // eBPF, and its log
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    // Memory
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_membarrier,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    // Threads, signals (-M sends some), itself
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getpid,
+    libc::SYS_getppid,
+    libc::SYS_getrandom,
+    libc::SYS_getrusage,
+    libc::SYS_gettid,
+    libc::SYS_getuid,
+    libc::SYS_kill,
+    libc::SYS_prctl,
+    libc::SYS_prlimit64,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    libc::SYS_sysinfo,
+    libc::SYS_tgkill,
+    libc::SYS_uname,
+    // Time, where the vDSO does not answer
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_gettimeofday,
+];
+
+/// Older forms of the above, which newer architectures never had.
+#[cfg(target_arch = "x86_64")]
+const ALLOWED_FORMS: &[libc::c_long] = &[
+    libc::SYS_access,
+    libc::SYS_arch_prctl,
+    libc::SYS_chmod,
+    libc::SYS_chown,
+    libc::SYS_epoll_wait,
+    libc::SYS_getrlimit,
+    libc::SYS_lstat,
+    libc::SYS_mkdir,
+    libc::SYS_open,
+    libc::SYS_poll,
+    libc::SYS_readlink,
+    libc::SYS_rename,
+    libc::SYS_rmdir,
+    libc::SYS_setrlimit,
+    libc::SYS_stat,
+    libc::SYS_time,
+    libc::SYS_unlink,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const ALLOWED_FORMS: &[libc::c_long] = &[];
+
+/// Installs the filter for this thread and those that it starts.
+pub fn install() -> Result<(), seccompiler::Error> {
+    apply_filter(&program()?)
+}
+
+fn program() -> Result<BpfProgram, seccompiler::Error> {
+    let mut rules: BTreeMap<libc::c_long, Vec<SeccompRule>> = ALLOWED
+        .iter()
+        .chain(ALLOWED_FORMS)
+        .map(|number| (*number, Vec::new()))
+        .collect();
+    // Threads, but no processes. The C library asks by clone3 first, whose flags lie in memory and cannot be judged, and
+    // comes back with clone when there is none.
+    let threads = libc::CLONE_THREAD as u64;
+    let is_thread = SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Qword,
+        SeccompCmpOp::MaskedEq(threads),
+        threads,
+    )?;
+    rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![is_thread])?]);
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        SeccompAction::Allow,
+        ARCH.try_into()?,
+    )?;
+    Ok(filter.try_into()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, net::TcpListener, process::Command, thread};
+
+    use nix::{
+        errno::Errno,
+        mount::umount,
+        sched::{CloneFlags, unshare},
+    };
+
+    use super::*;
+
+    /// Runs `work` behind the filter, on a thread that takes the filter with it when it ends.
+    fn filtered<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    install().expect("this kernel has seccomp");
+                    work()
+                })
+                .join()
+                .expect("what works behind the filter does not panic")
+        })
+    }
+
+    #[test]
+    fn processes_mounts_and_namespaces_are_refused() {
+        let (spawned, unmounted, unshared) = filtered(|| {
+            (
+                Command::new("/bin/true")
+                    .status()
+                    .map_err(|error| error.raw_os_error()),
+                umount("/nosuch"),
+                unshare(CloneFlags::CLONE_NEWNS),
+            )
+        });
+        assert_eq!(spawned.unwrap_err(), Some(Errno::ENOSYS as i32));
+        assert_eq!(unmounted, Err(Errno::ENOSYS));
+        assert_eq!(unshared, Err(Errno::ENOSYS));
+    }
+
+    #[test]
+    fn threads_and_sockets_work() -> io::Result<()> {
+        filtered(|| {
+            let listener = thread::spawn(|| TcpListener::bind("127.0.0.1:0"));
+            listener.join().expect("binding does not panic").map(|_| ())
+        })
+    }
+}

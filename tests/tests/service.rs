@@ -1,0 +1,307 @@
+//! The daemon as a service: what it gives up, what it tells the service manager, and the unit that starts it.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use pepsal_tests::{Connector, Daemon, Family, Footprint, Namespace, Server, Topology, Transfer, eventually};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Arguments that make a daemon work in both directions.
+const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
+
+/// `CAP_NET_BIND_SERVICE`, `CAP_NET_ADMIN`, `CAP_NET_RAW`, `CAP_PERFMON`, `CAP_BPF`, as `/proc` shows them.
+const FIVE: &str = "000000c000003400";
+const NONE: &str = "0000000000000000";
+
+const UNIT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/pepsal.service");
+
+/// Whether the client's connections are split: the server then sees another sender than the client's own stack, whose
+/// SYN has lost one hop on its way.
+fn is_split(topology: &Topology, server: SocketAddr) -> Result<bool> {
+    let outcome = Transfer::upload(100_000).run(&topology.client, server)?;
+    assert!(outcome.intact);
+    Ok(outcome.syn.ttl() == 64)
+}
+
+fn assert_relays(topology: &Topology, server: &Server) -> Result<()> {
+    for family in Family::BOTH {
+        assert!(is_split(topology, server.address(family))?, "{family:?}");
+    }
+    Ok(())
+}
+
+/// A field of proc_pid_status(5), for each of a daemon's threads.
+fn of_all_threads(daemon: &Daemon, field: &str) -> Result<Vec<String>> {
+    let mut values = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        let value = status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+            .with_context(|| format!("{field} in {status}"))?;
+        values.push(value.trim().to_owned());
+    }
+    ensure!(values.len() > 1, "a daemon has more than one thread");
+    Ok(values)
+}
+
+fn assert_confined(daemon: &Daemon) -> Result<()> {
+    for (field, expected) in [
+        ("CapEff", FIVE),
+        ("CapPrm", FIVE),
+        ("CapBnd", FIVE),
+        ("CapInh", NONE),
+        ("CapAmb", NONE),
+        ("NoNewPrivs", "1"),
+        ("Seccomp", "2"),
+    ] {
+        let values = of_all_threads(daemon, field)?;
+        assert!(
+            values.iter().all(|value| value == expected),
+            "{field}: {values:?}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn root_keeps_five_capabilities_and_no_way_back() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let link = ["--link", "sat0,rate=50mbit,rtt=100ms"];
+    let daemon = Daemon::start(&topology.gateway, &[&BOTH[..], &link].concat())?;
+    assert_confined(&daemon)?;
+    assert_relays(&topology, &server)?;
+    let log = daemon.terminate()?.log;
+    assert!(!log.contains("WARN"), "{log}");
+    Ok(())
+}
+
+#[test]
+fn another_user_is_become_and_works() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let before = Footprint::of(&topology.gateway)?;
+    let daemon = Daemon::start(&topology.gateway, &[&BOTH[..], &["--user", "nobody"]].concat())?;
+    assert_confined(&daemon)?;
+    for field in ["Uid", "Gid"] {
+        let values = of_all_threads(&daemon, field)?;
+        assert!(
+            values.iter().all(|value| value == "65534\t65534\t65534\t65534"),
+            "{field}: {values:?}"
+        );
+    }
+    assert_relays(&topology, &server)?;
+    assert!(daemon.terminate()?.status.success());
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+#[test]
+fn unknown_user_is_named() -> Result<()> {
+    let topology = Topology::new()?;
+    let exit = Daemon::expect_failure(&topology.gateway, &["-i", "lan0", "--user", "nosuch"])?;
+    assert_eq!(
+        exit.log.trim_end(),
+        "pepsal: user nosuch: there is none of that name: make one, or leave --user out"
+    );
+    Ok(())
+}
+
+/// A service manager's end of sd_notify(3).
+struct NotifySocket {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+impl NotifySocket {
+    fn new(name: &str) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("pepsal-notify-{}-{name}", std::process::id()));
+        let socket = UnixDatagram::bind(&path)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self { socket, path })
+    }
+
+    fn daemon(&self, topology: &Topology, arguments: &[&str]) -> Result<Daemon> {
+        let mut command = Daemon::command(&topology.gateway, arguments)?;
+        command.env("NOTIFY_SOCKET", &self.path);
+        Daemon::start_command(command)
+    }
+
+    /// The next message, one assignment to a line.
+    fn message(&self) -> Result<String> {
+        let mut buffer = [0; 4096];
+        let length = self.socket.recv(&mut buffer).context("no word from the daemon")?;
+        Ok(String::from_utf8(buffer[..length].to_vec())?)
+    }
+
+    /// Whether a message comes that has this line; those before it are forgotten.
+    fn says(&self, line: &str) -> bool {
+        while let Ok(message) = self.message() {
+            if message.lines().any(|said| said == line) {
+                return true;
+            }
+        }
+        false
+    }
+}
+
+impl Drop for NotifySocket {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[test]
+fn service_manager_hears_of_start_flows_life_and_stop() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let manager = NotifySocket::new("life")?;
+    let daemon = manager.daemon(&topology, &[&BOTH[..], &["--drain-timeout", "3s"]].concat())?;
+    assert_eq!(manager.message()?.trim_end(), "READY=1", "is said first");
+    assert!(manager.says("STATUS=0 open flows"));
+    let flow = Connector::default().connect(&topology.client, server.address(Family::V4))?;
+    assert!(manager.says("STATUS=1 open flow"));
+    drop(flow);
+    assert!(manager.says("STATUS=0 open flows"));
+    for _ in 0..3 {
+        assert_eq!(manager.message()?.trim_end(), "WATCHDOG=1");
+    }
+    assert!(daemon.terminate()?.status.success());
+    let mut message = manager.message()?;
+    while message.starts_with("WATCHDOG=1") {
+        message = manager.message()?;
+    }
+    assert_eq!(message.trim_end(), "STOPPING=1\nEXTEND_TIMEOUT_USEC=13000000");
+    Ok(())
+}
+
+#[test]
+fn hung_daemon_gives_the_watchdog_no_sign_of_life() -> Result<()> {
+    let topology = Topology::new()?;
+    let manager = NotifySocket::new("hung")?;
+    let daemon = manager.daemon(&topology, &BOTH)?;
+    assert!(manager.says("WATCHDOG=1"));
+    daemon.signal(Signal::SIGSTOP)?;
+    manager
+        .socket
+        .set_read_timeout(Some(Duration::from_millis(1500)))?;
+    eventually(PATIENCE, || manager.message().is_err());
+    daemon.signal(Signal::SIGCONT)?;
+    assert!(manager.says("WATCHDOG=1"));
+    Ok(())
+}
+
+#[test]
+fn without_a_service_manager_that_listens_nothing_is_amiss() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let mut command = Daemon::command(&topology.gateway, &BOTH)?;
+    command.env("NOTIFY_SOCKET", "/nosuch/socket");
+    let daemon = Daemon::start_command(command)?;
+    assert_relays(&topology, &server)?;
+    assert!(daemon.terminate()?.status.success());
+    Ok(())
+}
+
+/// The values of a key of the unit, of all its lines.
+fn unit(key: &str) -> Result<Vec<String>> {
+    let unit = fs::read_to_string(UNIT).context(UNIT)?;
+    let values: Vec<String> = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+        .flat_map(|value| value.split(' ').map(str::to_owned))
+        .collect();
+    ensure!(!values.is_empty(), "{UNIT} has no {key}=");
+    Ok(values)
+}
+
+/// A daemon's command as the unit's user would have it: no root, the unit's capabilities and not one more.
+fn as_service(namespace: &Namespace, arguments: &[&str]) -> Result<Command> {
+    let added: String = unit("AmbientCapabilities")?
+        .iter()
+        .map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase()))
+        .collect();
+    let daemon = Daemon::command(namespace, arguments)?;
+    let mut command = namespace.command("setpriv");
+    command
+        .args([
+            "--reuid=nobody",
+            "--regid=nogroup",
+            "--clear-groups",
+            "--no-new-privs",
+        ])
+        .args(["inh-caps", "ambient-caps", "bounding-set"].map(|set| format!("--{set}=-all{added}")))
+        .arg(daemon.get_program())
+        .args(daemon.get_args());
+    Ok(command)
+}
+
+#[test]
+fn unit_s_capabilities_are_enough_for_a_user_other_than_root() -> Result<()> {
+    assert_eq!(unit("AmbientCapabilities")?, unit("CapabilityBoundingSet")?);
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let before = Footprint::of(&topology.gateway)?;
+    let link = ["--link", "sat0,rate=50mbit,rtt=100ms"];
+    let daemon = Daemon::start_command(as_service(&topology.gateway, &[&BOTH[..], &link].concat())?)?;
+    assert_confined(&daemon)?;
+    assert_relays(&topology, &server)?;
+    assert!(daemon.terminate()?.status.success());
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+/// Exposure as systemd-analyze(1) counts it, from 0 to 10: what is above is called "medium".
+const EXPOSURE_LIMIT_TENTHS: &str = "30";
+
+#[test]
+fn unit_is_valid_and_little_exposed() -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("pepsal-unit-{}", std::process::id()));
+    fs::create_dir_all(&folder)?;
+    let copy = folder.join("pepsal.service");
+    // The daemon and the manual pages are not installed here.
+    let here: String = fs::read_to_string(UNIT)?
+        .lines()
+        .filter(|line| !line.starts_with("Documentation="))
+        .map(|line| line.replace("/usr/bin/pepsal ", "/bin/true ") + "\n")
+        .collect();
+    fs::write(&copy, here)?;
+    let verified = analyze(&["verify".as_ref(), &copy]);
+    let security = [
+        "security".as_ref(),
+        "--offline=true".as_ref(),
+        "--no-pager".as_ref(),
+        "--threshold".as_ref(),
+        EXPOSURE_LIMIT_TENTHS.as_ref(),
+        copy.as_path(),
+    ];
+    let secured = analyze(&security);
+    fs::remove_dir_all(&folder)?;
+    assert_eq!(verified?, "");
+    println!("{}", secured?);
+    Ok(())
+}
+
+/// What systemd-analyze says; an error when it fails.
+fn analyze(arguments: &[&Path]) -> Result<String> {
+    let output = Command::new("systemd-analyze")
+        .args(arguments)
+        .output()
+        .context("cannot run systemd-analyze")?;
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said).into_owned();
+    ensure!(
+        output.status.success(),
+        "systemd-analyze: {}\n{said}",
+        output.status
+    );
+    Ok(said)
+}

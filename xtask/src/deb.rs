@@ -1,0 +1,90 @@
+//! The Debian package, by cargo-deb: what it holds is in `pepsal/Cargo.toml`, and what only a build can tell is made here.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::{build, shell};
+
+mod check;
+
+/// How to make the package.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Also install, run, upgrade and purge it in a clean Debian; as root. The package has to be made on that release or
+    /// an older one.
+    #[arg(long)]
+    check: bool,
+    /// The release of Debian to check it in.
+    #[arg(long, value_name = "RELEASE", default_value = "trixie", requires = "check")]
+    suite: String,
+}
+
+/// Makes the package, and checks it where that is asked for.
+pub fn run(options: &Options) -> Result<()> {
+    build::daemon(true)?;
+    let tool = tool()?;
+    stage()?;
+    let package = package(&tool)?;
+    if options.check {
+        check::run(&options.suite, &package)?;
+    }
+    println!("Made {}.", package.display());
+    Ok(())
+}
+
+const CARGO_DEB: &str = "3.8.0";
+
+/// cargo-deb, built by the cargo that runs xtask where it is not there yet.
+fn tool() -> Result<PathBuf> {
+    let root = build::target_dir().join(format!("tools/cargo-deb-{CARGO_DEB}"));
+    let tool = root.join("bin/cargo-deb");
+    if !tool.is_file() {
+        shell::heading("Building cargo-deb, which takes some minutes");
+        let mut cargo = build::cargo("install cargo-deb --locked --version");
+        cargo.arg(CARGO_DEB).arg("--root").arg(root);
+        shell::run(&mut cargo).context("cargo-deb was not built")?;
+    }
+    Ok(tool)
+}
+
+/// Puts manual pages, completions, examples and Debian's changelog below target/packaging.
+fn stage() -> Result<()> {
+    let staged = build::root().join("target/packaging");
+    let _ = fs::remove_dir_all(&staged);
+    let mut manual = build::cargo("run --quiet --package pepsal --example manual --");
+    shell::run(manual.arg(&staged)).context("the manual pages were not made")?;
+    let packaging = build::root().join("packaging");
+    let examples = staged.join("examples");
+    fs::create_dir_all(&examples)?;
+    fs::copy(packaging.join("pepsal.toml"), examples.join("pepsal.toml"))?;
+    for folder in ["grafana", "prometheus"] {
+        let folder = packaging.join(folder);
+        if folder.is_dir() {
+            shell::run(Command::new("cp").arg("-r").arg(folder).arg(&examples))?;
+        }
+    }
+    let date = shell::output(Command::new("date").args(["--rfc-email", "--utc"]))?;
+    let changelog = format!(
+        "pepsal ({}-1) unstable; urgency=medium\n\n  * What is new is in /usr/share/doc/pepsal/NEWS.md.\n\n \
+         -- The pepsal authors <pepsal@localhost>  {date}",
+        env!("CARGO_PKG_VERSION")
+    );
+    fs::write(staged.join("changelog"), changelog).context("the changelog was not made")
+}
+
+/// Makes the package, and returns where it is.
+fn package(tool: &Path) -> Result<PathBuf> {
+    let mut command = Command::new(tool);
+    command
+        .args("--package pepsal --no-build --locked --strip --output".split(' '))
+        .arg(build::target_dir().join("debian/"))
+        .current_dir(build::root());
+    let said = shell::output(&mut command).context("the package was not made")?;
+    let path = said.lines().last().context("cargo-deb names no package")?;
+    Ok(PathBuf::from(path))
+}
