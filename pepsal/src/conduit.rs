@@ -17,7 +17,7 @@ use nix::{
 };
 
 /// Bytes that a pipe is asked to hold: the size from which one flow over veth is as fast as plain forwarding.
-const PIPE_BYTES: usize = 1 << 20;
+const PIPE_BYTES: usize = 256 << 10;
 
 /// Bytes that a buffer holds.
 const BUFFER_BYTES: usize = 64 << 10;
