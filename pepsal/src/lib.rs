@@ -270,7 +270,10 @@ impl Proxy {
                     process,
                     "taken over: the process before goes on with its open flows"
                 );
-                observatory.open(places.0, places.1)?;
+                // Its places are free only now, when there is no way back.
+                if let Err(error) = observatory.open(places.0, places.1) {
+                    warn!("{error:#}");
+                }
                 Some(instance)
             }
             (instance, _) => instance,

@@ -476,6 +476,16 @@ impl Links {
         self.read().links.clone()
     }
 
+    /// Those that have a profile at present.
+    pub fn current(&self) -> Vec<Arc<Link>> {
+        let numbered = self.read();
+        let links = numbered.links.iter().zip(&numbered.described);
+        links
+            .filter(|(_, is)| **is)
+            .map(|(link, _)| link.clone())
+            .collect()
+    }
+
     /// The number of the link behind an interface, [`pepsal_ebpf::NO_LINK`] when it has no profile. From now on legs
     /// find it by the interface's index.
     pub fn bind(&self, ifindex: u32, interface: &str) -> u32 {

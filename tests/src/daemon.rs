@@ -296,7 +296,8 @@ fn command(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Command 
     let mut command = namespace.command(binary);
     command.args(arguments).env_remove("RUST_LOG");
     // Namespaces of the network share one file system, where no two daemons can have the same socket.
-    if !arguments.contains(&ADMIN_SOCKET) {
+    let is_daemon = arguments.first().is_none_or(|first| first.starts_with('-'));
+    if is_daemon && !arguments.contains(&ADMIN_SOCKET) {
         command.arg(ADMIN_SOCKET).arg(own_admin_socket());
     }
     command

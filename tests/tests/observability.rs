@@ -242,6 +242,32 @@ fn killed_daemons_socket_is_replaced() -> Result<()> {
 }
 
 #[test]
+fn successor_takes_the_places_over() -> Result<()> {
+    let topology = Topology::new()?;
+    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let path = first.admin_socket().to_owned();
+    let shown = path.to_str().context("a path of ASCII")?;
+    let arguments = [
+        "-i",
+        "lan0",
+        "--takeover",
+        "--admin-socket",
+        shown,
+        "--metrics-listen",
+        METRICS,
+    ];
+    let second = Daemon::start(&topology.gateway, &arguments)?;
+    let status = ask(&path, &json!({"version": 1, "request": "status"}))?;
+    assert_eq!(status["status"]["pid"], json!(second.pid()));
+    assert_eq!(
+        get(&topology.gateway, METRICS.parse()?, "/readyz")?,
+        (200, "ready\n".into())
+    );
+    drop(first);
+    Ok(())
+}
+
+#[test]
 fn listed_flows_are_those_that_the_kernel_has() -> Result<()> {
     let bed = Bed::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
     for family in Family::BOTH {

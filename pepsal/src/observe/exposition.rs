@@ -143,7 +143,7 @@ impl Snapshot {
                 .map(|name| (name.clone(), is_intercepted(name)))
                 .collect(),
             interfaces,
-            links: shared.links.all().iter().map(link).collect(),
+            links: shared.links.current().iter().map(link).collect(),
         }
     }
 }

@@ -111,7 +111,7 @@ impl Status {
             table: view.policy.table,
             routes: with(&|i| present.routes[i]),
             interfaces,
-            links: shared.links.all().iter().map(link).collect(),
+            links: shared.links.current().iter().map(link).collect(),
             flows: FlowCounts {
                 open,
                 pending: flows.len() - open,
