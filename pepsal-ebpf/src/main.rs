@@ -553,6 +553,10 @@ impl Packet for Skb {
         if len == 0 || len > N as u32 {
             return false;
         }
+        // Older verifiers (seen up to Linux 6.1) forget that comparison once the length is spilled. What follows repeats
+        // it in one register; volatile, as the compiler would leave out what changes nothing.
+        // SAFETY: a local variable.
+        let len = unsafe { (read_volatile(&len) - 1) & (N.next_power_of_two() as u32 - 1) } + 1;
         // SAFETY: `len` bytes fit, and the helper writes that many or none.
         unsafe {
             bpf_skb_load_bytes_relative(
