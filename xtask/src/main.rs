@@ -16,9 +16,11 @@ mod report;
 mod setup;
 mod shell;
 mod signals;
+mod soak;
 mod table;
 mod test;
 mod toolchain;
+mod vm;
 
 use setup::Needs;
 
@@ -54,6 +56,10 @@ enum Xtask {
     Bench(bench::Bench),
     /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
     Test(test::Options),
+    /// Make flows of every kind over a lossy link, while the daemon and the gateway are ill-treated, and check every byte.
+    Soak(soak::Options),
+    /// Run the end-to-end tests on other kernels, in virtual machines without hardware support.
+    VmTest(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +78,8 @@ impl Xtask {
             Self::Demo(options) => return demo::run(&options),
             Self::Bench(bench) => return bench::run(&bench),
             Self::Test(options) => return Ok(test::run(&options)),
+            Self::Soak(options) => return soak::run(&options),
+            Self::VmTest(options) => return vm::run(&options),
         }
         Ok(ExitCode::SUCCESS)
     }
