@@ -31,14 +31,14 @@ use aya_ebpf::{
         bpf_skb_load_bytes_relative, bpf_skc_lookup_tcp,
     },
     macros::{cgroup_sockopt, classifier, map, sk_lookup},
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockMap, lpm_trie},
     programs::{SkLookupContext, SockoptContext, TcContext},
 };
 use aya_log_ebpf::info;
 use pepsal_ebpf::{
-    Counter, FlowKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord, TCP_INITIAL_WINDOW,
-    listener_v4, listener_v6, map_v4,
-    packet::{Family, Packet, Parsed, Segment, parse, record_syn},
+    Counter, FlowKey, FragmentKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord,
+    TCP_INITIAL_WINDOW, listener_v4, listener_v6, map_v4,
+    packet::{Family, Fragment, Packet, Parsed, Segment, parse, record_syn},
 };
 
 /// The mark that steered packets carry, within [`MARK_MASK`].
@@ -84,6 +84,11 @@ static PORT_SETS: Array<PortSet> = Array::with_max_entries(1, 0);
 #[map]
 static HEARTBEAT: Array<u64> = Array::with_max_entries(1, 0);
 
+/// Segments of legs that come in fragments, whose first fragment alone has the ports. The oldest make room for new ones:
+/// of a packet that is not whole by then the kernel would hardly have seen the end either.
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, u8> = LruHashMap::with_max_entries(FRAGMENTED_MAX, 0);
+
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
 
@@ -91,6 +96,7 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.l
 #[map]
 static SCRATCH: PerCpuArray<SynRecord> = PerCpuArray::with_max_entries(1, 0);
 
+const FRAGMENTED_MAX: u32 = 4096;
 const BPF_F_NO_PREALLOC: u32 = 1;
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
@@ -168,6 +174,8 @@ fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
     };
     let packet = Skb(skb);
     match parse(&packet, family)? {
+        Parsed::Fragment(fragment) => later_fragment(&packet, fragment),
+        Parsed::Tcp(segment) if segment.fragment().is_some() => first_fragment(skb, &packet, &segment),
         Parsed::Tcp(segment) => match leg_state(skb, &segment) {
             Some(TCP_NEW_SYN_RECV) if segment.is_syn() => Ok(Counter::Retransmitted),
             // A SYN may take over the ports of a connection in TIME_WAIT: it opens a flow of its own.
@@ -178,12 +186,45 @@ fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
             // With SYN cookies there is no socket until the handshake is over.
             // SAFETY: the record is not looked into.
             None if unsafe { FLOWS.get(segment.flow()) }.is_some() => Ok(Counter::Pending),
+            // The SYN went on to the server: what follows it has to go there too, and is not to be taken for a cookie.
+            None if segment.is_syn_ack() && FLOWS.remove(segment.answered_flow()).is_ok() => {
+                Err(Counter::Bypassed)
+            }
             None => Err(Counter::Foreign),
         },
         Parsed::IcmpError(segment) => match leg_state(skb, &segment) {
             Some(_) => Ok(Counter::IcmpError),
             None => Err(Counter::Foreign),
         },
+    }
+}
+
+/// The first fragment of a leg's segment has the ports; by it the others are known. A SYN in fragments is left alone.
+#[inline(always)]
+fn first_fragment(skb: *mut __sk_buff, packet: &Skb, segment: &Segment) -> Result<Counter, Counter> {
+    let fragment = segment.fragment().ok_or(Counter::Fragment)?;
+    if segment.is_syn() {
+        return Err(Counter::Fragment);
+    }
+    // SAFETY: the record is not looked into.
+    let counter = match leg_state(skb, segment) {
+        Some(_) => Counter::Steered,
+        None if unsafe { FLOWS.get(segment.flow()) }.is_some() => Counter::Pending,
+        None => return Err(Counter::Foreign),
+    };
+    let key = fragment.key(packet).ok_or(Counter::Malformed)?;
+    // Without a place for it the others pass, and the peer has to send the segment again.
+    FRAGMENTS.insert(key, 0, 0).map_err(|_| Counter::Fragment)?;
+    Ok(counter)
+}
+
+#[inline(always)]
+fn later_fragment(packet: &Skb, fragment: Fragment) -> Result<Counter, Counter> {
+    let key = fragment.key(packet).ok_or(Counter::Malformed)?;
+    // SAFETY: the value is not looked into.
+    match unsafe { FRAGMENTS.get(key) } {
+        Some(_) => Ok(Counter::Steered),
+        None => Err(Counter::Fragment),
     }
 }
 

@@ -40,7 +40,7 @@ pub mod steer;
 pub mod table;
 pub mod units;
 
-use std::{io, os::fd::AsFd, pin::pin, sync::Arc, time::Duration};
+use std::{io, os::fd::AsFd, panic::resume_unwind, pin::pin, sync::Arc, time::Duration};
 
 use anyhow::{Result, bail};
 use futures_util::future::join_all;
@@ -48,6 +48,7 @@ use pepsal_ebpf::{Counter, LINKS_MAX};
 use tokio::{
     net::{TcpListener, TcpStream},
     signal::unix::{Signal, SignalKind, signal},
+    task::JoinSet,
     time::{MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -120,6 +121,7 @@ struct Proxy {
     shared: Arc<Shared>,
     flows: TaskTracker,
     accepting: CancellationToken,
+    attendants: JoinSet<()>,
 }
 
 impl Proxy {
@@ -203,19 +205,17 @@ impl Proxy {
             shared: Arc::new(shared),
             flows: TaskTracker::new(),
             accepting: CancellationToken::new(),
+            attendants: JoinSet::new(),
         })
     }
 
     /// Accepts and looks after things until `stop`.
     async fn serve(&mut self, stop: impl Future<Output = ()>) {
-        tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept(
-            self.listeners.clone(),
-            self.shared.clone(),
-            self.flows.clone(),
-        )));
-        for link in self.shared.links.iter().cloned() {
-            let keep = async move { link.budget.keep().await };
-            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
+        let accept = accept(self.listeners.clone(), self.shared.clone(), self.flows.clone());
+        self.attend(accept);
+        let links: Vec<_> = self.shared.links.iter().cloned().collect();
+        for link in links {
+            self.attend(async move { link.budget.keep().await });
         }
         let mut stop = pin!(stop);
         let mut rounds = interval(keeper::ROUND);
@@ -225,8 +225,20 @@ impl Proxy {
                 () = &mut stop => return,
                 _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared),
                 () = self.changes.next() => self.adapt().await,
+                Some(Err(error)) = self.attendants.join_next() => if let Ok(panic) = error.try_into_panic() {
+                    resume_unwind(panic);
+                },
             }
         }
+    }
+
+    /// Runs what all flows need beside what this task does itself. A daemon that no longer accepts, but shows that it is
+    /// alive, would swallow every new connection: so a panic there is the daemon's own, whose death lets them pass.
+    fn attend(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        let task = self.accepting.clone().run_until_cancelled_owned(task);
+        self.attendants.spawn(async move {
+            task.await;
+        });
     }
 
     /// Puts back what others removed, and follows interfaces that come and go.

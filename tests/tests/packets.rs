@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie};
+use aya::programs::tc::qdisc_add_clsact;
 use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use nix::libc;
@@ -195,9 +196,11 @@ impl Gateway {
     /// Attaches the intercepting program to `lan0`, for frames that the client sends.
     fn attach(&mut self) -> Result<()> {
         let program = program(&mut self.ebpf, STEER)?;
-        self.topology
-            .gateway
-            .run(|| program.attach("lan0", TcAttachType::Ingress))?;
+        self.topology.gateway.run(|| -> Result<_> {
+            // Where there is no tcx.
+            qdisc_add_clsact("lan0")?;
+            Ok(program.attach("lan0", TcAttachType::Ingress)?)
+        })?;
         Ok(())
     }
 
