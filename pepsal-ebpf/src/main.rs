@@ -38,7 +38,7 @@ use aya_log_ebpf::info;
 use pepsal_ebpf::{
     Counter, FlowKey, FragmentKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord,
     TCP_INITIAL_WINDOW, listener_v4, listener_v6, map_v4,
-    packet::{Family, Fragment, Packet, Parsed, Segment, parse, record_syn},
+    packet::{Family, Packet, Parsed, Segment, fragment_key, parse, record_syn},
 };
 
 /// The mark that steered packets carry, within [`MARK_MASK`].
@@ -151,10 +151,39 @@ fn count(counter: Counter) {
 fn classify(ctx: &TcContext, intercept: bool) -> Counter {
     match try_classify(ctx, intercept) {
         Ok(counter) => {
+            if let Some(key) = fragment(ctx) {
+                // Without a place for it the others pass, and the peer has to send the segment again.
+                let _ = FRAGMENTS.insert(key, 0, 0);
+            }
             mark(ctx);
             counter
         }
+        // It goes where the first fragment of its packet has gone.
+        // SAFETY: the value is not looked into.
+        Err(Counter::Fragment) => match fragment(ctx).and_then(|key| unsafe { FRAGMENTS.get(key) }) {
+            Some(_) => {
+                mark(ctx);
+                Counter::Steered
+            }
+            None => Counter::Fragment,
+        },
         Err(counter) => counter,
+    }
+}
+
+#[inline(always)]
+fn fragment(ctx: &TcContext) -> Option<FragmentKey> {
+    let skb = ctx.skb.skb;
+    fragment_key(&Skb(skb), family(skb)?)
+}
+
+#[inline(always)]
+fn family(skb: *mut __sk_buff) -> Option<Family> {
+    // SAFETY: a field of the context that programs of this type may read.
+    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+        0x0800 => Some(Family::V4),
+        0x86dd => Some(Family::V6),
+        _ => None,
     }
 }
 
@@ -162,20 +191,13 @@ fn classify(ctx: &TcContext, intercept: bool) -> Counter {
 #[inline(always)]
 fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
     let skb = ctx.skb.skb;
-    // SAFETY: fields of the context that programs of this type may read.
-    let (protocol, vlan) = unsafe { ((*skb).protocol, (*skb).vlan_present) };
-    if vlan != 0 {
+    // SAFETY: a field of the context that programs of this type may read.
+    if unsafe { (*skb).vlan_present } != 0 {
         return Err(Counter::Vlan);
     }
-    let family = match u16::from_be(protocol as u16) {
-        0x0800 => Family::V4,
-        0x86dd => Family::V6,
-        _ => return Err(Counter::NotIp),
-    };
+    let family = family(skb).ok_or(Counter::NotIp)?;
     let packet = Skb(skb);
     match parse(&packet, family)? {
-        Parsed::Fragment(fragment) => later_fragment(&packet, fragment),
-        Parsed::Tcp(segment) if segment.fragment().is_some() => first_fragment(skb, &packet, &segment),
         Parsed::Tcp(segment) => match leg_state(skb, &segment) {
             Some(TCP_NEW_SYN_RECV) if segment.is_syn() => Ok(Counter::Retransmitted),
             // A SYN may take over the ports of a connection in TIME_WAIT: it opens a flow of its own.
@@ -196,35 +218,6 @@ fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
             Some(_) => Ok(Counter::IcmpError),
             None => Err(Counter::Foreign),
         },
-    }
-}
-
-/// The first fragment of a leg's segment has the ports; by it the others are known. A SYN in fragments is left alone.
-#[inline(always)]
-fn first_fragment(skb: *mut __sk_buff, packet: &Skb, segment: &Segment) -> Result<Counter, Counter> {
-    let fragment = segment.fragment().ok_or(Counter::Fragment)?;
-    if segment.is_syn() {
-        return Err(Counter::Fragment);
-    }
-    // SAFETY: the record is not looked into.
-    let counter = match leg_state(skb, segment) {
-        Some(_) => Counter::Steered,
-        None if unsafe { FLOWS.get(segment.flow()) }.is_some() => Counter::Pending,
-        None => return Err(Counter::Foreign),
-    };
-    let key = fragment.key(packet).ok_or(Counter::Malformed)?;
-    // Without a place for it the others pass, and the peer has to send the segment again.
-    FRAGMENTS.insert(key, 0, 0).map_err(|_| Counter::Fragment)?;
-    Ok(counter)
-}
-
-#[inline(always)]
-fn later_fragment(packet: &Skb, fragment: Fragment) -> Result<Counter, Counter> {
-    let key = fragment.key(packet).ok_or(Counter::Malformed)?;
-    // SAFETY: the value is not looked into.
-    match unsafe { FRAGMENTS.get(key) } {
-        Some(_) => Ok(Counter::Steered),
-        None => Err(Counter::Fragment),
     }
 }
 

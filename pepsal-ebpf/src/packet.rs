@@ -41,44 +41,10 @@ pub struct Segment {
     /// Destination port, network order.
     pub destination_port: [u8; 2],
     flags: u8,
-    /// Where the fragment header is (IPv6) or the whole header (IPv4), and its protocol; only in a first fragment.
-    fragment: Option<Fragment>,
     tcp: Span,
     ip_options: Span,
     hop_by_hop: Span,
     destination_options: Span,
-}
-
-/// What makes a packet a fragment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fragment {
-    family: Family,
-    /// Where the identification is.
-    identification_at: u32,
-    protocol: u8,
-}
-
-impl Fragment {
-    /// What it has in common with the other fragments of its packet.
-    #[inline(always)]
-    pub fn key(self, packet: &impl Packet) -> Option<FragmentKey> {
-        Some(match self.family {
-            Family::V4 => {
-                let id: [u8; 2] = packet.read(self.identification_at)?;
-                let source = map_v4(packet.read(12)?);
-                FragmentKey::new(
-                    source,
-                    map_v4(packet.read(16)?),
-                    [id[0], id[1], 0, 0],
-                    self.protocol,
-                )
-            }
-            Family::V6 => {
-                let id = packet.read(self.identification_at)?;
-                FragmentKey::new(packet.read(8)?, packet.read(24)?, id, self.protocol)
-            }
-        })
-    }
 }
 
 /// Some bytes of the packet; length zero when there are none.
@@ -103,12 +69,6 @@ impl Segment {
     #[inline(always)]
     pub fn is_syn_ack(&self) -> bool {
         self.flags & (SYN | NOT_A_SYN) == SYN | ACK
-    }
-
-    /// What it has in common with the fragments after it, when it is the first of several.
-    #[inline(always)]
-    pub fn fragment(&self) -> Option<Fragment> {
-        self.fragment
     }
 
     /// The key of the flow whose server sent this segment.
@@ -145,8 +105,6 @@ impl Segment {
 pub enum Parsed {
     /// A TCP segment.
     Tcp(Segment),
-    /// A fragment that is not the first, and so has no ports.
-    Fragment(Fragment),
     /// An ICMP error; the segment is the quoted one turned round, so that it is addressed as an answer to it would be.
     IcmpError(Segment),
 }
@@ -163,6 +121,35 @@ const EXT_DESTINATION: u8 = 60;
 /// with room to spare.
 const EXTENSIONS_WALKED: usize = 8;
 
+/// What a fragment has in common with the others of its packet; nothing of what is whole. An IPv6 fragment header counts only
+/// where it comes first, before which there is hardly ever anything.
+#[inline(always)]
+pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey> {
+    match family {
+        Family::V4 => {
+            let header: [u8; 20] = packet.read(0)?;
+            if header[6] & 0x3f == 0 && header[7] == 0 {
+                return None;
+            }
+            Some(FragmentKey::new(
+                map_v4([header[12], header[13], header[14], header[15]]),
+                map_v4([header[16], header[17], header[18], header[19]]),
+                [header[4], header[5], 0, 0],
+                header[9],
+            ))
+        }
+        Family::V6 => {
+            let [next_header]: [u8; 1] = packet.read(6)?;
+            if next_header != EXT_FRAGMENT {
+                return None;
+            }
+            let header: [u8; 8] = packet.read(40)?;
+            let id = [header[4], header[5], header[6], header[7]];
+            Some(FragmentKey::new(packet.read(8)?, packet.read(24)?, id, header[0]))
+        }
+    }
+}
+
 /// Finds the TCP header, or says why the packet is none of pepsal's business.
 #[inline(always)]
 pub fn parse(packet: &impl Packet, family: Family) -> Result<Parsed, Counter> {
@@ -170,9 +157,6 @@ pub fn parse(packet: &impl Packet, family: Family) -> Result<Parsed, Counter> {
         Family::V4 => parse_v4(packet, 0)?,
         Family::V6 => parse_v6(packet, 0)?,
     };
-    if let Some(fragment) = ip.later_fragment() {
-        return Ok(Parsed::Fragment(fragment));
-    }
     match (ip.protocol, family) {
         (PROTO_TCP, _) => parse_tcp(packet, &ip, family).map(Parsed::Tcp),
         (PROTO_ICMP, Family::V4) | (PROTO_ICMPV6, Family::V6) => parse_icmp_error(packet, &ip, family),
@@ -188,19 +172,6 @@ struct Ip {
     options: Span,
     hop_by_hop: Span,
     destination_options: Span,
-    fragment: Option<Fragment>,
-    /// Whether it is a fragment and not the first.
-    is_later: bool,
-}
-
-impl Ip {
-    #[inline(always)]
-    fn later_fragment(&self) -> Option<Fragment> {
-        match self.is_later {
-            true => self.fragment,
-            false => None,
-        }
-    }
 }
 
 #[inline(always)]
@@ -211,9 +182,10 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
     if header[0] >> 4 != 4 || header_len < 20 || total_len < header_len {
         return Err(Counter::Malformed);
     }
-    // The flag for more fragments to come, and the offset of this one.
-    let is_later = header[6] & 0x1f != 0 || header[7] != 0;
-    let is_fragment = is_later || header[6] & 0x20 != 0;
+    // All but the first have no ports.
+    if header[6] & 0x1f != 0 || header[7] != 0 {
+        return Err(Counter::Fragment);
+    }
     Ok(Ip {
         source: map_v4([header[12], header[13], header[14], header[15]]),
         destination: map_v4([header[16], header[17], header[18], header[19]]),
@@ -228,15 +200,6 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         },
         hop_by_hop: Span::default(),
         destination_options: Span::default(),
-        fragment: match is_fragment {
-            true => Some(Fragment {
-                family: Family::V4,
-                identification_at: at + 4,
-                protocol: header[9],
-            }),
-            false => None,
-        },
-        is_later,
     })
 }
 
@@ -259,8 +222,6 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         options: Span::default(),
         hop_by_hop: Span::default(),
         destination_options: Span::default(),
-        fragment: None,
-        is_later: false,
     };
     for _ in 0..EXTENSIONS_WALKED {
         match ip.protocol {
@@ -282,18 +243,9 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         match ip.protocol {
             EXT_HOP_BY_HOP => ip.hop_by_hop = span,
             EXT_DESTINATION => ip.destination_options = span,
-            EXT_FRAGMENT => {
-                ip.fragment = Some(Fragment {
-                    family: Family::V6,
-                    identification_at: span.offset + 4,
-                    protocol: header[0],
-                });
-                // What comes after the header is the middle of something.
-                if header[2] != 0 || header[3] & 0xf8 != 0 {
-                    ip.is_later = true;
-                    return Ok(ip);
-                }
-            }
+            // All but the first have no ports.
+            EXT_FRAGMENT if header[2] != 0 || header[3] & 0xf8 != 0 => return Err(Counter::Fragment),
+            EXT_FRAGMENT => {}
             // Segments left: this router is a waypoint and the destination is not the final one (RFC 8200, 4.4).
             _ if header[3] != 0 => return Err(Counter::Waypoint),
             _ => {}
@@ -327,7 +279,6 @@ fn parse_tcp(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Segment, C
         source_port,
         destination_port,
         flags: header[13],
-        fragment: ip.fragment,
         tcp: Span {
             offset: ip.payload.offset,
             len: header_len,
@@ -362,9 +313,6 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
         Family::V4 => parse_v4(packet, at)?,
         Family::V6 => parse_v6(packet, at)?,
     };
-    if quoted.is_later {
-        return Err(Counter::Fragment);
-    }
     if quoted.protocol != PROTO_TCP {
         return Err(Counter::NotTcp);
     }
@@ -376,7 +324,6 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
         source_port: [ports[0], ports[1]],
         destination_port: [ports[2], ports[3]],
         flags: 0,
-        fragment: None,
         tcp: Span::default(),
         ip_options: Span::default(),
         hop_by_hop: Span::default(),
@@ -888,15 +835,19 @@ mod tests {
                     let field = 0x4000 | u16::from(more) << 13 | offset;
                     packet[6..8].copy_from_slice(&field.to_be_bytes());
                     let is_fragment = more || offset > 0;
-                    prop_assert_eq!(part(parse_bytes(&packet, Family::V4)), (is_fragment, offset > 0));
+                    prop_assert_eq!(parse_bytes(&packet, Family::V4) == Err(Counter::Fragment), offset > 0);
+                    prop_assert_eq!(fragment_key(&packet.as_slice(), Family::V4).is_some(), is_fragment);
                 }
                 Family::V6 => {
                     let mut syn = syn;
                     syn.extensions.truncate(EXTENSIONS_WALKED - 1);
                     let field = (offset << 3 | u16::from(more)).to_be_bytes();
                     let header = (EXT_FRAGMENT, vec![0, field[0], field[1], 0, 0, 0, 1]);
-                    syn.extensions.insert(at.index(syn.extensions.len() + 1), header);
-                    prop_assert_eq!(part(parse_bytes(&syn.packet(), Family::V6)), (true, offset > 0));
+                    let at = at.index(syn.extensions.len() + 1);
+                    syn.extensions.insert(at, header);
+                    let packet = syn.packet();
+                    prop_assert_eq!(parse_bytes(&packet, Family::V6) == Err(Counter::Fragment), offset > 0);
+                    prop_assert_eq!(fragment_key(&packet.as_slice(), Family::V6).is_some(), at == 0);
                 }
             }
         }
@@ -999,15 +950,6 @@ mod tests {
         #[test]
         fn arbitrary_tcp_options_are_read_without_panic(options in prop::collection::vec(any::<u8>(), 0..60)) {
             TcpOptions::parse(&options);
-        }
-    }
-
-    /// Whether a packet is a fragment, and whether it is one without ports.
-    fn part(parsed: Result<Parsed, Counter>) -> (bool, bool) {
-        match parsed {
-            Ok(Parsed::Fragment(_)) => (true, true),
-            Ok(Parsed::Tcp(segment)) => (segment.fragment().is_some(), false),
-            other => panic!("{other:?}"),
         }
     }
 

@@ -121,7 +121,8 @@ fn ebpf_target_dir() -> PathBuf {
     target_dir().join("ebpf")
 }
 
-fn root() -> &'static Path {
+/// Where the workspace is.
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("xtask lies inside the workspace")

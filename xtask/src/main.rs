@@ -5,6 +5,7 @@ use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::Parser;
 
+mod audit;
 mod bench;
 mod build;
 mod debian;
@@ -56,6 +57,8 @@ enum Xtask {
     Bench(bench::Bench),
     /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
     Test(test::Options),
+    /// Check dependencies for known vulnerabilities, licences and sources.
+    Audit,
     /// Make flows of every kind over a lossy link, while the daemon and the gateway are ill-treated, and check every byte.
     Soak(soak::Options),
     /// Run the end-to-end tests on other kernels, in virtual machines without hardware support.
@@ -78,6 +81,7 @@ impl Xtask {
             Self::Demo(options) => return demo::run(&options),
             Self::Bench(bench) => return bench::run(&bench),
             Self::Test(options) => return Ok(test::run(&options)),
+            Self::Audit => audit::run()?,
             Self::Soak(options) => return soak::run(&options),
             Self::VmTest(options) => return vm::run(&options),
         }
