@@ -287,7 +287,7 @@ counters! {
     Vlan = "vlan",
     /// Passed: neither TCP nor an ICMP error about TCP.
     NotTcp = "not_tcp",
-    /// Passed: a fragment of a SYN, or one that came without the first fragment of a leg's segment before it.
+    /// Passed: a fragment without ports whose packet's first was not marked before it.
     Fragment = "fragment",
     /// Passed: source-routed, so its destination is a waypoint and not the server.
     Waypoint = "waypoint",

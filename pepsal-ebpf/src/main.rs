@@ -38,7 +38,7 @@ use aya_log_ebpf::info;
 use pepsal_ebpf::{
     Counter, FlowKey, FragmentKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PortSet, SynRecord,
     TCP_INITIAL_WINDOW, listener_v4, listener_v6, map_v4,
-    packet::{Family, Packet, Parsed, Segment, fragment_key, parse, record_syn},
+    packet::{Family, Packet, Parsed, Segment, first_fragment, fragment_key, parse, record_syn},
 };
 
 /// The mark that steered packets carry, within [`MARK_MASK`].
@@ -149,32 +149,41 @@ fn count(counter: Counter) {
 
 #[inline(always)]
 fn classify(ctx: &TcContext, intercept: bool) -> Counter {
-    match try_classify(ctx, intercept) {
+    let decided = match try_classify(ctx, intercept) {
+        Err(Counter::Fragment) => classify_fragment(ctx.skb.skb),
+        decided => decided,
+    };
+    match decided {
         Ok(counter) => {
-            if let Some(key) = fragment(ctx) {
-                // Without a place for it the others pass, and the peer has to send the segment again.
-                let _ = FRAGMENTS.insert(key, 0, 0);
-            }
             mark(ctx);
             counter
         }
-        // It goes where the first fragment of its packet has gone.
-        // SAFETY: the value is not looked into.
-        Err(Counter::Fragment) => match fragment(ctx).and_then(|key| unsafe { FRAGMENTS.get(key) }) {
-            Some(_) => {
-                mark(ctx);
-                Counter::Steered
-            }
-            None => Counter::Fragment,
-        },
         Err(counter) => counter,
     }
 }
 
+/// The first fragment of a leg's segment has the ports; the others go where it has gone. A SYN in fragments is left alone.
 #[inline(always)]
-fn fragment(ctx: &TcContext) -> Option<FragmentKey> {
-    let skb = ctx.skb.skb;
-    fragment_key(&Skb(skb), family(skb)?)
+fn classify_fragment(skb: *mut __sk_buff) -> Result<Counter, Counter> {
+    let packet = Skb(skb);
+    let family = family(skb).ok_or(Counter::NotIp)?;
+    match first_fragment(&packet, family) {
+        Ok(segment) if !segment.is_syn() && leg_state(skb, &segment).is_some() => {
+            let key = fragment_key(&packet, family).ok_or(Counter::Fragment)?;
+            // Without a place for it the others pass, and the peer has to send the segment again.
+            FRAGMENTS.insert(key, 0, 0).map_err(|_| Counter::Fragment)?;
+            Ok(Counter::Steered)
+        }
+        Ok(_) => Err(Counter::Fragment),
+        Err(_) => {
+            let key = fragment_key(&packet, family).ok_or(Counter::Fragment)?;
+            // SAFETY: the value is not looked into.
+            match unsafe { FRAGMENTS.get(key) } {
+                Some(_) => Ok(Counter::Steered),
+                None => Err(Counter::Fragment),
+            }
+        }
+    }
 }
 
 #[inline(always)]

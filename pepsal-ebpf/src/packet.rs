@@ -150,6 +150,46 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
     }
 }
 
+/// The segment whose first fragment this is, of which the ports are needed. It is read apart from [`parse`], since the
+/// verifiers of older kernels cannot follow both in one.
+#[inline(always)]
+pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, Counter> {
+    let (source, destination, protocol, offset, tcp_at) = match family {
+        Family::V4 => {
+            let header: [u8; 20] = packet.read(0).ok_or(Counter::Malformed)?;
+            (
+                map_v4([header[12], header[13], header[14], header[15]]),
+                map_v4([header[16], header[17], header[18], header[19]]),
+                header[9],
+                [header[6] & 0x1f, header[7]],
+                u32::from(header[0] & 0x0f) * 4,
+            )
+        }
+        Family::V6 => {
+            let header: [u8; 4] = packet.read(40).ok_or(Counter::Malformed)?;
+            let source = packet.read(8).ok_or(Counter::Malformed)?;
+            let destination = packet.read(24).ok_or(Counter::Malformed)?;
+            (source, destination, header[0], [header[2], header[3] & 0xf8], 48)
+        }
+    };
+    if protocol != PROTO_TCP || offset != [0, 0] {
+        return Err(Counter::Fragment);
+    }
+    let tcp: [u8; 14] = packet.read(tcp_at).ok_or(Counter::Malformed)?;
+    Ok(Segment {
+        family,
+        source,
+        destination,
+        source_port: [tcp[0], tcp[1]],
+        destination_port: [tcp[2], tcp[3]],
+        flags: tcp[13],
+        tcp: Span::default(),
+        ip_options: Span::default(),
+        hop_by_hop: Span::default(),
+        destination_options: Span::default(),
+    })
+}
+
 /// Finds the TCP header, or says why the packet is none of pepsal's business.
 #[inline(always)]
 pub fn parse(packet: &impl Packet, family: Family) -> Result<Parsed, Counter> {
@@ -182,8 +222,8 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
     if header[0] >> 4 != 4 || header_len < 20 || total_len < header_len {
         return Err(Counter::Malformed);
     }
-    // All but the first have no ports.
-    if header[6] & 0x1f != 0 || header[7] != 0 {
+    // More-fragments flag or a fragment offset.
+    if header[6] & 0x3f != 0 || header[7] != 0 {
         return Err(Counter::Fragment);
     }
     Ok(Ip {
@@ -225,14 +265,12 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
     };
     for _ in 0..EXTENSIONS_WALKED {
         match ip.protocol {
-            EXT_HOP_BY_HOP | EXT_ROUTING | EXT_DESTINATION | EXT_FRAGMENT => {}
+            EXT_HOP_BY_HOP | EXT_ROUTING | EXT_DESTINATION => {}
+            EXT_FRAGMENT => return Err(Counter::Fragment),
             _ => return Ok(ip),
         }
         let header: [u8; 4] = packet.read(ip.payload.offset).ok_or(Counter::Malformed)?;
-        let len = match ip.protocol {
-            EXT_FRAGMENT => 8,
-            _ => (u32::from(header[1]) + 1) * 8,
-        };
+        let len = (u32::from(header[1]) + 1) * 8;
         if ip.payload.len < len {
             return Err(Counter::Malformed);
         }
@@ -243,9 +281,6 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         match ip.protocol {
             EXT_HOP_BY_HOP => ip.hop_by_hop = span,
             EXT_DESTINATION => ip.destination_options = span,
-            // All but the first have no ports.
-            EXT_FRAGMENT if header[2] != 0 || header[3] & 0xf8 != 0 => return Err(Counter::Fragment),
-            EXT_FRAGMENT => {}
             // Segments left: this router is a waypoint and the destination is not the final one (RFC 8200, 4.4).
             _ if header[3] != 0 => return Err(Counter::Waypoint),
             _ => {}
@@ -835,7 +870,11 @@ mod tests {
                     let field = 0x4000 | u16::from(more) << 13 | offset;
                     packet[6..8].copy_from_slice(&field.to_be_bytes());
                     let is_fragment = more || offset > 0;
-                    prop_assert_eq!(parse_bytes(&packet, Family::V4) == Err(Counter::Fragment), offset > 0);
+                    prop_assert_eq!(parse_bytes(&packet, Family::V4) == Err(Counter::Fragment), is_fragment);
+                    if is_fragment {
+                        let first = first_fragment(&packet.as_slice(), Family::V4);
+                        prop_assert_eq!(first.map(|segment| segment.flow()).ok(), (offset == 0).then(|| syn.flow()));
+                    }
                     prop_assert_eq!(fragment_key(&packet.as_slice(), Family::V4).is_some(), is_fragment);
                 }
                 Family::V6 => {
@@ -846,7 +885,11 @@ mod tests {
                     let at = at.index(syn.extensions.len() + 1);
                     syn.extensions.insert(at, header);
                     let packet = syn.packet();
-                    prop_assert_eq!(parse_bytes(&packet, Family::V6) == Err(Counter::Fragment), offset > 0);
+                    prop_assert_eq!(parse_bytes(&packet, Family::V6), Err(Counter::Fragment));
+                    if syn.extensions.len() == 1 {
+                        let first = first_fragment(&packet.as_slice(), Family::V6);
+                        prop_assert_eq!(first.map(|segment| segment.flow()).ok(), (offset == 0).then(|| syn.flow()));
+                    }
                     prop_assert_eq!(fragment_key(&packet.as_slice(), Family::V6).is_some(), at == 0);
                 }
             }

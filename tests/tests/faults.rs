@@ -197,7 +197,7 @@ fn renamed_interface_is_not_intercepted_and_its_flows_go_on() -> Result<()> {
 }
 
 #[test]
-fn flows_of_others_go_on_when_a_clients_network_is_gone() -> Result<()> {
+fn a_clients_network_may_go_and_the_daemon_works_on() -> Result<()> {
     let Topology {
         client,
         gateway,

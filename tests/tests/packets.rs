@@ -511,14 +511,13 @@ fn syn_is_found_behind_extension_headers_that_a_router_may_pass() -> Result<()> 
         (&[(MOBILITY, PADDING)], Counter::NotTcp, 0),
         (&[(253, PADDING)], Counter::NotTcp, 0),
         (&[(59, PADDING)], Counter::NotTcp, 0),
-        // A later fragment of a packet whose first has not come, and first fragments, which have the ports.
+        (&[(FRAGMENT, &[0, 0, 1, 0, 0, 0, 1])], Counter::Fragment, 0),
         (&[(FRAGMENT, &[0, 0, 8, 0, 0, 0, 1])], Counter::Fragment, 0),
-        (&[(FRAGMENT, &[0, 0, 1, 0, 0, 0, 2])], Counter::Intercepted, 0),
         // An atomic fragment (RFC 6946).
-        (&[(FRAGMENT, &[0, 0, 0, 0, 0, 0, 3])], Counter::Intercepted, 0),
+        (&[(FRAGMENT, &[0, 0, 0, 0, 0, 0, 1])], Counter::Fragment, 0),
         (
-            &[(HOP_BY_HOP, ROUTER_ALERT), (FRAGMENT, &[0, 0, 1, 0, 0, 0, 4])],
-            Counter::Intercepted,
+            &[(HOP_BY_HOP, ROUTER_ALERT), (FRAGMENT, &[0, 0, 1, 0, 0, 0, 1])],
+            Counter::Fragment,
             0,
         ),
         (&[(DESTINATION, &[255, 0, 0, 0, 0, 0, 0])], Counter::Malformed, 0),
@@ -659,8 +658,9 @@ fn headers_that_contradict_themselves_pass() -> Result<()> {
 #[test]
 fn fragments_go_where_the_first_of_their_packet_went() -> Result<()> {
     let mut gateway = Gateway::new()?;
-    let fragment = |flags_and_offset: [u8; 2], id: u8| {
-        let mut packet = Tcp::syn(Family::V4).packet();
+    let (leg, _streams) = gateway.leg(Family::V4)?;
+    let fragment = |of: &Tcp, flags_and_offset: [u8; 2], id: u8| {
+        let mut packet = of.packet();
         packet[4..6].copy_from_slice(&[1, id]);
         packet[6..8].copy_from_slice(&flags_and_offset);
         packet
@@ -670,20 +670,20 @@ fn fragments_go_where_the_first_of_their_packet_went() -> Result<()> {
         ([0x20, 0x01], 1, Counter::Fragment),
         ([0x00, 0x01], 1, Counter::Fragment),
         ([0x1f, 0x00], 1, Counter::Fragment),
-        ([0x20, 0x00], 1, Counter::Intercepted),
+        ([0x20, 0x00], 1, Counter::Steered),
         ([0x20, 0x01], 1, Counter::Steered),
         ([0x00, 0x02], 1, Counter::Steered),
         // Another packet's.
         ([0x00, 0x02], 2, Counter::Fragment),
     ] {
-        let counted = gateway.steer(&fragment(flags_and_offset, id))?;
+        let counted = gateway.steer(&fragment(&leg, flags_and_offset, id))?;
         assert_eq!(counted, expected, "{flags_and_offset:x?} of {id}");
     }
-    // Of a connection that passes all of them pass.
-    gateway.select("DESTINATIONS", Family::V4, false)?;
-    gateway.forget_flows()?;
-    assert_eq!(gateway.steer(&fragment([0x20, 0x00], 3))?, Counter::Unselected);
-    assert_eq!(gateway.steer(&fragment([0x00, 0x02], 3))?, Counter::Fragment);
+    // Of what is not a leg's all of them pass, a SYN's too.
+    for flags_and_offset in [[0x20, 0x00], [0x20, 0x01], [0x00, 0x02]] {
+        let packet = fragment(&Tcp::syn(Family::V4), flags_and_offset, 3);
+        assert_eq!(gateway.steer(&packet)?, Counter::Fragment);
+    }
 
     let (leg, _streams) = gateway.leg(Family::V6)?;
     let fragment = |offset: [u8; 2], id: u8| {
