@@ -50,6 +50,10 @@ static MARK_MASK: u32 = 0;
 /// Nanoseconds without a heartbeat after which the daemon counts as hung.
 #[unsafe(no_mangle)]
 static HEARTBEAT_BOUND_NS: u64 = 0;
+/// Non-zero: fragments are led to their flow. The verifiers of older kernels give up on that; where it is zero they leave
+/// it out, as they know the value.
+#[unsafe(no_mangle)]
+static FOLLOW_FRAGMENTS: u8 = 0;
 /// Non-zero: every intercepted SYN is logged.
 #[unsafe(no_mangle)]
 static LOG_SYNS: u8 = 0;
@@ -149,8 +153,10 @@ fn count(counter: Counter) {
 
 #[inline(always)]
 fn classify(ctx: &TcContext, intercept: bool) -> Counter {
+    // SAFETY: a static that the loader sets.
+    let follow = unsafe { read_volatile(&FOLLOW_FRAGMENTS) } != 0;
     let decided = match try_classify(ctx, intercept) {
-        Err(Counter::Fragment) => classify_fragment(ctx.skb.skb),
+        Err(Counter::Fragment) if follow => classify_fragment(ctx.skb.skb),
         decided => decided,
     };
     match decided {

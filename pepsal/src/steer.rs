@@ -86,24 +86,13 @@ impl Steering {
             bail!("this binary was built without its eBPF programs: build it with `cargo xtask build`");
         }
         let selection = config.selection;
-        let (mark, mask) = (config.mark.value, config.mark.mask);
-        let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
-        let log_syns = u8::from(config.log_syns);
-        let mut ebpf = EbpfLoader::new()
-            .override_global("MARK", &mark, true)
-            .override_global("MARK_MASK", &mask, true)
-            .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
-            .override_global("LOG_SYNS", &log_syns, true)
-            .map_max_entries("FLOWS", config.limit)
-            .map_max_entries("DESTINATIONS", selection.destinations.len() as u32)
-            .map_max_entries("SOURCES", selection.sources.len() as u32)
-            .map_max_entries("PORT_SETS", selection.port_sets.len() as u32)
-            .load(OBJECT)
-            .context("the kernel refuses the eBPF maps")?;
-        for name in [STEER, REPLIES] {
-            let program: &mut SchedClassifier = program(&mut ebpf, name)?;
-            program.load().map_err(|error| refused(name, error))?;
-        }
+        let mut ebpf = match load_classifiers(config, true) {
+            Err(error) if is_too_complex(&error) => {
+                info!("this kernel cannot follow the program that leads fragments to their flow: they pass");
+                load_classifiers(config, false)?
+            }
+            loaded => loaded?,
+        };
         let lookup: &mut SkLookup = program(&mut ebpf, LISTENER)?;
         lookup.load().map_err(|error| refused(LISTENER, error))?;
         // From here on the programs hold the maps, which are taken out of the object one by one.
@@ -277,6 +266,46 @@ impl Steering {
             .get(&(counter as u32), 0)
             .map_or(0, |values| values.iter().sum())
     }
+}
+
+/// The object with its maps, and the programs on TC loaded.
+fn load_classifiers(config: &Config<'_>, follow_fragments: bool) -> Result<Ebpf> {
+    let selection = config.selection;
+    let (mark, mask) = (config.mark.value, config.mark.mask);
+    let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
+    let (log_syns, follow_fragments) = (u8::from(config.log_syns), u8::from(follow_fragments));
+    let mut ebpf = EbpfLoader::new()
+        .override_global("MARK", &mark, true)
+        .override_global("MARK_MASK", &mask, true)
+        .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+        .override_global("FOLLOW_FRAGMENTS", &follow_fragments, true)
+        .override_global("LOG_SYNS", &log_syns, true)
+        .map_max_entries("FLOWS", config.limit)
+        .map_max_entries("DESTINATIONS", selection.destinations.len() as u32)
+        .map_max_entries("SOURCES", selection.sources.len() as u32)
+        .map_max_entries("PORT_SETS", selection.port_sets.len() as u32)
+        .load(OBJECT)
+        .context("the kernel refuses the eBPF maps")?;
+    for name in [STEER, REPLIES] {
+        let program: &mut SchedClassifier = program(&mut ebpf, name)?;
+        let loaded = program.load();
+        if let Err(ProgramError::LoadError { io_error, .. }) = &loaded
+            && io_error.raw_os_error() == Some(nix::libc::E2BIG)
+        {
+            return Err(anyhow!(TooComplex).context(format!("the kernel refuses the eBPF program {name}")));
+        }
+        loaded.map_err(|error| refused(name, error))?;
+    }
+    Ok(ebpf)
+}
+
+/// The verifier gave up after a million instructions.
+#[derive(Debug, thiserror::Error)]
+#[error("its verifier gives up on it")]
+struct TooComplex;
+
+fn is_too_complex(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<TooComplex>().is_some()
 }
 
 /// Attached filters outlive a killed process on kernels without tcx. None found, or no qdisc, is as good.

@@ -64,6 +64,7 @@ impl Gateway {
             .override_global("MARK", &MARK, true)
             .override_global("MARK_MASK", &MARK_MASK, true)
             .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+            .override_global("FOLLOW_FRAGMENTS", &1_u8, true)
             .map_max_entries("FLOWS", LIMIT)
             .map_max_entries("DESTINATIONS", 8)
             .map_max_entries("SOURCES", 8)
