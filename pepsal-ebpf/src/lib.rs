@@ -157,6 +157,38 @@ impl FlowKey {
     }
 }
 
+/// What the fragments of one packet have in common (RFC 791, 3.2; RFC 8200, 4.5).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentKey {
+    source: MappedAddr,
+    destination: MappedAddr,
+    identification: [u8; 4],
+    protocol: u8,
+    _pad: [u8; 3],
+}
+
+const _: () = assert!(size_of::<FragmentKey>() == 40);
+
+impl FragmentKey {
+    /// A key from what fragments say, in network order; IPv4's identification is two bytes and two zeroes.
+    #[inline(always)]
+    pub const fn new(
+        source: MappedAddr,
+        destination: MappedAddr,
+        identification: [u8; 4],
+        protocol: u8,
+    ) -> Self {
+        Self {
+            source,
+            destination,
+            identification,
+            protocol,
+            _pad: [0; 3],
+        }
+    }
+}
+
 /// What the client's SYN said, recorded before the kernel answers it and taken by the daemon when it accepts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,7 +318,7 @@ counters! {
     Vlan = "vlan",
     /// Passed: neither TCP nor an ICMP error about TCP.
     NotTcp = "not_tcp",
-    /// Passed: a fragment, whose ports cannot be known.
+    /// Passed: a fragment without ports whose packet's first was not marked before it.
     Fragment = "fragment",
     /// Passed: source-routed, so its destination is a waypoint and not the server.
     Waypoint = "waypoint",
@@ -294,6 +326,8 @@ counters! {
     Signed = "signed",
     /// Passed: headers that are cut short or contradict themselves.
     Malformed = "malformed",
+    /// Passed: a server's answer to a SYN that was recorded but went on to the server, as rule or route was missing.
+    Bypassed = "bypassed",
     /// Passed: a segment of a connection that is not pepsal's.
     Foreign = "foreign",
     /// Passed: a SYN on an interface that is not intercepted.

@@ -32,14 +32,14 @@ use aya_ebpf::{
         bpf_skb_load_bytes_relative, bpf_skc_lookup_tcp,
     },
     macros::{cgroup_sockopt, classifier, map, sk_lookup},
-    maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockMap, lpm_trie},
     programs::{SkLookupContext, SockoptContext, TcContext},
 };
 use aya_log_ebpf::info;
 use pepsal_ebpf::{
-    Counter, FlowKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PORT_SETS_MAX, PREFIXES_MAX, PortSet,
-    PrefixKey, SynRecord, TCP_INITIAL_WINDOW, listener_v4, listener_v6, map_v4,
-    packet::{Family, Packet, Parsed, Segment, parse, record_syn},
+    Counter, FlowKey, FragmentKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PORT_SETS_MAX,
+    PREFIXES_MAX, PortSet, PrefixKey, SynRecord, TCP_INITIAL_WINDOW, listener_v4, listener_v6, map_v4,
+    packet::{Family, Packet, Parsed, Segment, first_fragment, fragment_key, parse, record_syn},
 };
 
 /// The mark that steered packets carry, within [`MARK_MASK`].
@@ -51,6 +51,10 @@ static MARK_MASK: u32 = 0;
 /// Nanoseconds without a heartbeat after which the daemon counts as hung.
 #[unsafe(no_mangle)]
 static HEARTBEAT_BOUND_NS: u64 = 0;
+/// Non-zero: fragments are led to their flow. The verifiers of older kernels give up on that; where it is zero they leave
+/// it out, as they know the value.
+#[unsafe(no_mangle)]
+static FOLLOW_FRAGMENTS: u8 = 0;
 /// Non-zero: every intercepted SYN is logged.
 #[unsafe(no_mangle)]
 static LOG_SYNS: u8 = 0;
@@ -90,6 +94,11 @@ static PORT_SETS: HashMap<u32, PortSet> = HashMap::with_max_entries(PORT_SETS_MA
 #[map]
 static HEARTBEAT: Array<u64> = Array::with_max_entries(1, 0);
 
+/// Segments of legs that come in fragments, whose first fragment alone has the ports. The oldest make room for new ones:
+/// of a packet that is not whole by then the kernel would hardly have seen the end either.
+#[map]
+static FRAGMENTS: LruHashMap<FragmentKey, u8> = LruHashMap::with_max_entries(FRAGMENTED_MAX, 0);
+
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
 
@@ -97,6 +106,7 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.l
 #[map]
 static SCRATCH: PerCpuArray<SynRecord> = PerCpuArray::with_max_entries(1, 0);
 
+const FRAGMENTED_MAX: u32 = 4096;
 const BPF_F_NO_PREALLOC: u32 = 1;
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
@@ -149,7 +159,13 @@ fn count(counter: Counter) {
 
 #[inline(always)]
 fn classify(ctx: &TcContext, intercept: bool) -> Counter {
-    match try_classify(ctx, intercept) {
+    // SAFETY: a static that the loader sets.
+    let follow = unsafe { read_volatile(&FOLLOW_FRAGMENTS) } != 0;
+    let decided = match try_classify(ctx, intercept) {
+        Err(Counter::Fragment) if follow => classify_fragment(ctx.skb.skb),
+        decided => decided,
+    };
+    match decided {
         Ok(counter) => {
             mark(ctx);
             counter
@@ -158,20 +174,49 @@ fn classify(ctx: &TcContext, intercept: bool) -> Counter {
     }
 }
 
+/// The first fragment of a leg's segment has the ports; the others go where it has gone. A SYN in fragments is left alone.
+#[inline(always)]
+fn classify_fragment(skb: *mut __sk_buff) -> Result<Counter, Counter> {
+    let packet = Skb(skb);
+    let family = family(skb).ok_or(Counter::NotIp)?;
+    match first_fragment(&packet, family) {
+        Ok(segment) if !segment.is_syn() && leg_state(skb, &segment).is_some() => {
+            let key = fragment_key(&packet, family).ok_or(Counter::Fragment)?;
+            // Without a place for it the others pass, and the peer has to send the segment again.
+            FRAGMENTS.insert(key, 0, 0).map_err(|_| Counter::Fragment)?;
+            Ok(Counter::Steered)
+        }
+        Ok(_) => Err(Counter::Fragment),
+        Err(_) => {
+            let key = fragment_key(&packet, family).ok_or(Counter::Fragment)?;
+            // SAFETY: the value is not looked into.
+            match unsafe { FRAGMENTS.get(key) } {
+                Some(_) => Ok(Counter::Steered),
+                None => Err(Counter::Fragment),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn family(skb: *mut __sk_buff) -> Option<Family> {
+    // SAFETY: a field of the context that programs of this type may read.
+    match u16::from_be(unsafe { (*skb).protocol } as u16) {
+        0x0800 => Some(Family::V4),
+        0x86dd => Some(Family::V6),
+        _ => None,
+    }
+}
+
 /// `Ok` for a packet that is to be marked, `Err` for one that passes as it is.
 #[inline(always)]
 fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
     let skb = ctx.skb.skb;
-    // SAFETY: fields of the context that programs of this type may read.
-    let (protocol, vlan) = unsafe { ((*skb).protocol, (*skb).vlan_present) };
-    if vlan != 0 {
+    // SAFETY: a field of the context that programs of this type may read.
+    if unsafe { (*skb).vlan_present } != 0 {
         return Err(Counter::Vlan);
     }
-    let family = match u16::from_be(protocol as u16) {
-        0x0800 => Family::V4,
-        0x86dd => Family::V6,
-        _ => return Err(Counter::NotIp),
-    };
+    let family = family(skb).ok_or(Counter::NotIp)?;
     let packet = Skb(skb);
     match parse(&packet, family)? {
         Parsed::Tcp(segment) => match leg_state(skb, &segment) {
@@ -184,6 +229,10 @@ fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
             // With SYN cookies there is no socket until the handshake is over.
             // SAFETY: the record is not looked into.
             None if unsafe { FLOWS.get(segment.flow()) }.is_some() => Ok(Counter::Pending),
+            // The SYN went on to the server: what follows it has to go there too, and is not to be taken for a cookie.
+            None if segment.is_syn_ack() && FLOWS.remove(segment.answered_flow()).is_ok() => {
+                Err(Counter::Bypassed)
+            }
             None => Err(Counter::Foreign),
         },
         Parsed::IcmpError(segment) => match leg_state(skb, &segment) {
@@ -572,6 +621,10 @@ impl Packet for Skb {
         if len == 0 || len > N as u32 {
             return false;
         }
+        // Older verifiers (seen up to Linux 6.1) forget that comparison once the length is spilled. What follows repeats
+        // it in one register; volatile, as the compiler would leave out what changes nothing.
+        // SAFETY: a local variable.
+        let len = unsafe { (read_volatile(&len) - 1) & (N.next_power_of_two() as u32 - 1) } + 1;
         // SAFETY: `len` bytes fit, and the helper writes that many or none.
         unsafe {
             bpf_skb_load_bytes_relative(

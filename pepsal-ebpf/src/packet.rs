@@ -5,7 +5,8 @@
 //! The packet starts at its network header.
 
 use crate::{
-    Counter, EXTENSION_MAX, FlowKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TCP_OPTIONS_MAX, map_v4,
+    Counter, EXTENSION_MAX, FlowKey, FragmentKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TCP_OPTIONS_MAX,
+    map_v4,
 };
 
 /// A packet, from its network header on.
@@ -54,13 +55,26 @@ struct Span {
 }
 
 const SYN: u8 = 0x02;
-const NOT_A_SYN: u8 = 0x01 | 0x04 | 0x10; // FIN, RST, ACK
+const ACK: u8 = 0x10;
+const NOT_A_SYN: u8 = 0x01 | 0x04 | ACK; // FIN, RST, ACK
 
 impl Segment {
     /// Whether this segment opens a connection: SYN without ACK, RST or FIN.
     #[inline(always)]
     pub fn is_syn(&self) -> bool {
         self.flags & SYN != 0 && self.flags & NOT_A_SYN == 0
+    }
+
+    /// Whether this segment answers one that opens a connection: SYN and ACK, neither RST nor FIN.
+    #[inline(always)]
+    pub fn is_syn_ack(&self) -> bool {
+        self.flags & (SYN | NOT_A_SYN) == SYN | ACK
+    }
+
+    /// The key of the flow whose server sent this segment.
+    #[inline(always)]
+    pub fn answered_flow(&self) -> FlowKey {
+        self.swapped().flow()
     }
 
     /// The key of the flow whose client sent this segment.
@@ -106,6 +120,75 @@ const EXT_DESTINATION: u8 = 60;
 /// Extension headers that are walked before giving up: each kind once, the destination options twice (RFC 8200, 4.1),
 /// with room to spare.
 const EXTENSIONS_WALKED: usize = 8;
+
+/// What a fragment has in common with the others of its packet; nothing of what is whole. An IPv6 fragment header counts only
+/// where it comes first, before which there is hardly ever anything.
+#[inline(always)]
+pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey> {
+    match family {
+        Family::V4 => {
+            let header: [u8; 20] = packet.read(0)?;
+            if header[6] & 0x3f == 0 && header[7] == 0 {
+                return None;
+            }
+            Some(FragmentKey::new(
+                map_v4([header[12], header[13], header[14], header[15]]),
+                map_v4([header[16], header[17], header[18], header[19]]),
+                [header[4], header[5], 0, 0],
+                header[9],
+            ))
+        }
+        Family::V6 => {
+            let [next_header]: [u8; 1] = packet.read(6)?;
+            if next_header != EXT_FRAGMENT {
+                return None;
+            }
+            let header: [u8; 8] = packet.read(40)?;
+            let id = [header[4], header[5], header[6], header[7]];
+            Some(FragmentKey::new(packet.read(8)?, packet.read(24)?, id, header[0]))
+        }
+    }
+}
+
+/// The segment whose first fragment this is, of which the ports are needed. It is read apart from [`parse`], since the
+/// verifiers of older kernels cannot follow both in one.
+#[inline(always)]
+pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, Counter> {
+    let (source, destination, protocol, offset, tcp_at) = match family {
+        Family::V4 => {
+            let header: [u8; 20] = packet.read(0).ok_or(Counter::Malformed)?;
+            (
+                map_v4([header[12], header[13], header[14], header[15]]),
+                map_v4([header[16], header[17], header[18], header[19]]),
+                header[9],
+                [header[6] & 0x1f, header[7]],
+                u32::from(header[0] & 0x0f) * 4,
+            )
+        }
+        Family::V6 => {
+            let header: [u8; 4] = packet.read(40).ok_or(Counter::Malformed)?;
+            let source = packet.read(8).ok_or(Counter::Malformed)?;
+            let destination = packet.read(24).ok_or(Counter::Malformed)?;
+            (source, destination, header[0], [header[2], header[3] & 0xf8], 48)
+        }
+    };
+    if protocol != PROTO_TCP || offset != [0, 0] {
+        return Err(Counter::Fragment);
+    }
+    let tcp: [u8; 14] = packet.read(tcp_at).ok_or(Counter::Malformed)?;
+    Ok(Segment {
+        family,
+        source,
+        destination,
+        source_port: [tcp[0], tcp[1]],
+        destination_port: [tcp[2], tcp[3]],
+        flags: tcp[13],
+        tcp: Span::default(),
+        ip_options: Span::default(),
+        hop_by_hop: Span::default(),
+        destination_options: Span::default(),
+    })
+}
 
 /// Finds the TCP header, or says why the packet is none of pepsal's business.
 #[inline(always)]
@@ -788,14 +871,26 @@ mod tests {
                     packet[6..8].copy_from_slice(&field.to_be_bytes());
                     let is_fragment = more || offset > 0;
                     prop_assert_eq!(parse_bytes(&packet, Family::V4) == Err(Counter::Fragment), is_fragment);
+                    if is_fragment {
+                        let first = first_fragment(&packet.as_slice(), Family::V4);
+                        prop_assert_eq!(first.map(|segment| segment.flow()).ok(), (offset == 0).then(|| syn.flow()));
+                    }
+                    prop_assert_eq!(fragment_key(&packet.as_slice(), Family::V4).is_some(), is_fragment);
                 }
                 Family::V6 => {
                     let mut syn = syn;
                     syn.extensions.truncate(EXTENSIONS_WALKED - 1);
                     let field = (offset << 3 | u16::from(more)).to_be_bytes();
                     let header = (EXT_FRAGMENT, vec![0, field[0], field[1], 0, 0, 0, 1]);
-                    syn.extensions.insert(at.index(syn.extensions.len() + 1), header);
-                    prop_assert_eq!(parse_bytes(&syn.packet(), Family::V6), Err(Counter::Fragment));
+                    let at = at.index(syn.extensions.len() + 1);
+                    syn.extensions.insert(at, header);
+                    let packet = syn.packet();
+                    prop_assert_eq!(parse_bytes(&packet, Family::V6), Err(Counter::Fragment));
+                    if syn.extensions.len() == 1 {
+                        let first = first_fragment(&packet.as_slice(), Family::V6);
+                        prop_assert_eq!(first.map(|segment| segment.flow()).ok(), (offset == 0).then(|| syn.flow()));
+                    }
+                    prop_assert_eq!(fragment_key(&packet.as_slice(), Family::V6).is_some(), at == 0);
                 }
             }
         }

@@ -37,7 +37,8 @@ const TABLE_INTERVAL: Duration = Duration::from_secs(300);
 pub struct Keeper {
     limit: u64,
     crowded: bool,
-    full: bool,
+    /// When a connection was last refused a place, as long as the limit is what it was refused for.
+    full: Option<Instant>,
     refused: u64,
     intercepted: u64,
     /// Whether connections were being set up when that was last looked at.
@@ -63,7 +64,7 @@ impl Keeper {
         Ok(Self {
             limit: limit.into(),
             crowded: false,
-            full: false,
+            full: None,
             refused: 0,
             intercepted: 0,
             unsettled: false,
@@ -107,8 +108,8 @@ impl Keeper {
         self.next_expiry = Instant::now() + EXPIRY_INTERVAL;
         self.intercepted = intercepted;
         let (expired, young) = shared.table.expire(match self.full {
-            true => HANDSHAKE_WHEN_FULL,
-            false => HANDSHAKE,
+            Some(_) => HANDSHAKE_WHEN_FULL,
+            None => HANDSHAKE,
         });
         for _ in 0..expired {
             shared.metrics.count(Event::RecordExpired);
@@ -117,16 +118,20 @@ impl Keeper {
     }
 
     fn watch_limit(&mut self, refused: u64, open: u64) {
-        if refused > self.refused && !self.full {
-            self.full = true;
-            warn!(
-                limit = self.limit,
-                "at the limit of connections: new ones pass through untouched"
-            );
+        if refused > self.refused {
+            if self.full.is_none() {
+                warn!(
+                    limit = self.limit,
+                    "at the limit of connections: new ones pass through untouched"
+                );
+            }
+            self.full = Some(Instant::now());
         }
         self.refused = refused;
-        if self.full && open * 100 < self.limit * 95 {
-            self.full = false;
+        // Places may be taken by handshakes that never end, which are not open: those have to have been given up.
+        let is_over = |refusal: Instant| refusal.elapsed() > HANDSHAKE_WHEN_FULL + EXPIRY_INTERVAL;
+        if self.full.is_some_and(is_over) && open * 100 < self.limit * 95 {
+            self.full = None;
             info!(open, passed = refused, "below the limit of connections again");
         }
         // PEPsal's alarms.

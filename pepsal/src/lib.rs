@@ -56,6 +56,7 @@ use std::{
     future::pending,
     io,
     os::fd::AsFd,
+    panic::resume_unwind,
     pin::pin,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, SystemTime},
@@ -68,6 +69,7 @@ use pepsal_ebpf::{Counter, LINKS_MAX};
 use tokio::{
     net::{TcpListener, TcpStream},
     signal::unix::{Signal, SignalKind, signal},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -174,6 +176,7 @@ struct Proxy {
     shared: Arc<Shared>,
     flows: TaskTracker,
     accepting: CancellationToken,
+    attendants: JoinSet<()>,
 }
 
 impl Proxy {
@@ -294,6 +297,7 @@ impl Proxy {
             shared,
             flows: TaskTracker::new(),
             accepting: CancellationToken::new(),
+            attendants: JoinSet::new(),
         })
     }
 
@@ -304,7 +308,7 @@ impl Proxy {
         hangup: &mut Signal,
         reloader: &mut Reloader<'_>,
     ) -> Option<Successor> {
-        self.accept_from(&self.listeners.pairs);
+        self.accept_from(&self.listeners.pairs.clone());
         self.keep_budgets(&self.shared.links.all());
         let mut stop = pin!(stop);
         let mut successor = pin!(asked(self.instance.clone()));
@@ -327,23 +331,33 @@ impl Proxy {
                     reloader.apply(read, self).await;
                     self.keeper.service_manager.ready();
                 }
+                Some(Err(error)) = self.attendants.join_next() => if let Ok(panic) = error.try_into_panic() {
+                    resume_unwind(panic);
+                },
             }
         }
     }
 
-    fn accept_from(&self, pairs: &[Arc<Pair>]) {
+    fn accept_from(&mut self, pairs: &[Arc<Pair>]) {
         for pair in pairs {
-            let accept = accept(pair.clone(), self.shared.clone(), self.flows.clone());
-            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(accept));
+            self.attend(accept(pair.clone(), self.shared.clone(), self.flows.clone()));
         }
     }
 
-    fn keep_budgets(&self, links: &[Arc<Link>]) {
+    fn keep_budgets(&mut self, links: &[Arc<Link>]) {
         for link in links {
             let budget = link.budget.clone();
-            let keep = async move { budget.keep().await };
-            tokio::spawn(self.accepting.clone().run_until_cancelled_owned(keep));
+            self.attend(async move { budget.keep().await });
         }
+    }
+
+    /// Runs what all flows need beside what this task does itself. A daemon that no longer accepts, but shows that it is
+    /// alive, would swallow every new connection: so a panic there is the daemon's own, whose death lets them pass.
+    fn attend(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        let task = self.accepting.clone().run_until_cancelled_owned(task);
+        self.attendants.spawn(async move {
+            task.await;
+        });
     }
 
     /// Puts back what others removed, and follows interfaces that come and go.

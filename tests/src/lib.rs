@@ -34,4 +34,4 @@ pub use socket::{Accepted, Connector, Listener, reset};
 pub use syn::SavedSyn;
 pub use topology::{Builder, Family, Link, Topology};
 pub use traffic::{Cancel, Direction, Outcome, Server, Session, Transfer};
-pub use wait::eventually;
+pub use wait::{eventually, patience};

@@ -13,6 +13,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::netns::Namespace;
 use crate::syn::SavedSyn;
+use crate::wait::patience;
 
 /// How a client connects. The default asks nothing of the kernel but a deadline.
 #[derive(Clone, Debug)]
@@ -45,7 +46,7 @@ impl Default for Connector {
             destination_options: Vec::new(),
             congestion: None,
             fast_open: false,
-            timeout: Duration::from_secs(20),
+            timeout: patience(Duration::from_secs(20)),
         }
     }
 }
@@ -56,7 +57,18 @@ impl Connector {
     /// # Errors
     /// What the kernel says, unchanged, so that a test can tell a refusal from an unreachable host.
     pub fn connect(&self, namespace: &Namespace, server: SocketAddr) -> io::Result<TcpStream> {
-        let socket = namespace.run(|| tcp_socket(server))?;
+        self.connect_from(namespace.run(|| tcp_socket(server))?, server)
+    }
+
+    /// Connects from the namespace that the calling thread is in.
+    ///
+    /// # Errors
+    /// What the kernel says, unchanged.
+    pub fn connect_here(&self, server: SocketAddr) -> io::Result<TcpStream> {
+        self.connect_from(tcp_socket(server)?, server)
+    }
+
+    fn connect_from(&self, socket: Socket, server: SocketAddr) -> io::Result<TcpStream> {
         if self.traffic_class != 0 {
             match server {
                 SocketAddr::V4(_) => socket.set_tos_v4(self.traffic_class.into())?,

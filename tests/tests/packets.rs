@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie};
+use aya::programs::tc::qdisc_add_clsact;
 use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use nix::libc;
@@ -63,6 +64,7 @@ impl Gateway {
             .override_global("MARK", &MARK, true)
             .override_global("MARK_MASK", &MARK_MASK, true)
             .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+            .override_global("FOLLOW_FRAGMENTS", &1_u8, true)
             .map_max_entries("FLOWS", LIMIT)
             .load_file(object()?)?;
         for name in [STEER, REPLIES] {
@@ -200,9 +202,11 @@ impl Gateway {
     /// Attaches the intercepting program to `lan0`, for frames that the client sends.
     fn attach(&mut self) -> Result<()> {
         let program = program(&mut self.ebpf, STEER)?;
-        self.topology
-            .gateway
-            .run(|| program.attach("lan0", TcAttachType::Ingress))?;
+        self.topology.gateway.run(|| -> Result<_> {
+            // Where there is no tcx.
+            qdisc_add_clsact("lan0")?;
+            Ok(program.attach("lan0", TcAttachType::Ingress)?)
+        })?;
         Ok(())
     }
 
@@ -658,19 +662,48 @@ fn headers_that_contradict_themselves_pass() -> Result<()> {
 }
 
 #[test]
-fn ipv4_fragments_pass() -> Result<()> {
+fn fragments_go_where_the_first_of_their_packet_went() -> Result<()> {
     let mut gateway = Gateway::new()?;
-    for (flags_and_offset, expected) in [
-        ([0x20, 0x00], Counter::Fragment),
-        ([0x20, 0x01], Counter::Fragment),
-        ([0x00, 0x01], Counter::Fragment),
-        ([0x1f, 0x00], Counter::Fragment),
-        ([0x00, 0x00], Counter::Intercepted),
-    ] {
-        let mut packet = Tcp::syn(Family::V4).packet();
+    let (leg, _streams) = gateway.leg(Family::V4)?;
+    let fragment = |of: &Tcp, flags_and_offset: [u8; 2], id: u8| {
+        let mut packet = of.packet();
+        packet[4..6].copy_from_slice(&[1, id]);
         packet[6..8].copy_from_slice(&flags_and_offset);
-        assert_eq!(gateway.steer(&packet)?, expected, "{flags_and_offset:x?}");
+        packet
+    };
+    for (flags_and_offset, id, expected) in [
+        // Before the first one, and without it.
+        ([0x20, 0x01], 1, Counter::Fragment),
+        ([0x00, 0x01], 1, Counter::Fragment),
+        ([0x1f, 0x00], 1, Counter::Fragment),
+        ([0x20, 0x00], 1, Counter::Steered),
+        ([0x20, 0x01], 1, Counter::Steered),
+        ([0x00, 0x02], 1, Counter::Steered),
+        // Another packet's.
+        ([0x00, 0x02], 2, Counter::Fragment),
+    ] {
+        let counted = gateway.steer(&fragment(&leg, flags_and_offset, id))?;
+        assert_eq!(counted, expected, "{flags_and_offset:x?} of {id}");
     }
+    // Of what is not a leg's all of them pass, a SYN's too.
+    for flags_and_offset in [[0x20, 0x00], [0x20, 0x01], [0x00, 0x02]] {
+        let packet = fragment(&Tcp::syn(Family::V4), flags_and_offset, 3);
+        assert_eq!(gateway.steer(&packet)?, Counter::Fragment);
+    }
+
+    let (leg, _streams) = gateway.leg(Family::V6)?;
+    let fragment = |offset: [u8; 2], id: u8| {
+        let header = vec![0, offset[0], offset[1], 0, 0, 0, id];
+        Tcp {
+            extensions: vec![(FRAGMENT, header)],
+            ..leg.clone()
+        }
+        .packet()
+    };
+    assert_eq!(gateway.steer(&fragment([0, 9], 7))?, Counter::Fragment);
+    assert_eq!(gateway.steer(&fragment([0, 1], 7))?, Counter::Steered);
+    assert_eq!(gateway.steer(&fragment([0, 9], 7))?, Counter::Steered);
+    assert_eq!(gateway.steer(&fragment([0, 8], 8))?, Counter::Fragment);
     Ok(())
 }
 

@@ -5,6 +5,7 @@ use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
 use anyhow::{Context as _, Result};
 use clap::Parser;
 
+mod audit;
 mod bench;
 mod build;
 mod deb;
@@ -17,9 +18,11 @@ mod report;
 mod setup;
 mod shell;
 mod signals;
+mod soak;
 mod table;
 mod test;
 mod toolchain;
+mod vm;
 
 use setup::Needs;
 
@@ -57,6 +60,12 @@ enum Xtask {
     Bench(bench::Bench),
     /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
     Test(test::Options),
+    /// Check dependencies for known vulnerabilities, licences and sources.
+    Audit,
+    /// Make flows of every kind over a lossy link, while the daemon and the gateway are ill-treated, and check every byte.
+    Soak(soak::Options),
+    /// Run the end-to-end tests on other kernels, in virtual machines without hardware support.
+    VmTest(vm::Options),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +85,9 @@ impl Xtask {
             Self::Deb(options) => deb::run(&options)?,
             Self::Bench(bench) => return bench::run(&bench),
             Self::Test(options) => return Ok(test::run(&options)),
+            Self::Audit => audit::run()?,
+            Self::Soak(options) => return soak::run(&options),
+            Self::VmTest(options) => return vm::run(&options),
         }
         Ok(ExitCode::SUCCESS)
     }

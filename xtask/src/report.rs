@@ -84,11 +84,13 @@ impl Report {
 /// What libtest's output says.
 #[derive(Default)]
 pub struct Tally {
-    passed: usize,
+    /// Tests that passed.
+    pub passed: usize,
     ignored: usize,
-    failed: usize,
+    /// Tests that failed.
+    pub failed: usize,
     /// Names of failed tests.
-    failures: Vec<String>,
+    pub failures: Vec<String>,
     /// Names in the list of failures that is being read.
     list: Option<Vec<String>>,
 }
@@ -130,6 +132,13 @@ impl Tally {
         Ok(())
     }
 
+    /// What a whole output says.
+    pub fn of(output: &str) -> Self {
+        let mut tally = Self::default();
+        output.lines().for_each(|line| tally.line(line));
+        tally
+    }
+
     /// How many tests ran to an end.
     pub fn total(&self) -> usize {
         self.passed + self.failed
@@ -160,15 +169,9 @@ impl Tally {
 mod tests {
     use super::*;
 
-    fn tally(output: &str) -> Tally {
-        let mut tally = Tally::default();
-        output.lines().for_each(|line| tally.line(line));
-        tally
-    }
-
     #[test]
     fn results_of_several_programs_add_up() {
-        let sums = tally(
+        let sums = Tally::of(
             "running 3 tests\ntest a ... ok\n\
              test result: ok. 2 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
              test result: ok. 40 passed; 0 failed; 0 ignored; 0 measured; 7 filtered out; finished in 1.20s\n",
@@ -179,7 +182,7 @@ mod tests {
 
     #[test]
     fn failed_tests_are_named_once_and_their_output_is_not() {
-        let sums = tally(
+        let sums = Tally::of(
             "failures:\n\n---- tests::one stdout ----\n    an indented line of output\n\n\
              failures:\n    tests::one\n    tests::two\n\n\
              test result: FAILED. 5 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\

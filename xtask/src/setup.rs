@@ -20,15 +20,20 @@ pub enum Needs {
     Build,
     /// The demonstration.
     Demo,
+    /// The soak.
+    Soak,
     /// The benchmarks.
     Bench,
     /// All tests.
     Test,
+    /// The tests in virtual machines.
+    Vm,
 }
 
 /// Programs that a command runs, each with the Debian package that has it.
 const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Demo, "ip", "iproute2"),
+    (Needs::Soak, "prlimit", "util-linux"),
     (Needs::Test, "curl", "curl"),
     (Needs::Test, "haproxy", "haproxy"),
     (Needs::Test, "iperf3", "iperf3"),
@@ -36,6 +41,10 @@ const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Test, "strace", "strace"),
     (Needs::Test, "systemd-analyze", "systemd"),
     (Needs::Test, "tcpdump", "tcpdump"),
+    (Needs::Vm, "busybox", "busybox-static"),
+    (Needs::Vm, "depmod", "kmod"),
+    (Needs::Vm, "python3", "python3-venv"),
+    (Needs::Vm, "qemu-system-x86_64", "qemu-system-x86"),
 ];
 
 /// The way without packages.

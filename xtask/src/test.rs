@@ -8,13 +8,16 @@ use crate::{
     build::{self, OBJECT_VARIABLE},
     report::{Report, Tally},
     setup::{self, Needs},
-    shell,
+    shell, soak,
 };
 
 /// Names the daemon to the end-to-end tests.
 const DAEMON_VARIABLE: &str = "PEPSAL_BIN";
 
-/// Which tests to run. By default all: format, lints, unit tests and end-to-end tests.
+/// How long flows are made and faults injected.
+const SOAK_MINUTES: f64 = 1.0;
+
+/// Which tests to run. By default all: format, lints, unit tests, end-to-end tests and soak.
 #[derive(clap::Args)]
 pub struct Options {
     /// Run the unit tests only.
@@ -83,6 +86,9 @@ pub fn run(options: &Options) -> ExitCode {
             });
         } else {
             report.skip("end-to-end tests", "no daemon to test");
+        }
+        if let (Some(daemon), true) = (&daemon, options.filter.is_empty()) {
+            report.step("soak", |_| shell::run(&mut soak::command(daemon, SOAK_MINUTES)?));
         }
     }
     report.finish()

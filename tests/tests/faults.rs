@@ -1,0 +1,222 @@
+//! What becomes of connections when something around the daemon breaks. The table is in docs/reliability.md.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use pepsal_tests::{
+    Accepted, Connector, Daemon, Family, Footprint, Listener, Server, Topology, Transfer, eventually,
+    patience,
+};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Arguments that make a daemon work in both directions.
+const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
+
+/// A connection with both its ends.
+struct Connection {
+    client: TcpStream,
+    server: Accepted,
+}
+
+impl Connection {
+    fn open(topology: &Topology, family: Family) -> Result<Self> {
+        let listener = Listener::bind_any(&topology.server, family.server())?;
+        let address = SocketAddr::new(family.server(), listener.port());
+        let client = Connector::default().connect(&topology.client, address)?;
+        Ok(Self {
+            client,
+            server: listener.accept(patience(PATIENCE))?,
+        })
+    }
+
+    /// A split connection's SYN starts at the gateway, with all its hops before it.
+    fn is_split(&self) -> bool {
+        self.server.syn.ttl() == 64
+    }
+
+    /// Some segments each way.
+    fn exchange(&mut self) -> Result<()> {
+        for up in [true, false] {
+            let (client, server) = (&mut self.client, &mut self.server.stream);
+            let (from, to) = if up { (client, server) } else { (server, client) };
+            let payload: Vec<u8> = (0..64 * 1024_u32).map(|i| (i % 251) as u8).collect();
+            let mut received = vec![0; payload.len()];
+            thread::scope(|scope| {
+                let writer = scope.spawn(|| from.write_all(&payload));
+                to.read_exact(&mut received)?;
+                writer.join().expect("writing does not panic")
+            })
+            .context(if up { "up" } else { "down" })?;
+            ensure!(received == payload, "what arrives is not what was sent");
+        }
+        Ok(())
+    }
+}
+
+fn is_next_split(topology: &Topology, family: Family) -> Result<bool> {
+    let mut connection = Connection::open(topology, family)?;
+    connection.exchange()?;
+    Ok(connection.is_split())
+}
+
+fn flush(topology: &Topology, what: &str) -> Result<()> {
+    for family in ["-4", "-6"] {
+        let mut ip = topology.gateway.command("ip");
+        let status = ip.args([family, what, "flush", "table", "5000"]).status()?;
+        ensure!(status.success(), "ip {family} {what} flush table 5000");
+    }
+    Ok(())
+}
+
+fn limit_descriptors(daemon: &Daemon, limit: &str) -> Result<()> {
+    let mut prlimit = Command::new("prlimit");
+    prlimit.args(["--pid", &daemon.pid().to_string(), &format!("--nofile={limit}")]);
+    ensure!(prlimit.status()?.success(), "prlimit --nofile={limit}");
+    Ok(())
+}
+
+#[test]
+fn rules_and_routes_are_back_within_a_second_and_open_flows_go_on() -> Result<()> {
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let intact = Footprint::of(&topology.gateway)?;
+    let mut connections = [
+        Connection::open(&topology, Family::V4)?,
+        Connection::open(&topology, Family::V6)?,
+    ];
+    for what in ["rule", "route"] {
+        flush(&topology, what)?;
+        let start = Instant::now();
+        eventually(PATIENCE, || {
+            Footprint::of(&topology.gateway).is_ok_and(|now| now == intact)
+        });
+        let time = start.elapsed();
+        assert!(time < patience(Duration::from_secs(1)), "{what}s: {time:?}");
+        for connection in &mut connections {
+            connection.exchange().with_context(|| format!("{what}s"))?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn connection_made_while_rules_were_missing_goes_on_when_they_are_back() -> Result<()> {
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let intact = Footprint::of(&topology.gateway)?;
+    for (what, family) in [("rule", Family::V4), ("route", Family::V6)] {
+        // Stopped, it does not put them back, and is taken for alive for a while.
+        daemon.signal(Signal::SIGSTOP)?;
+        flush(&topology, what)?;
+        let mut connection = Connection::open(&topology, family)?;
+        assert!(!connection.is_split(), "{what}s");
+        daemon.signal(Signal::SIGCONT)?;
+        eventually(PATIENCE, || {
+            Footprint::of(&topology.gateway).is_ok_and(|now| now == intact)
+        });
+        connection.exchange().with_context(|| format!("{what}s"))?;
+    }
+    let exit = daemon.terminate()?;
+    assert!(exit.log.contains("bypassed=2"), "{}", exit.log);
+    Ok(())
+}
+
+#[test]
+fn without_descriptors_new_flows_wait_and_open_ones_go_on() -> Result<()> {
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let mut open = Connection::open(&topology, Family::V4)?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+
+    let used = fs::read_dir(format!("/proc/{}/fd", daemon.pid()))?.count();
+    limit_descriptors(&daemon, &format!("{used}:20000"))?;
+    // The kernel completes the handshake; the daemon cannot accept.
+    let client = Connector::default().connect(&topology.client, address)?;
+    daemon.wait_for_log("cannot accept")?;
+    open.exchange()?;
+
+    limit_descriptors(&daemon, "20000:20000")?;
+    let mut late = Connection {
+        client,
+        server: listener.accept(patience(PATIENCE))?,
+    };
+    assert!(late.is_split());
+    late.exchange()
+}
+
+#[test]
+fn flows_outlive_an_interface_that_goes_down_and_up() -> Result<()> {
+    let topology = Topology::new()?;
+    topology
+        .gateway
+        .sysctl("net.ipv6.conf.all.keep_addr_on_down", 1)?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    for name in ["lan0", "sat0"] {
+        for family in Family::BOTH {
+            let mut connection = Connection::open(&topology, family)?;
+            topology.gateway.ip(format!("link set {name} down"))?;
+            topology.gateway.ip(format!("link set {name} up"))?;
+            connection
+                .exchange()
+                .with_context(|| format!("{name} {family:?}"))?;
+            assert!(is_next_split(&topology, family)?, "{name} {family:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn renamed_interface_is_not_intercepted_and_its_flows_go_on() -> Result<()> {
+    let topology = Topology::new()?;
+    topology
+        .gateway
+        .sysctl("net.ipv6.conf.all.keep_addr_on_down", 1)?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let rename = |from: &str, to: &str| {
+        topology.gateway.ip(format!(
+            "link set {from} down\nlink set {from} name {to}\nlink set {to} up"
+        ))
+    };
+    let mut connection = Connection::open(&topology, Family::V4)?;
+    assert!(connection.is_split());
+    rename("lan0", "lan1")?;
+    daemon.wait_for_log("now=\"sat0\"")?;
+    connection.exchange().context("under another name")?;
+    assert!(!is_next_split(&topology, Family::V4)?);
+    rename("lan1", "lan0")?;
+    eventually(PATIENCE, || is_next_split(&topology, Family::V4).unwrap_or(false));
+    connection.exchange().context("under its name again")
+}
+
+#[test]
+fn a_clients_network_may_go_and_the_daemon_works_on() -> Result<()> {
+    let Topology {
+        client,
+        gateway,
+        server,
+        ..
+    } = Topology::new()?;
+    let daemon = Daemon::start(&gateway, &["-i", "lan0", "-i", "sat0", "--drain-timeout", "1s"])?;
+    let listener = Server::start(&server)?;
+    assert!(
+        Transfer::upload(100_000)
+            .run(&client, listener.address(Family::V4))?
+            .intact
+    );
+    drop(listener);
+    // Its end of the link goes with it, and the gateway's.
+    drop(client);
+    eventually(PATIENCE, || gateway.ip("link show lan0").is_err());
+    eventually(PATIENCE, || daemon.log().contains("now=\"sat0\""));
+    let exit = daemon.terminate()?;
+    assert_eq!(exit.code(), Some(0), "{}", exit.log);
+    Ok(())
+}

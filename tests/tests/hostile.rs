@@ -1,0 +1,307 @@
+//! Packets and peers that mean no good, or that are merely unusual.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::libc;
+use pepsal_tests::{
+    Connector, Daemon, Exit, Family, Listener, Namespace, Server, Topology, Transfer, eventually, patience,
+};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Arguments that make a daemon work in both directions.
+const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
+
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const RST_ACK: u8 = 0x14;
+
+/// Sends raw IPv4 segments, whatever they say they come from.
+struct Forger(Socket);
+
+impl Forger {
+    fn new(namespace: &Namespace) -> Result<Self> {
+        let raw = Some(Protocol::from(libc::IPPROTO_RAW));
+        Ok(Self(namespace.run(|| Socket::new(Domain::IPV4, Type::RAW, raw))?))
+    }
+
+    fn send(
+        &self,
+        source: (Ipv4Addr, u16),
+        destination: (Ipv4Addr, u16),
+        flags: u8,
+        sequence: u32,
+    ) -> Result<()> {
+        let mut tcp = [0; 20];
+        tcp[0..2].copy_from_slice(&source.1.to_be_bytes());
+        tcp[2..4].copy_from_slice(&destination.1.to_be_bytes());
+        tcp[4..8].copy_from_slice(&sequence.to_be_bytes());
+        tcp[12] = 5 << 4;
+        tcp[13] = flags;
+        tcp[14..16].copy_from_slice(&64_000_u16.to_be_bytes());
+        let pseudo = [
+            &source.0.octets()[..],
+            &destination.0.octets(),
+            &[0, 6, 0, 20],
+            &tcp,
+        ]
+        .concat();
+        tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+        let mut ip = [0; 20];
+        ip[0] = 0x45;
+        ip[8] = 64;
+        ip[9] = 6;
+        ip[12..16].copy_from_slice(&source.0.octets());
+        ip[16..20].copy_from_slice(&destination.0.octets());
+        let packet = [&ip[..], &tcp].concat();
+        let to = SocketAddr::from(destination);
+        loop {
+            match self.0.send_to(&packet, &to.into()) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => thread::yield_now(),
+                sent => return Ok(sent.map(drop)?),
+            }
+        }
+    }
+}
+
+/// RFC 1071.
+fn checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+        .sum();
+    let folded = (sum & 0xffff) + (sum >> 16);
+    !((folded & 0xffff) + (folded >> 16)) as u16
+}
+
+fn v4(address: IpAddr) -> Ipv4Addr {
+    match address {
+        IpAddr::V4(v4) => v4,
+        IpAddr::V6(v6) => panic!("{v6} is not IPv4"),
+    }
+}
+
+/// A number from the two lines with which the daemon ends.
+fn count(exit: &Exit, name: &str) -> u64 {
+    let prefix = format!("{name}=");
+    let words = exit.log.split_whitespace();
+    words
+        .filter_map(|word| word.strip_prefix(&prefix)?.parse().ok())
+        .next()
+        .unwrap_or(0)
+}
+
+#[test]
+fn fragments_of_a_flow_reach_it() -> Result<()> {
+    // The server's packets are larger than its way to the gateway takes, and may be fragmented on it.
+    let topology = Topology::builder().path_mtu(1300).build()?;
+    topology.server.sysctl("net.ipv4.ip_no_pmtu_disc", 1)?;
+    let server = Server::start(&topology.server)?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let outcome = Transfer::download(2_000_000).run(&topology.client, server.address(Family::V4))?;
+    assert!(outcome.intact);
+    assert_eq!(outcome.syn.ttl(), 63, "not split, as seen behind the router");
+    let exit = daemon.terminate()?;
+    assert_eq!(count(&exit, "fragment"), 0, "{}", exit.log);
+    Ok(())
+}
+
+#[test]
+fn fragments_of_other_connections_pass() -> Result<()> {
+    let topology = Topology::builder().path_mtu(1300).build()?;
+    topology.server.sysctl("net.ipv4.ip_no_pmtu_disc", 1)?;
+    let server = Server::start(&topology.server)?;
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--bypass", "0.0.0.0/0"])?;
+    let outcome = Transfer::download(2_000_000).run(&topology.client, server.address(Family::V4))?;
+    assert!(outcome.intact);
+    let exit = daemon.terminate()?;
+    assert!(count(&exit, "fragment") > 0, "{}", exit.log);
+    Ok(())
+}
+
+#[test]
+fn connections_go_on_being_made_in_a_flood_of_spoofed_syns() -> Result<()> {
+    const SYNS: u32 = 100_000;
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let forger = Forger::new(&topology.client)?;
+    // A plain one: the flood makes the server use SYN cookies, with which it cannot keep SYNs.
+    let echo = topology.server.run(|| TcpListener::bind("[::]:0"))?;
+    let port = echo.local_addr()?.port();
+    thread::spawn(move || {
+        for stream in echo.incoming().flatten() {
+            thread::spawn(move || io::copy(&mut &stream, &mut &stream));
+        }
+    });
+    thread::scope(|scope| -> Result<()> {
+        let flood = scope.spawn(|| -> Result<()> {
+            for i in 0..SYNS {
+                let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + i % 0xf_ffff);
+                let source = (source, 1024 + (i % 60_000) as u16);
+                forger.send(source, (v4(Family::V4.server()), port), SYN, i)?;
+            }
+            Ok(())
+        });
+        let mut made = 0;
+        while made < 50 || !flood.is_finished() {
+            for family in Family::BOTH {
+                let address = SocketAddr::new(family.server(), port);
+                let mut stream = Connector::default().connect(&topology.client, address)?;
+                let mut received = [0; 5];
+                stream.write_all(b"hello")?;
+                stream
+                    .read_exact(&mut received)
+                    .with_context(|| format!("{family:?}, after {made} connections"))?;
+                ensure!(received == *b"hello");
+                made += 1;
+            }
+        }
+        println!("{made} connections were made during the flood");
+        flood.join().expect("no panic")
+    })?;
+    // What the flood took is given back, and connections are split again.
+    eventually(PATIENCE, || flow(&topology, &Connector::default()).is_ok());
+    let exit = daemon.terminate()?;
+    assert!(count(&exit, "limit_reached") > 0, "{}", exit.log);
+    // The flood is not to fill the log as well.
+    let lines = exit.log.matches("limit of connections").count();
+    assert!(lines <= 4, "{lines} lines:\n{}", exit.log);
+    Ok(())
+}
+
+/// Both ends of a flow.
+fn flow(topology: &Topology, connector: &Connector) -> Result<(TcpStream, TcpStream)> {
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let client = connector.connect(&topology.client, address)?;
+    let accepted = listener.accept(patience(PATIENCE))?;
+    ensure!(accepted.syn.ttl() == 64, "not split");
+    Ok((client, accepted.stream))
+}
+
+fn exchange(mut client: &TcpStream, mut server: &TcpStream) -> Result<()> {
+    let mut received = [0; 5];
+    client.write_all(b"hello")?;
+    server.read_exact(&mut received)?;
+    server.write_all(&received)?;
+    client.read_exact(&mut received)?;
+    ensure!(received == *b"hello");
+    Ok(())
+}
+
+#[test]
+fn resets_out_of_window_do_not_end_a_flow() -> Result<()> {
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let (client, server) = flow(&topology, &Connector::default())?;
+    let (near, far) = (client.local_addr()?, client.peer_addr()?);
+    let (near, far) = ((v4(near.ip()), near.port()), (v4(far.ip()), far.port()));
+    exchange(&client, &server)?;
+    let (at_client, at_server) = (Forger::new(&topology.client)?, Forger::new(&topology.server)?);
+    for i in 0..1000_u32 {
+        // Every four millions a guess: a window of 64 KiB is missed nearly always, and an exact hit would be chance.
+        let sequence = i.wrapping_mul(4_294_967);
+        for flags in [RST, RST_ACK] {
+            at_client.send(near, far, flags, sequence)?;
+            at_server.send(far, near, flags, sequence)?;
+        }
+    }
+    exchange(&client, &server)
+}
+
+#[test]
+fn syn_for_an_open_flow_does_not_disturb_it() -> Result<()> {
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let (client, server) = flow(&topology, &Connector::default())?;
+    let (near, far) = (client.local_addr()?, client.peer_addr()?);
+    let forger = Forger::new(&topology.client)?;
+    for i in 0..100 {
+        let (near, far) = ((v4(near.ip()), near.port()), (v4(far.ip()), far.port()));
+        forger.send(near, far, SYN, i * 1_000_003)?;
+    }
+    exchange(&client, &server)
+}
+
+#[test]
+fn many_idle_connections_do_not_keep_others_out() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    // They say a byte and then nothing.
+    let mut idle = Vec::new();
+    for _ in 0..500 {
+        let stream = Connector::default().connect(&topology.client, server.address(Family::V4))?;
+        (&stream).write_all(&[0])?;
+        idle.push(stream);
+    }
+    for family in Family::BOTH {
+        let outcome = Transfer::download(500_000).run(&topology.client, server.address(family))?;
+        assert!(outcome.intact);
+        assert_eq!(outcome.syn.ttl(), 64);
+    }
+    Ok(())
+}
+
+#[test]
+fn tiny_window_gets_every_byte() -> Result<()> {
+    const BYTES: usize = 100_000;
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let (client, server) = flow(&topology, &Connector::default())?;
+    SockRef::from(&client).set_recv_buffer_size(1)?;
+    let payload: Vec<u8> = (0..BYTES).map(|i| (i % 251) as u8).collect();
+    thread::scope(|scope| -> Result<()> {
+        let writer = scope.spawn(|| (&server).write_all(&payload));
+        let mut received = vec![0; BYTES];
+        for part in received.chunks_mut(997) {
+            (&client).read_exact(part)?;
+        }
+        ensure!(received == payload, "what arrives is not what was sent");
+        Ok(writer.join().expect("no panic")?)
+    })
+}
+
+#[test]
+fn client_port_used_again_at_once_gets_a_flow_every_time() -> Result<()> {
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let connector = Connector {
+        source: Some((Family::V4.client(), 40_000).into()),
+        ..Connector::default()
+    };
+    for round in 0..100 {
+        let client = connector
+            .connect(&topology.client, address)
+            .with_context(|| format!("round {round}"))?;
+        let accepted = listener.accept(patience(PATIENCE))?;
+        exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
+        // Who ends first stays in TIME_WAIT: the server, so that the client's port is free again.
+        drop(accepted);
+        ensure!((&client).read(&mut [0])? == 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn one_client_port_serves_connections_to_many_servers() -> Result<()> {
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let connector = Connector {
+        source: Some((Family::V4.client(), 40_000).into()),
+        ..Connector::default()
+    };
+    let flows = (0..50)
+        .map(|_| flow(&topology, &connector))
+        .collect::<Result<Vec<_>>>()?;
+    flows
+        .iter()
+        .try_for_each(|(client, server)| exchange(client, server))
+}

@@ -1,0 +1,169 @@
+//! Flows of every kind over a lossy link, while the daemon and the gateway are ill-treated.
+//!
+//! Every byte is checked at the end that receives it. A flow may break only where a fault accounts for it, and a flow that
+//! breaks must not look complete: an orderly end before the last byte counts as loss, whatever was done to the daemon.
+
+use std::{
+    env,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use pepsal_tests::{Link, LinkProfile, Topology};
+
+mod bed;
+mod faults;
+mod flows;
+mod totals;
+mod vitals;
+
+use self::{bed::Bed, faults::Fault, flows::Flows, totals::Totals, vitals::Vitals};
+use crate::{
+    build,
+    progress::Progress,
+    setup::{self, Needs},
+    shell,
+    signals::Signals,
+    table::{Align, aligned},
+};
+
+/// How long, and which faults and flows.
+#[derive(Args)]
+pub struct Options {
+    /// How long flows are made and faults injected.
+    #[arg(long, default_value_t = 2.0)]
+    minutes: f64,
+    /// Seed of flows, faults and losses.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Run this daemon instead of building one.
+    #[arg(long, value_name = "FILE")]
+    daemon: Option<PathBuf>,
+}
+
+/// 40 Mbit/s, 60 ms, and a packet in 200 lost: short enough for many flows, lossy enough for many repetitions.
+const LINK: LinkProfile = LinkProfile::symmetric(40_000_000, Duration::from_millis(60), 0.005);
+
+/// Flows that are open at once.
+const WORKERS: usize = 24;
+
+/// From the end of one fault to the next, on average.
+const FAULT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long flows may take to end once no more are begun.
+const QUIET: Duration = Duration::from_secs(60);
+
+/// Runs it and prints what it came to.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let daemon = match &options.daemon {
+        Some(daemon) => daemon.clone(),
+        None => build::daemon_with(&build::ebpf(&setup::run(Needs::Soak)?)?, false)?,
+    };
+    if !shell::is_root() {
+        let mut command = again_as_root(&daemon)?;
+        return Err(command.exec()).with_context(|| format!("cannot run `{}`", shell::line(&command)));
+    }
+    let length = Duration::try_from_secs_f64(options.minutes * 60.0).context("--minutes is no time")?;
+    if length < Duration::from_secs(30) {
+        bail!("--minutes {}: half a minute is the least", options.minutes);
+    }
+    soak(length, options.seed, &daemon)
+}
+
+/// The command that soaks a built daemon for some minutes, as root.
+pub fn command(daemon: &Path, minutes: f64) -> Result<std::process::Command> {
+    let mut command = shell::as_root(&env::current_exe().context("cannot find this program's file")?)?;
+    command
+        .args(["soak", "--minutes", &minutes.to_string(), "--daemon"])
+        .arg(daemon);
+    Ok(command)
+}
+
+fn again_as_root(daemon: &Path) -> Result<std::process::Command> {
+    let mut command = shell::as_root(&env::current_exe().context("cannot find this program's file")?)?;
+    command.args(env::args_os().skip(1)).arg("--daemon").arg(daemon);
+    Ok(command)
+}
+
+fn soak(length: Duration, seed: u64, daemon: &Path) -> Result<ExitCode> {
+    println!(
+        "{WORKERS} flows at once for {length:.0?} over {} Mbit/s, {:?}, {} % loss; seed {seed}.",
+        LINK.down_bps / 1_000_000,
+        LINK.rtt,
+        LINK.loss * 100.0
+    );
+    let signals = Signals::block()?;
+    let totals = Arc::new(Totals::default());
+    let topology = Topology::builder()
+        .link(Link::Tun(LinkProfile { seed, ..LINK }))
+        .build()?;
+    let mut bed = Bed::start(&topology, daemon)?;
+    let server = flows::Server::start(&topology.server, totals.clone())?;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut progress = Progress::new();
+
+    // What kills the daemon comes first, so that the one that is there then can be measured at both ends of the rest.
+    let start = Instant::now();
+    let halves = [
+        (Fault::ALL, start + length / 2),
+        (Fault::SURVIVED, start + length),
+    ];
+    let mut vitals = Vec::new();
+    for (faults, until) in halves {
+        let flows = Flows::start(&topology.client, &server, &totals, WORKERS, random.u64(..));
+        while Instant::now() < until {
+            let fault = *random.choice(faults).context("there are faults")?;
+            let pause = FAULT_INTERVAL.mul_f64(random.f64() + 0.5);
+            let next = Instant::now() + pause;
+            while Instant::now() < next {
+                if signals.come_within(Duration::from_millis(200))? {
+                    return signals.interrupted();
+                }
+                progress.show(|| totals.in_short());
+            }
+            if Instant::now() < until {
+                bed.inflict(fault, &totals)
+                    .with_context(|| format!("cannot inflict: {fault}"))?;
+            }
+        }
+        flows.stop();
+        bed.wait_until_idle(QUIET)?;
+        vitals.push(Vitals::of(bed.pid())?);
+    }
+    progress.clear();
+    drop(server);
+    let log = bed.stop()?;
+    report(&totals, &vitals, start.elapsed(), &log)
+}
+
+/// Prints the tables and says whether all is well.
+fn report(totals: &Totals, vitals: &[Vitals], time: Duration, log: &str) -> Result<ExitCode> {
+    println!("{}", aligned(&totals.rows(time), [Align::Left, Align::Right]));
+    println!("{}", aligned(&totals.fault_rows(), [Align::Left, Align::Right]));
+    let [before, after] = vitals else {
+        bail!("two measurements were to be made");
+    };
+    println!(
+        "{}",
+        aligned(&before.rows(after), [Align::Left, Align::Right, Align::Right])
+    );
+    let mut complaints = totals.complaints();
+    complaints.extend(before.complaints(after));
+    complaints.extend(
+        log.lines()
+            .filter(|line| line.contains("panicked"))
+            .map(|line| format!("the daemon: {line}")),
+    );
+    for complaint in &complaints {
+        println!("failed: {complaint}");
+    }
+    Ok(match complaints.is_empty() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
+}

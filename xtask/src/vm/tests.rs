@@ -1,0 +1,38 @@
+//! The end-to-end tests as programs.
+
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use serde::Deserialize;
+
+use crate::{build, shell};
+
+/// Builds them, and returns the name of each file with its program.
+pub fn build() -> Result<Vec<(String, PathBuf)>> {
+    let mut cargo = build::cargo("test --quiet --package pepsal-tests --no-run --message-format=json");
+    let messages = shell::output(&mut cargo)?;
+    let mut programs = Vec::new();
+    for line in messages.lines() {
+        let message: Message = serde_json::from_str(line).context("cargo's message is not understood")?;
+        if let (Some(target), Some(program)) = (message.target, message.executable)
+            && target.kind.iter().any(|kind| kind == "test")
+        {
+            programs.push((target.name, program));
+        }
+    }
+    programs.sort();
+    Ok(programs)
+}
+
+/// What is read of cargo's messages (cargo reference, "External tools").
+#[derive(Deserialize)]
+struct Message {
+    target: Option<Target>,
+    executable: Option<PathBuf>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
