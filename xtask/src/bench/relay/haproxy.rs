@@ -112,10 +112,13 @@ listen v6
 /// The rules of HAProxy's own documentation, in both families: packets of its connections are marked, new connections of
 /// the client are handed to its listener, and what is marked is delivered locally.
 fn steer(gateway: &Namespace, signals: &Signals) -> Result<()> {
-    gateway.ip("rule add from 0.0.0.0/0 fwmark 1 lookup 100
+    gateway.ip("rule add fwmark 1 lookup 100
          route add local 0.0.0.0/0 dev lo table 100
-         rule add from ::/0 fwmark 1 lookup 100
          route add local ::/0 dev lo table 100")?;
+    // A rule without addresses has the family of the command line, not of its batch.
+    let mut rule = gateway.command("ip");
+    let rule = rule.args("-6 rule add fwmark 1 lookup 100".split(' '));
+    process::output(rule, PATIENCE, signals)?;
     let tproxy = format!("PREROUTING -i lan0 -p tcp -j TPROXY --on-port {PORT} --tproxy-mark 1");
     for program in ["iptables", "ip6tables"] {
         let program = shell::find(program).with_context(|| format!("no {program}"))?;
