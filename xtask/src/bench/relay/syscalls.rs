@@ -44,7 +44,14 @@ pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
         let order = |count| Order::ConnectTimes { server, count };
         lane.order(&order(200), PATIENCE)?;
         let pid = lane.proxy_pid().context("the proxy runs")?;
-        let summary = traced(bench, pid, || lane.order(&order(CONNECTIONS), PATIENCE).map(drop))?;
+        // Not this thread's own command: its signals are blocked, and strace ends by one.
+        let strace = lane
+            .topology()
+            .gateway
+            .command(shell::find("strace").context("no strace")?);
+        let summary = traced(bench, strace, pid, || {
+            lane.order(&order(CONNECTIONS), PATIENCE).map(drop)
+        })?;
         let calls = per_connection(&summary)?;
         let sum = calls.iter().map(|(_, count)| count).sum();
         bench.found.add(1, *contender, Metric::Syscalls, sum);
@@ -54,9 +61,13 @@ pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
 }
 
 /// What strace says of a process while something is done.
-fn traced(bench: &Bench<'_>, pid: u32, work: impl FnOnce() -> Result<()>) -> Result<String> {
+fn traced(
+    bench: &Bench<'_>,
+    mut command: Command,
+    pid: u32,
+    work: impl FnOnce() -> Result<()>,
+) -> Result<String> {
     let file = std::env::temp_dir().join(format!("pepsal-bench-strace-{}", std::process::id()));
-    let mut command = Command::new(shell::find("strace").context("no strace")?);
     command
         .args(["-c", "-f", "-S", "calls", "-p", &pid.to_string(), "-o"])
         .arg(&file);
