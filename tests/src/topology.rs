@@ -19,7 +19,7 @@ use crate::emulator::{Emulator, LinkCounters, LinkDelays, LinkProfile};
 use crate::netns::Namespace;
 
 /// IPv4 or IPv6, with the addresses that a topology has in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4
     V4,

@@ -22,8 +22,10 @@ pub enum Needs {
     Demo,
     /// The soak.
     Soak,
-    /// The benchmarks.
+    /// The benchmark of links.
     Bench,
+    /// The benchmark of the relay; what it compares with is offered, not needed.
+    BenchRelay,
     /// All tests.
     Test,
     /// The tests in virtual machines.
@@ -34,9 +36,9 @@ pub enum Needs {
 const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Demo, "ip", "iproute2"),
     (Needs::Soak, "prlimit", "util-linux"),
+    (Needs::BenchRelay, "iperf3", "iperf3"),
     (Needs::Test, "curl", "curl"),
     (Needs::Test, "haproxy", "haproxy"),
-    (Needs::Test, "iperf3", "iperf3"),
     (Needs::Test, "nginx", "nginx-light"),
     (Needs::Test, "strace", "strace"),
     (Needs::Test, "systemd-analyze", "systemd"),
@@ -75,6 +77,38 @@ pub fn run(needs: Needs) -> Result<Toolchain> {
     let compiler = Compiler::system().context("the packages are installed, but have no usable compiler")?;
     Linker::of(&compiler).build()?;
     Toolchain::find().context("the eBPF toolchain is installed, but cannot link an empty program")
+}
+
+/// Installs programs that a command can do without, each with its Debian package, where that is possible: as root on
+/// Debian and its relatives.
+///
+/// # Errors
+/// Says in one line what is missing and what to type.
+pub fn offer(programs: &[(&str, &str)]) -> Result<()> {
+    let missing = || {
+        programs
+            .iter()
+            .filter(|(program, _)| shell::find(program).is_none())
+    };
+    let packages: Vec<_> = missing().map(|(_, package)| (*package).to_owned()).collect();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    if debian::is_here() && shell::is_root() {
+        debian::update();
+        if let Err(error) = debian::install(&packages) {
+            eprintln!("warning: {error:#}");
+        }
+    }
+    let names: Vec<_> = missing().map(|(program, _)| *program).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    bail!(
+        "no {} here; `apt-get install {}` as root",
+        names.join(", "),
+        packages.join(" ")
+    )
 }
 
 /// Those programs that are not on this system, with their Debian packages.

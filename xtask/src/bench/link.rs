@@ -5,11 +5,9 @@
 //! number, with every proxy. What they find becomes cells with medians, each beside the [`floor`] that physics sets.
 
 use std::{
-    env, fs,
-    os::unix::process::CommandExt as _,
+    fs,
     path::{Path as FilePath, PathBuf},
     process::{Command, ExitCode},
-    thread,
     time::{Duration, Instant},
 };
 
@@ -30,7 +28,6 @@ mod place;
 mod plan;
 mod report;
 mod schedule;
-mod statistic;
 
 use self::{
     lane::Equipment,
@@ -42,12 +39,8 @@ use self::{
     report::{Report, Run},
     schedule::Schedule,
 };
-use crate::{
-    build, quantity,
-    setup::{self, Needs},
-    shell,
-    signals::Signals,
-};
+use super::{canvas, goal as goals, machine::Machine, statistic};
+use crate::{build, quantity, setup::Needs, shell, signals::Signals};
 
 /// By default what pepsal's goals are about, in under three minutes.
 #[derive(Args)]
@@ -130,20 +123,11 @@ Routing and firewall are the namespace's own, and are gone with it:
 
 /// Builds the daemon, measures as root, and prints and writes the results.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let daemon = match &options.daemon {
-        Some(daemon) => daemon.clone(),
-        None => build::daemon_with(&build::ebpf(&setup::run(Needs::Bench)?)?, true)?,
-    };
-    if cfg!(debug_assertions) || !shell::is_root() {
-        return again_optimised_as_root(options, &daemon);
-    }
-
+    let daemon = super::daemon(options.daemon.as_deref(), Needs::Bench)?;
     let start = Instant::now();
     let signals = Signals::block()?;
     let equipment = Equipment {
-        daemon: daemon
-            .canonicalize()
-            .with_context(|| format!("no daemon at {}", daemon.display()))?,
+        daemon,
         arguments: options.arguments.clone(),
     };
     let schedule = Schedule {
@@ -194,12 +178,9 @@ impl Options {
     }
 
     fn describe(&self, equipment: &Equipment, took: Duration) -> Result<Run> {
-        let kernel =
-            fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's version")?;
         let daemon = shell::output(Command::new(&equipment.daemon).arg("--version"))?;
         Ok(Run {
-            kernel: kernel.trim().to_owned(),
-            cpus: thread::available_parallelism().map_or(1, usize::from),
+            machine: Machine::here()?,
             daemon: daemon.trim().to_owned(),
             daemon_arguments: equipment.arguments.clone(),
             rounds: self.rounds,
@@ -222,7 +203,7 @@ fn conclude(run: Run, found: &Observations, folder: &FilePath) -> Result<ExitCod
     print!("\n{}", report.markdown());
     report.write(folder)?;
     let charts = chart::draw(&found.series, folder)?;
-    println!("\n{}", report.goals());
+    println!("\n{}", goals::aligned(&report.goals));
     println!("Results and {charts} charts are in {}.", folder.display());
 
     let mut code = ExitCode::SUCCESS;
@@ -240,15 +221,4 @@ fn conclude(run: Run, found: &Observations, folder: &FilePath) -> Result<ExitCod
         code = ExitCode::FAILURE;
     }
     Ok(code)
-}
-
-/// Becomes the same command as root and optimised, with the daemon that the user has built: the link and both hosts are this
-/// program's work, and unoptimised it would be measured itself.
-fn again_optimised_as_root(options: &Options, daemon: &FilePath) -> Result<ExitCode> {
-    let mut command = shell::as_root(&build::optimised_xtask()?)?;
-    command.args(env::args_os().skip(1));
-    if options.daemon.is_none() {
-        command.arg("--daemon").arg(daemon);
-    }
-    Err(command.exec()).with_context(|| format!("cannot run `{}`", shell::line(&command)))
 }

@@ -1,44 +1,30 @@
 //! Goodput over time, one chart for each path, loss and direction, one line for each place.
 
-use std::{collections::BTreeMap, path::Path as FilePath, sync::Once};
+use std::{collections::BTreeMap, error::Error, path::Path as FilePath};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use plotters::{
     coord::Shift,
     prelude::{
-        BLACK, BitMapBackend, ChartBuilder, DrawingArea, DrawingBackend, IntoDrawingArea as _, LineSeries,
-        PathElement, RGBColor, SVGBackend, SeriesLabelPosition, WHITE,
+        BLACK, ChartBuilder, DrawingArea, DrawingBackend, LineSeries, PathElement, SeriesLabelPosition, WHITE,
     },
-    style::{Color as _, FontStyle, register_font},
+    style::Color as _,
 };
 
 use super::{
+    canvas::{self, COLOURS, FONT, Picture},
     observation::{Metric, SAMPLE_INTERVAL, Series, Way},
     path::{Loss, Path},
     plan::BULK_BYTES,
 };
 
-const SIZE: (u32, u32) = (1000, 560);
-const FONT: &str = "sans-serif";
 /// Of this many intervals a point is the mean: segments arrive in bursts.
 const SMOOTHED: usize = 5;
-/// Told apart by people who do not see all colours, too (Okabe and Ito).
-const COLOURS: [RGBColor; 7] = [
-    RGBColor(0, 0, 0),
-    RGBColor(230, 159, 0),
-    RGBColor(86, 180, 233),
-    RGBColor(0, 158, 115),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 114, 178),
-    RGBColor(204, 121, 167),
-];
-
 /// Draws the charts of all transfers of [`BULK_BYTES`] as `goodput-….svg` and `.png`, and returns how many there are.
 ///
 /// # Errors
 /// When a file cannot be written.
 pub fn draw(series: &[Series], folder: &FilePath) -> Result<usize> {
-    install_font()?;
     let mut charts = BTreeMap::<(Path, Loss, Way), Vec<&Series>>::new();
     for line in series.iter().filter(|series| series.round == 1) {
         if let Metric::Transfer(way, BULK_BYTES) = line.cell.metric {
@@ -53,88 +39,66 @@ pub fn draw(series: &[Series], folder: &FilePath) -> Result<usize> {
             Way::Up => "up",
         };
         let name = format!("goodput-{}-{}pct-{way_name}", path.file_name(), loss.percent());
-        let title = format!("10 MiB {way_name}, {path}, {loss} loss");
-        let rate_mbps = path.rate_bps((*way).into()) as f64 / 1e6;
-        let svg = folder.join(format!("{name}.svg"));
-        draw_on(
-            &SVGBackend::new(&svg, SIZE).into_drawing_area(),
-            &title,
-            rate_mbps,
+        let chart = Chart {
+            title: format!("10 MiB {way_name}, {path}, {loss} loss"),
+            rate_mbps: path.rate_bps((*way).into()) as f64 / 1e6,
             lines,
-        )?;
-        let png = folder.join(format!("{name}.png"));
-        draw_on(
-            &BitMapBackend::new(&png, SIZE).into_drawing_area(),
-            &title,
-            rate_mbps,
-            lines,
-        )?;
+        };
+        canvas::save(&chart, folder, &name)?;
     }
     Ok(charts.len())
 }
 
-/// Makes charts independent of the system's fonts.
-fn install_font() -> Result<()> {
-    static INSTALLED: Once = Once::new();
-    let mut result = Ok(());
-    INSTALLED.call_once(|| result = register_font(FONT, FontStyle::Normal, dejavu::sans::regular()));
-    result.map_err(|_| anyhow!("the font is damaged"))
+struct Chart<'a> {
+    title: String,
+    rate_mbps: f64,
+    lines: &'a [&'a Series],
 }
 
-fn draw_on<B: DrawingBackend>(
-    area: &DrawingArea<B, Shift>,
-    title: &str,
-    rate_mbps: f64,
-    lines: &[&Series],
-) -> Result<()> {
-    // Their own type borrows the backend.
-    try_draw(area, title, rate_mbps, lines).map_err(|error| anyhow!("cannot draw: {error}"))
-}
-
-fn try_draw<'a, B: DrawingBackend + 'a>(
-    area: &DrawingArea<B, Shift>,
-    title: &str,
-    rate_mbps: f64,
-    lines: &[&Series],
-) -> Result<(), Box<dyn std::error::Error + 'a>>
-where
-    B::ErrorType: 'a,
-{
-    let end = shown_seconds(lines);
-    area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(area)
-        .caption(title, (FONT, 22))
-        .margin(12)
-        .x_label_area_size(44)
-        .y_label_area_size(56)
-        .build_cartesian_2d(0.0..end, 0.0..rate_mbps * 1.1)?;
-    chart
-        .configure_mesh()
-        .label_style((FONT, 15))
-        .axis_desc_style((FONT, 16))
-        .x_desc("seconds")
-        .y_desc("Mbit/s of payload")
-        .light_line_style(WHITE)
-        .draw()?;
-    for (line, colour) in lines.iter().zip(COLOURS.iter().cycle()) {
-        // What lies outside would be drawn on the edge.
-        let points = goodput(&line.arrived)
-            .into_iter()
-            .filter(|(seconds, _)| *seconds <= end);
+impl Picture for Chart<'_> {
+    fn draw<'a, B: DrawingBackend + 'a>(
+        &self,
+        area: &DrawingArea<B, Shift>,
+    ) -> Result<(), Box<dyn Error + 'a>>
+    where
+        B::ErrorType: 'a,
+    {
+        let end = shown_seconds(self.lines);
+        area.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(area)
+            .caption(&self.title, (FONT, 22))
+            .margin(12)
+            .x_label_area_size(44)
+            .y_label_area_size(56)
+            .build_cartesian_2d(0.0..end, 0.0..self.rate_mbps * 1.1)?;
         chart
-            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
-            .label(line.cell.place.to_string())
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3)));
+            .configure_mesh()
+            .label_style((FONT, 15))
+            .axis_desc_style((FONT, 16))
+            .x_desc("seconds")
+            .y_desc("Mbit/s of payload")
+            .light_line_style(WHITE)
+            .draw()?;
+        for (line, colour) in self.lines.iter().zip(COLOURS.iter().cycle()) {
+            // What lies outside would be drawn on the edge.
+            let points = goodput(&line.arrived)
+                .into_iter()
+                .filter(|(seconds, _)| *seconds <= end);
+            chart
+                .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
+                .label(line.cell.place.to_string())
+                .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3)));
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .label_font((FONT, 15))
+            .background_style(WHITE.mix(0.85))
+            .border_style(BLACK)
+            .draw()?;
+        area.present()?;
+        Ok(())
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font((FONT, 15))
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK)
-        .draw()?;
-    area.present()?;
-    Ok(())
 }
 
 /// The time axis ends where the second slowest line does, or a little later: one that takes minutes would squeeze all

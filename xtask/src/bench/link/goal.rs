@@ -1,73 +1,50 @@
-//! What pepsal has to show, and whether it does.
-
-use serde::Serialize;
+//! What pepsal has to show on links, and whether it does.
 
 use super::{
     floor::Connection,
+    goals::{Goal, Verdict},
     observation::{Cell, Metric, Observations, Summary, Way},
     path::{Loss, Path},
     place::{Place, Proxy, Side},
     plan::{BBR, BULK_BYTES, CLEAN_SIZES, CUBIC, ONE_PERCENT},
 };
 
-/// A goal and what became of it.
-#[derive(Clone, Debug, Serialize)]
-pub struct Goal {
-    pub what: &'static str,
-    pub measured: String,
-    pub goal: &'static str,
-    /// Nothing when it was not measured.
-    pub met: Option<bool>,
-}
-
-/// A value, and how it came about.
-struct Verdict {
-    measured: String,
-    met: bool,
-}
-
 /// All goals, judged by medians.
 pub fn judge(found: &Observations) -> Vec<Goal> {
-    let judged = |what, goal, verdict: Option<Verdict>| Goal {
-        what,
-        goal,
-        met: verdict.as_ref().map(|verdict| verdict.met),
-        measured: verdict.map_or_else(|| "not measured".to_owned(), |verdict| verdict.measured),
-    };
     vec![
-        judged(
+        Goal::judged(
             "10 MiB, pair, GEO 50/50, no loss",
             "≤ 1.25 × floor",
             near_floor(found, Loss::NONE, 1.25),
         ),
-        judged(
+        Goal::judged(
             "10 MiB, pair, GEO 50/50, 1 % loss",
             "≤ 1.6 × floor",
             near_floor(found, ONE_PERCENT, 1.6),
         ),
-        judged(
+        Goal::judged(
             "10 MiB down, pepsal on the server's side, no loss",
             "≥ 1.4 × as fast as no proxy with BBR",
             faster(found, Loss::NONE, BBR, 1.4),
         ),
-        judged(
+        Goal::judged(
             "10 MiB down, pepsal on the server's side, 1 % loss",
             "≥ 10 × as fast as no proxy with CUBIC",
             faster(found, ONE_PERCENT, CUBIC, 10.0),
         ),
-        judged(
+        Goal::judged(
             "10 MiB up, pepsal on the client's side, 1 % loss",
             "< 5 s",
             upload(found),
         ),
-        judged(
+        Goal::judged(
             "10 KiB request beside a bulk flow, pair",
             "queueing < 50 ms at p95",
             queueing(found),
         ),
-        judged("eight flows, pair", "Jain's index ≥ 0.95", jain(found)),
-        judged("eight flows, pair", "link use ≥ 90 %", link_use(found)),
-        judged(
+        Goal::judged("eight flows, pair", "Jain's index ≥ 0.95", jain(found)),
+        Goal::judged("eight flows, pair", "link use ≥ 90 %", link_use(found)),
+        Goal::judged(
             "clean 20 ms path",
             "never slower than no proxy by more than 3 %",
             clean(found),

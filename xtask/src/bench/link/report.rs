@@ -6,7 +6,8 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 
 use super::{
-    goal::Goal,
+    Machine,
+    goals::{self, Goal},
     observation::{LATE_MS, Metric, Observations, Series, State, Summary},
 };
 use crate::table::{
@@ -17,10 +18,8 @@ use crate::table::{
 /// What a run was.
 #[derive(Clone, Debug, Serialize)]
 pub struct Run {
-    /// `uname -r` of the machine.
-    pub kernel: String,
-    /// Its number of processors.
-    pub cpus: usize,
+    #[serde(flatten)]
+    pub machine: Machine,
     /// What the daemon says of itself.
     pub daemon: String,
     /// Further arguments of the daemon.
@@ -41,9 +40,6 @@ pub struct Report<'a> {
     pub goals: Vec<Goal>,
 }
 
-const GOAL_HEADINGS: [&str; 4] = ["what", "measured", "goal", ""];
-const GOAL_ALIGNMENT: [Align; 4] = [Left, Left, Left, Left];
-
 const CELL_HEADINGS: [&str; 9] = [
     "path",
     "loss",
@@ -58,16 +54,10 @@ const CELL_HEADINGS: [&str; 9] = [
 const CELL_ALIGNMENT: [Align; 9] = [Left, Right, Left, Left, Right, Right, Right, Right, Right];
 
 impl Report<'_> {
-    /// The goals for a terminal.
-    pub fn goals(&self) -> String {
-        table::aligned(&self.goal_rows(), GOAL_ALIGNMENT)
-    }
-
     /// The whole report.
     pub fn markdown(&self) -> String {
         let Run {
-            kernel,
-            cpus,
+            machine: Machine { kernel, cpus },
             daemon,
             rounds,
             seed,
@@ -82,7 +72,7 @@ impl Report<'_> {
             "{daemon}, Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes.\n\n"
         );
         if self.goals.iter().any(|goal| goal.met.is_some()) {
-            text += &table::markdown(&self.goal_rows(), GOAL_ALIGNMENT);
+            text += &goals::markdown(&self.goals);
             text += "\n";
         }
         let mut rows = vec![CELL_HEADINGS.map(str::to_owned)];
@@ -91,19 +81,6 @@ impl Report<'_> {
         text += &format!("\n{NOTES}\n");
         text += &self.lateness();
         text
-    }
-
-    fn goal_rows(&self) -> Vec<[String; 4]> {
-        let mut rows = vec![GOAL_HEADINGS.map(str::to_owned)];
-        rows.extend(self.goals.iter().map(|goal| {
-            let met = match goal.met {
-                Some(true) => "met",
-                Some(false) => "MISSED",
-                None => "",
-            };
-            [goal.what, &goal.measured, goal.goal, met].map(str::to_owned)
-        }));
-        rows
     }
 
     /// Whether the machine kept up.

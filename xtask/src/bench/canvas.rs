@@ -1,0 +1,62 @@
+//! What charts are drawn on: the same look for all, as SVG and as PNG.
+
+use std::{error::Error, path::Path, sync::Once};
+
+use anyhow::{Result, anyhow};
+use plotters::{
+    coord::Shift,
+    prelude::{BitMapBackend, DrawingArea, DrawingBackend, IntoDrawingArea as _, RGBColor, SVGBackend},
+    style::{FontStyle, register_font},
+};
+
+const SIZE: (u32, u32) = (1000, 560);
+
+/// The family of all text.
+pub const FONT: &str = "sans-serif";
+
+/// Told apart by people who do not see all colours, too (Okabe and Ito).
+pub const COLOURS: [RGBColor; 7] = [
+    RGBColor(0, 0, 0),
+    RGBColor(230, 159, 0),
+    RGBColor(86, 180, 233),
+    RGBColor(0, 158, 115),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 114, 178),
+    RGBColor(204, 121, 167),
+];
+
+/// What can be drawn on either backend.
+pub trait Picture {
+    /// Fills the area.
+    fn draw<'a, B: DrawingBackend + 'a>(
+        &self,
+        area: &DrawingArea<B, Shift>,
+    ) -> Result<(), Box<dyn Error + 'a>>
+    where
+        B::ErrorType: 'a;
+}
+
+/// Writes `NAME.svg` and `NAME.png`.
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn save(picture: &impl Picture, folder: &Path, name: &str) -> Result<()> {
+    install_font()?;
+    // Their own type of error borrows the backend.
+    let svg = folder.join(format!("{name}.svg"));
+    picture
+        .draw(&SVGBackend::new(&svg, SIZE).into_drawing_area())
+        .map_err(|error| anyhow!("cannot draw {}: {error}", svg.display()))?;
+    let png = folder.join(format!("{name}.png"));
+    picture
+        .draw(&BitMapBackend::new(&png, SIZE).into_drawing_area())
+        .map_err(|error| anyhow!("cannot draw {}: {error}", png.display()))
+}
+
+/// Makes charts independent of the system's fonts.
+fn install_font() -> Result<()> {
+    static INSTALLED: Once = Once::new();
+    let mut result = Ok(());
+    INSTALLED.call_once(|| result = register_font(FONT, FontStyle::Normal, dejavu::sans::regular()));
+    result.map_err(|_| anyhow!("the font is damaged"))
+}

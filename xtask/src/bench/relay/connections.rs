@@ -1,0 +1,50 @@
+//! New connections, each for one small request.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use anyhow::Result;
+use pepsal_tests::Family;
+
+use super::{
+    Bench,
+    end::{Answer, Order},
+    lane::Lane,
+    observation::{Metric, name},
+};
+
+/// Beyond the time that connections are opened.
+const PATIENCE: Duration = Duration::from_secs(40);
+
+/// Measures them in both families.
+pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
+    let mut lanes = BTreeMap::new();
+    for contender in bench.contenders {
+        bench
+            .progress
+            .show(|| format!("warming up, {contender}: new connections"));
+        let mut lane = Lane::new(*contender, bench.equipment)?;
+        connect(&mut lane, Family::V4, bench.amounts.connections)?;
+        lanes.insert(*contender, lane);
+    }
+    for family in Family::BOTH {
+        let what = format!("new connections, {}", name(family));
+        bench.rounds(&what, |bench, round, contender| {
+            let lane = lanes.get_mut(&contender).expect("every contender has a lane");
+            let answer = connect(lane, family, bench.amounts.connections)?;
+            let per_second = answer.requests as f64 / answer.seconds;
+            bench
+                .found
+                .add(round, contender, Metric::Connections(family), per_second);
+            let time = |percentile| Metric::ConnectionTime(family, percentile);
+            bench.found.add(round, contender, time(50), answer.p50_ms);
+            bench.found.add(round, contender, time(99), answer.p99_ms);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+fn connect(lane: &mut Lane<'_>, family: Family, duration: Duration) -> Result<Answer> {
+    let server = lane.server(family);
+    lane.order(&Order::Connect { server, duration }, duration + PATIENCE)
+}

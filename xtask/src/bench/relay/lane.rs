@@ -1,0 +1,265 @@
+//! Client, gateway with a contender, and server.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::{ChildStdin, Stdio},
+    sync::mpsc::{self, Receiver},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use pepsal_tests::{Daemon, Family, Namespace, Topology};
+
+use super::{
+    contender::Contender,
+    end::{Answer, Order},
+    haproxy::Haproxy,
+    process::{self, Process},
+};
+use crate::{shell, signals::Signals};
+
+/// What all lanes have in common.
+pub struct Equipment<'a> {
+    /// The daemon's binary.
+    pub daemon: PathBuf,
+    /// Further arguments of the daemon.
+    pub arguments: Vec<String>,
+    /// What every proxy has to take.
+    pub most_flows: usize,
+    pub signals: &'a Signals,
+}
+
+const SERVER_PORT: u16 = 8080;
+const IPERF_PORT: u16 = 5201;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Ready to be measured; dropping it takes everything down.
+///
+/// To be dropped by the thread that made it: the processes end with that thread.
+pub struct Lane<'a> {
+    // Fields drop in order: processes end before their namespaces.
+    proxy: Proxy,
+    client: Client<'a>,
+    _servers: [Process; 2],
+    topology: Topology,
+    signals: &'a Signals,
+}
+
+enum Proxy {
+    None,
+    Pepsal(Option<Daemon>),
+    Haproxy(Haproxy),
+}
+
+impl<'a> Lane<'a> {
+    /// Lays it out and starts what belongs to it.
+    pub fn new(contender: Contender, equipment: &Equipment<'a>) -> Result<Self> {
+        let topology = Topology::new()?;
+        for namespace in [&topology.client, &topology.gateway, &topology.server] {
+            // BBR would pace the ends, and measure its own timer.
+            namespace.sysctl("net.ipv4.tcp_congestion_control", "cubic")?;
+            namespace.sysctl("net.ipv4.ip_local_port_range", "1024 65535")?;
+        }
+        let signals = equipment.signals;
+        let servers = [
+            request_server(&topology, signals)?,
+            iperf_server(&topology, signals)?,
+        ];
+        let client = Client::start(&topology.client, signals)?;
+        let proxy = match contender {
+            Contender::Forwarding => Proxy::None,
+            Contender::Pepsal => Proxy::Pepsal(Some(pepsal(&topology.gateway, equipment)?)),
+            Contender::Haproxy => {
+                Proxy::Haproxy(Haproxy::start(&topology.gateway, equipment.most_flows, signals)?)
+            }
+        };
+        Ok(Self {
+            proxy,
+            client,
+            _servers: servers,
+            topology,
+            signals,
+        })
+    }
+
+    /// Lets the client do something that takes no longer than `limit`.
+    pub fn order(&mut self, order: &Order, limit: Duration) -> Result<Answer> {
+        self.client.order(order, limit)
+    }
+
+    /// Where requests are answered.
+    pub fn server(&self, family: Family) -> SocketAddr {
+        SocketAddr::new(family.server(), SERVER_PORT)
+    }
+
+    /// Runs a command in the client's namespace and returns its output.
+    pub fn run_in_client(&self, program: &str, arguments: &[&str], limit: Duration) -> Result<String> {
+        let mut command = self.topology.client.command(program);
+        process::output(command.args(arguments), limit, self.signals)
+    }
+
+    /// The namespaces.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// The process of the proxy, where there is one.
+    pub fn proxy_pid(&self) -> Option<u32> {
+        match &self.proxy {
+            Proxy::None => None,
+            Proxy::Pepsal(daemon) => daemon.as_ref().map(Daemon::pid),
+            Proxy::Haproxy(haproxy) => Some(haproxy.pid()),
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        if let Self::Pepsal(daemon) = self
+            && let Some(daemon) = daemon.take()
+        {
+            // So that it takes its control group with it. It is killed when it does not.
+            let _ = daemon.terminate();
+        }
+    }
+}
+
+fn pepsal(gateway: &Namespace, equipment: &Equipment<'_>) -> Result<Daemon> {
+    let most_flows = equipment.most_flows.to_string();
+    let mut arguments = vec![
+        "-i",
+        "lan0",
+        "-i",
+        "sat0",
+        "-c",
+        &most_flows,
+        "--drain-timeout",
+        "1s",
+    ];
+    arguments.extend(equipment.arguments.iter().map(String::as_str));
+    Daemon::start_quiet(&equipment.daemon, gateway, &arguments)
+}
+
+fn request_server(topology: &Topology, signals: &Signals) -> Result<Process> {
+    let mut command = topology.server.command(std::env::current_exe()?);
+    command
+        .args(["bench", "relay-end", "server", &format!("[::]:{SERVER_PORT}")])
+        .stdin(Stdio::piped());
+    listening(&mut command, topology, SERVER_PORT, signals)
+}
+
+fn iperf_server(topology: &Topology, signals: &Signals) -> Result<Process> {
+    let mut command = topology.server.command("iperf3");
+    command.arg("-s").stdin(Stdio::null());
+    listening(&mut command, topology, IPERF_PORT, signals)
+}
+
+/// Starts a server and waits until it listens.
+fn listening(
+    command: &mut std::process::Command,
+    topology: &Topology,
+    port: u16,
+    signals: &Signals,
+) -> Result<Process> {
+    let line = shell::line(command);
+    let mut server = Process::start(command.stdout(Stdio::null()).stderr(Stdio::null()))?;
+    process::wait_until(&format!("`{line}` listens"), PATIENCE, signals, || {
+        server.has_ended() || is_listening(&topology.server, Family::V6, port)
+    })?;
+    if server.has_ended() {
+        bail!("`{line}` has ended");
+    }
+    Ok(server)
+}
+
+/// Whether a socket of a family listens on a port of a namespace.
+pub fn is_listening(namespace: &Namespace, family: Family, port: u16) -> bool {
+    let file = match family {
+        Family::V4 => "/proc/thread-self/net/tcp",
+        Family::V6 => "/proc/thread-self/net/tcp6",
+    };
+    let sockets = namespace.run(|| fs::read_to_string(file)).unwrap_or_default();
+    listens(&sockets, port)
+}
+
+/// Reads a line's local address and state, which is 0A for one that listens.
+fn listens(sockets: &str, port: u16) -> bool {
+    let port = format!(":{port:04X}");
+    sockets.lines().skip(1).any(|line| {
+        let mut words = line.split_whitespace();
+        words.nth(1).is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some("0A")
+    })
+}
+
+/// The client's process.
+struct Client<'a> {
+    process: Process,
+    orders: ChildStdin,
+    answers: Receiver<String>,
+    signals: &'a Signals,
+}
+
+impl<'a> Client<'a> {
+    fn start(namespace: &Namespace, signals: &'a Signals) -> Result<Self> {
+        let mut command = namespace.command(std::env::current_exe()?);
+        command
+            .args(["bench", "relay-end", "client"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut process = Process::start(&mut command)?;
+        let orders = process
+            .child()
+            .stdin
+            .take()
+            .context("stdin was asked to be piped")?;
+        let stdout = process
+            .child()
+            .stdout
+            .take()
+            .context("stdout was asked to be piped")?;
+        let (sender, answers) = mpsc::channel();
+        thread::spawn(move || {
+            BufReader::new(stdout)
+                .lines()
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send(line))
+        });
+        Ok(Self {
+            process,
+            orders,
+            answers,
+            signals,
+        })
+    }
+
+    fn order(&mut self, order: &Order, limit: Duration) -> Result<Answer> {
+        let line = serde_json::to_string(order)?;
+        writeln!(self.orders, "{line}").context("the client has ended")?;
+        let answer = process::receive(&self.answers, limit, self.signals)
+            .with_context(|| format!("client (process {}), {line}", self.process.id()))?;
+        let answer: Answer = serde_json::from_str(&answer).context("the client's answer")?;
+        match answer.error {
+            Some(error) => bail!("client, {line}: {error}"),
+            None => Ok(answer),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_are_told_from_connections() {
+        let sockets = "  sl  local_address rem_address   st tx_queue\n   \
+                       0: 0100007F:1389 00000000:0000 0A 00000000:00000000\n   \
+                       1: 0100007F:1F90 0200007F:9C40 01 00000000:00000000\n";
+        assert!(listens(sockets, 5001));
+        assert!(!listens(sockets, 8080));
+        assert!(!listens(sockets, 9));
+    }
+}

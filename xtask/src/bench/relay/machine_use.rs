@@ -1,0 +1,87 @@
+//! What the whole machine spends: processor time and memory.
+
+use std::{fs, time::Duration};
+
+use anyhow::{Context as _, Result};
+
+/// Processor time that all processors together have been busy since the machine started, whatever with.
+///
+/// # Errors
+/// When `/proc/stat` cannot be read.
+pub fn busy() -> Result<Duration> {
+    let stat = fs::read_to_string("/proc/stat").context("cannot read /proc/stat")?;
+    let ticks = busy_ticks(&stat).context("/proc/stat has no line for all processors")?;
+    let ticks_per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.unwrap_or(100);
+    Ok(Duration::from_secs_f64(ticks as f64 / ticks_per_second as f64))
+}
+
+/// Bytes that are in use and could not be had back: not the page cache, nor the caches that the kernel would shrink.
+///
+/// # Errors
+/// When `/proc/meminfo` cannot be read.
+pub fn memory() -> Result<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    used_bytes(&meminfo).context("/proc/meminfo lacks what memory use is made of")
+}
+
+/// How many descriptors a process has open.
+///
+/// # Errors
+/// When it has ended.
+pub fn descriptors(process: u32) -> Result<usize> {
+    let folder = format!("/proc/{process}/fd");
+    Ok(fs::read_dir(&folder)
+        .with_context(|| format!("cannot read {folder}"))?
+        .count())
+}
+
+/// user, nice, system, irq and softirq; not idle, iowait, steal, nor guest, which is in user already.
+fn busy_ticks(stat: &str) -> Option<u64> {
+    let line = stat.lines().find_map(|line| line.strip_prefix("cpu "))?;
+    let ticks: Vec<u64> = line
+        .split_whitespace()
+        .map_while(|word| word.parse().ok())
+        .collect();
+    match ticks[..] {
+        [user, nice, system, _idle, _iowait, irq, softirq, ..] => Some(user + nice + system + irq + softirq),
+        _ => None,
+    }
+}
+
+fn used_bytes(meminfo: &str) -> Option<u64> {
+    let kib = |name: &str| {
+        let line = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()
+    };
+    let had_back = kib("MemFree")? + kib("Buffers")? + kib("Cached")? + kib("SReclaimable")?;
+    Some(kib("MemTotal")?.checked_sub(had_back)? * 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_is_everything_but_waiting() {
+        let stat = "cpu  100 20 30 4000 500 6 7 80 9 0\ncpu0 1 2 3 4 5 6 7 8 9 0\n";
+        assert_eq!(busy_ticks(stat), Some(163));
+        assert_eq!(busy_ticks("cpu0 1 2 3\n"), None);
+    }
+
+    #[test]
+    fn used_is_what_cannot_be_had_back() {
+        let meminfo = "MemTotal:       1000 kB\nMemFree:         500 kB\nMemAvailable:    640 kB\nBuffers:          10 kB\n\
+                       Cached:          100 kB\nSwapCached:        1 kB\nSReclaimable:     40 kB\n";
+        assert_eq!(used_bytes(meminfo), Some(350 * 1024));
+        assert_eq!(used_bytes("MemTotal: 1 kB\n"), None);
+    }
+
+    #[test]
+    fn this_machine_is_understood() {
+        assert!(busy().unwrap() > Duration::ZERO);
+        assert!(memory().unwrap() > 0);
+        assert!(descriptors(std::process::id()).unwrap() > 2);
+    }
+}

@@ -1,0 +1,249 @@
+//! What has been measured.
+
+use std::fmt;
+
+use pepsal_tests::Family;
+use serde::{Serialize, Serializer};
+
+use super::{contender::Contender, frames::Packet, statistic};
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Metric {
+    /// Gbit/s of payload.
+    Rate(Bulk),
+    /// The machine's processor seconds for 10⁹ bytes of payload.
+    Processor(Bulk),
+    /// New connections per second.
+    Connections(Family),
+    /// Percentile, in milliseconds, of the time that such a connection takes from connect to end of stream.
+    ConnectionTime(Family, u8),
+    /// The machine's memory for each of the flows past the first of these numbers, up to the second, in kB.
+    Memory(usize, usize),
+    /// Descriptors of the proxy for each of them.
+    Descriptors(usize, usize),
+    /// The machine's processor time for a request over one of so many open flows, in microseconds.
+    Exchange(usize),
+    /// Nanoseconds that the steering program takes for a packet.
+    Steering(Packet),
+    /// Nanoseconds that the gateway takes for a packet that it forwards, all in all.
+    Passing(Packet),
+    /// System calls of the proxy for a connection with one request.
+    Syscalls,
+}
+
+/// A bulk transfer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bulk {
+    /// Flows at once.
+    pub flows: u32,
+    pub way: Way,
+    pub family: Family,
+}
+
+/// A direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// From the client.
+    Up,
+    /// To the client.
+    Down,
+}
+
+impl Metric {
+    /// What its values are counted in.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::Rate(_) => "Gbit/s",
+            Self::Processor(_) => "CPU-s/GB",
+            Self::Connections(_) => "/s",
+            Self::ConnectionTime(..) => "ms",
+            Self::Memory(..) => "kB",
+            Self::Descriptors(..) | Self::Syscalls => "",
+            Self::Exchange(_) => "µs",
+            Self::Steering(_) | Self::Passing(_) => "ns",
+        }
+    }
+}
+
+impl fmt::Display for Metric {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rate(bulk) => write!(formatter, "{bulk}"),
+            Self::Processor(bulk) => write!(formatter, "processor, {bulk}"),
+            Self::Connections(family) => write!(formatter, "new connections, {}", name(*family)),
+            Self::ConnectionTime(family, percentile) => {
+                write!(formatter, "new connections, {}, p{percentile}", name(*family))
+            }
+            Self::Memory(from, to) => write!(formatter, "memory of an idle flow, {from} to {to}"),
+            Self::Descriptors(from, to) => write!(formatter, "descriptors of a flow, {from} to {to}"),
+            Self::Exchange(flows) => write!(formatter, "processor of a request, {flows} flows"),
+            Self::Steering(packet) => write!(formatter, "steering program, {packet}"),
+            Self::Passing(packet) => write!(formatter, "forwarded, {packet}"),
+            Self::Syscalls => formatter.write_str("system calls of a connection"),
+        }
+    }
+}
+
+impl Serialize for Metric {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl fmt::Display for Bulk {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let flows = match self.flows {
+            1 => "1 flow".to_owned(),
+            count => format!("{count} flows"),
+        };
+        let way = match self.way {
+            Way::Up => "up",
+            Way::Down => "down",
+        };
+        write!(formatter, "{flows} {way}, {}", name(self.family))
+    }
+}
+
+/// As people write it.
+pub fn name(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "IPv4",
+        Family::V6 => "IPv6",
+    }
+}
+
+/// One sample.
+#[derive(Clone, Debug, Serialize)]
+pub struct Observation {
+    pub metric: Metric,
+    pub contender: Contender,
+    pub round: u32,
+    /// In the metric's unit.
+    pub value: f64,
+}
+
+/// All samples.
+#[derive(Default)]
+pub struct Observations {
+    pub samples: Vec<Observation>,
+    /// Calls of each kind for a connection, most frequent first, by contender.
+    pub syscalls: Vec<(Contender, Vec<(String, f64)>)>,
+}
+
+/// The samples of one metric with one contender.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Summary {
+    pub metric: Metric,
+    pub contender: Contender,
+    pub unit: &'static str,
+    pub median: f64,
+    pub least: f64,
+    pub most: f64,
+    pub samples: usize,
+}
+
+impl Observations {
+    /// Adds a sample.
+    pub fn add(&mut self, round: u32, contender: Contender, metric: Metric, value: f64) {
+        self.samples.push(Observation {
+            metric,
+            contender,
+            round,
+            value,
+        });
+    }
+
+    /// What has been measured, sorted.
+    pub fn metrics(&self) -> Vec<Metric> {
+        let mut metrics: Vec<_> = self.samples.iter().map(|sample| sample.metric).collect();
+        metrics.sort();
+        metrics.dedup();
+        metrics
+    }
+
+    /// All summaries, sorted.
+    pub fn summaries(&self) -> Vec<Summary> {
+        self.metrics()
+            .into_iter()
+            .flat_map(|metric| Contender::ALL.map(|contender| self.summary(metric, contender)))
+            .flatten()
+            .collect()
+    }
+
+    /// The figures of one metric with one contender, if there are any.
+    pub fn summary(&self, metric: Metric, contender: Contender) -> Option<Summary> {
+        let is_meant = |sample: &&Observation| sample.metric == metric && sample.contender == contender;
+        let values: Vec<_> = self
+            .samples
+            .iter()
+            .filter(is_meant)
+            .map(|sample| sample.value)
+            .collect();
+        Some(Summary {
+            metric,
+            contender,
+            unit: metric.unit(),
+            median: statistic::median(&values)?,
+            least: statistic::quantile(&values, 0.0)?,
+            most: statistic::quantile(&values, 1.0)?,
+            samples: values.len(),
+        })
+    }
+
+    /// The median of one metric with one contender.
+    pub fn median(&self, metric: Metric, contender: Contender) -> Option<f64> {
+        self.summary(metric, contender).map(|summary| summary.median)
+    }
+
+    /// pepsal's median over another's.
+    pub fn ratio(&self, metric: Metric, to: Contender) -> Option<f64> {
+        let other = self.median(metric, to).filter(|median| *median != 0.0)?;
+        Some(self.median(metric, Contender::Pepsal)? / other)
+    }
+
+    /// What a contender costs beyond forwarding.
+    pub fn above_forwarding(&self, metric: Metric, contender: Contender) -> Option<f64> {
+        Some(self.median(metric, contender)? - self.median(metric, Contender::Forwarding)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_are_compared_contender_by_contender() {
+        let mut found = Observations::default();
+        let metric = Metric::Exchange(100);
+        for (round, (forwarding, pepsal)) in
+            [(10.0, 15.0), (30.0, 90.0), (20.0, 30.0)].into_iter().enumerate()
+        {
+            found.add(round as u32, Contender::Forwarding, metric, forwarding);
+            found.add(round as u32, Contender::Pepsal, metric, pepsal);
+        }
+        let summary = found.summary(metric, Contender::Pepsal).unwrap();
+        assert_eq!(
+            (summary.median, summary.least, summary.most, summary.samples),
+            (30.0, 15.0, 90.0, 3)
+        );
+        assert_eq!(found.ratio(metric, Contender::Forwarding), Some(1.5));
+        assert_eq!(found.above_forwarding(metric, Contender::Pepsal), Some(10.0));
+        assert_eq!(found.ratio(metric, Contender::Haproxy), None);
+        assert_eq!(found.summaries().len(), 2);
+    }
+
+    #[test]
+    fn metrics_are_named_for_people() {
+        let bulk = Bulk {
+            flows: 16,
+            way: Way::Down,
+            family: Family::V6,
+        };
+        assert_eq!(Metric::Rate(bulk).to_string(), "16 flows down, IPv6");
+        assert_eq!(
+            Metric::ConnectionTime(Family::V4, 99).to_string(),
+            "new connections, IPv4, p99"
+        );
+    }
+}
