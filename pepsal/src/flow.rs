@@ -205,9 +205,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
                 shared.paths.resume(ifindex, peer.ip(), leg.stream());
             }
         };
-        let Ok(mut client_leg) = Leg::new(stream, Side::Client) else {
-            return CloseReason::ClientReset;
-        };
+        let mut client_leg = Leg::new(stream, Side::Client);
         flow.watch(
             Side::Client,
             client_leg.stream(),
@@ -215,15 +213,16 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             &shared.metrics,
         );
         legs
-            .tune_client(client_leg.stream(), client, &record, client_link.as_deref());
+            .tune_client(client_leg.stream(), client, &record);
         start(&mut client_leg, &client_link, record.ingress_ifindex, client);
         if let Some(patience) = legs.early_data_patience(server_link.as_deref()) {
             // Without data in time the SYN goes without.
             let _ = timeout(patience, client_leg.stream().readable()).await;
         }
-        let Ok(early_data) = has_data(client_leg.stream()) else {
+        let Ok(has_data) = has_data(client_leg.stream()) else {
             return CloseReason::ClientReset;
         };
+        let early_data = has_data && legs.carries_early_data();
         let connect = async {
             let connect = legs.connect(
                 client,
@@ -244,10 +243,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             .map_or(settings.connect_timeout, |link| link.profile.connect_timeout.value);
         let mut server_leg = tokio::select! {
             connected = timeout(patience, connect) => match connected {
-                Ok(Ok(stream)) => match Leg::new(stream, Side::Server) {
-                    Ok(leg) => leg,
-                    Err(_) => return CloseReason::ServerReset,
-                },
+                Ok(Ok(stream)) => Leg::new(stream, Side::Server),
                 Ok(Err(error)) => {
                     debug!(%client, %server, "cannot connect: {error}");
                     return CloseReason::of_connect(&error);

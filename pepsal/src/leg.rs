@@ -26,8 +26,8 @@ use crate::{
     socket,
 };
 
-/// When an idle peer is first asked whether it is still there, how often then, and how often in vain.
-const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(600), Duration::from_secs(60), 6);
+/// When an idle peer is first asked whether it is still there; how often then, and how often in vain, is the host's to say.
+const KEEPALIVE: Duration = Duration::from_secs(600);
 
 /// How often a server leg tries for two addresses that another one still has.
 const PORT_RETRY: Duration = Duration::from_millis(10);
@@ -152,14 +152,9 @@ impl LegConfig {
         Some((rtt / 50).min(Duration::from_millis(20)))
     }
 
-    /// Gives the accepted connection its options. One that the kernel refuses is left out: the flow can do without.
-    pub fn tune_client(
-        &self,
-        stream: &TcpStream,
-        client: SocketAddr,
-        record: &SynRecord,
-        link: Option<&Link>,
-    ) {
+    /// Gives the accepted connection the options that it has not inherited from its listener. One that the kernel
+    /// refuses is left out: the flow can do without.
+    pub fn tune_client(&self, stream: &TcpStream, client: SocketAddr, record: &SynRecord) {
         if self.dscp && record.traffic_class != 0 {
             let ipv6 = client.is_ipv6();
             tried(
@@ -167,7 +162,14 @@ impl LegConfig {
                 socket::set_traffic_class(stream, ipv6, record.traffic_class),
             );
         }
-        self.tune(stream.as_fd(), link);
+        if self.quickack {
+            tried("quick ack", socket::set_quickack(stream));
+        }
+    }
+
+    /// Whether a server leg's SYN can carry what the client has sent already.
+    pub fn carries_early_data(&self) -> bool {
+        self.fastopen
     }
 
     /// Connects to the server the way the client meant to.
@@ -193,6 +195,9 @@ impl LegConfig {
         )?;
         self.replicate(&socket, server.is_ipv6(), record, metrics);
         self.tune(socket.as_fd(), link);
+        if self.quickack {
+            tried("quick ack", socket::set_quickack(&socket));
+        }
         if let Some(congestion) = self.initial_congestion_of(Side::Server, link) {
             tried("congestion control", socket::set_congestion(&socket, congestion));
         }
@@ -203,7 +208,7 @@ impl LegConfig {
                 socket::set_receive_buffer(&socket, link.profile.receive_buffer.value),
             );
         }
-        if self.fastopen && early_data {
+        if early_data {
             tried("fast open", socket::set_fastopen_connect(&socket));
         }
         if self.source == Source::Client {
@@ -218,20 +223,20 @@ impl LegConfig {
         }
     }
 
-    fn tune(&self, socket: BorrowedFd<'_>, link: Option<&Link>) {
+    /// Gives a server leg that is not connected yet, or a listener for its accepted legs, the options that both inherit.
+    pub fn tune(&self, socket: BorrowedFd<'_>, link: Option<&Link>) {
         let sock = socket2::SockRef::from(&socket);
+        // Until a direction has ended cleanly, whatever closes the leg resets it.
+        tried("reset on close", socket::reset_on_close(socket, true));
         if self.cork {
-            tried("cork", socket::set_cork(socket));
+            tried("cork", socket::set_cork(socket, true));
         } else {
             tried("no delay", sock.set_tcp_nodelay(true));
-        }
-        if self.quickack {
-            tried("quick ack", socket::set_quickack(socket));
         }
         if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(self.mss) {
             tried("maximum segment size", socket::set_mss(socket, mss));
         }
-        let (mut idle, interval, probes) = KEEPALIVE;
+        let mut idle = KEEPALIVE;
         if let Some(Link { profile, .. }) = link {
             tried(
                 "send buffer",
@@ -248,7 +253,7 @@ impl LegConfig {
             );
             idle = profile.keepalive.value;
         }
-        tried("keepalive", socket::set_keepalive(socket, idle, interval, probes));
+        tried("keepalive", socket::set_keepalive(socket, idle));
     }
 
     /// Before `connect`, so that it is on the SYN.

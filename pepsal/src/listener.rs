@@ -176,6 +176,10 @@ fn tune(
         Some(congestion) => socket::set_congestion(listener, congestion)?,
         None => socket::set_congestion(listener, &preflight::default_congestion()?)?,
     }
+    if !tcp.cork {
+        socket::set_cork(listener, false)?;
+    }
+    legs.tune(listener.as_fd(), link.map(Arc::as_ref));
     // What the SYN-ACK announces; on an accepted socket it is too late for that. Zero is the path's.
     let mss = link.and_then(|link| link.profile.mss.value).or(tcp.mss);
     socket::set_mss(listener, mss.unwrap_or(0))

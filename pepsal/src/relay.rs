@@ -59,18 +59,14 @@ pub enum Side {
 }
 
 impl Leg {
-    /// Takes over a connected stream, which from now on is reset when it is dropped.
-    ///
-    /// # Errors
-    /// What `setsockopt` says.
-    pub fn new(stream: TcpStream, side: Side) -> io::Result<Self> {
-        socket::reset_on_close(stream.as_fd(), true)?;
-        Ok(Self {
+    /// Takes over a connected stream, which is reset when it is dropped ([`crate::leg::LegConfig::tune`]).
+    pub fn new(stream: TcpStream, side: Side) -> Self {
+        Self {
             membership: None,
             stream: Arc::new(stream),
             side,
             broken: AtomicBool::new(false),
-        })
+        }
     }
 
     /// Lets a leg that has not sent anything yet start at its share of its link's rate.

@@ -84,8 +84,8 @@ pub fn set_quickack(socket: impl AsFd) -> io::Result<()> {
 }
 
 /// Sends full segments only, for up to 200 ms.
-pub fn set_cork(socket: impl AsFd) -> io::Result<()> {
-    set_int(socket, libc::SOL_TCP, libc::TCP_CORK, 1)
+pub fn set_cork(socket: impl AsFd, on: bool) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_CORK, on.into())
 }
 
 /// Lets a listener take data from SYNs (RFC 7413), with this many requests waiting.
@@ -250,17 +250,9 @@ fn queued(socket: impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
     Ok(bytes.try_into().unwrap_or(0))
 }
 
-/// Has the kernel probe an idle peer, so that one that is gone does not keep its flow for ever.
-pub fn set_keepalive(
-    socket: BorrowedFd<'_>,
-    idle: Duration,
-    interval: Duration,
-    probes: u32,
-) -> io::Result<()> {
-    let keepalive = socket2::TcpKeepalive::new()
-        .with_time(idle)
-        .with_interval(interval)
-        .with_retries(probes);
+/// Has the kernel probe a peer after this idle time, so that one that is gone does not keep its flow for ever.
+pub fn set_keepalive(socket: BorrowedFd<'_>, idle: Duration) -> io::Result<()> {
+    let keepalive = socket2::TcpKeepalive::new().with_time(idle);
     socket2::SockRef::from(&socket).set_tcp_keepalive(&keepalive)
 }
 
