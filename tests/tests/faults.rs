@@ -1,6 +1,5 @@
 //! What becomes of connections when something around the daemon breaks. The table is in docs/reliability.md.
 
-use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::process::Command;
