@@ -175,7 +175,12 @@ impl Daemon {
     }
 
     fn ready(mut self) -> Result<Self> {
-        let is_ready = |daemon: &Self| daemon.log().lines().any(|line| line.contains("ready interfaces="));
+        let is_ready = |daemon: &Self| {
+            daemon
+                .log()
+                .lines()
+                .any(|line| line.contains("ready interfaces="))
+        };
         holds_within(READY_TIMEOUT, || {
             is_ready(&self) || !matches!(self.child.try_wait(), Ok(None))
         });
