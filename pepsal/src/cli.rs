@@ -440,10 +440,10 @@ fn table(text: &str) -> Result<u32, String> {
 
 /// A time: plain seconds as PEPsal takes them, or a number with a unit.
 fn duration(text: &str) -> Result<Duration, String> {
-    if text.bytes().all(|b| b.is_ascii_digit()) {
-        if let Ok(seconds) = text.parse::<u32>() {
-            return Ok(Duration::from_secs(seconds.into()));
-        }
+    if text.bytes().all(|b| b.is_ascii_digit())
+        && let Ok(seconds) = text.parse::<u32>()
+    {
+        return Ok(Duration::from_secs(seconds.into()));
     }
     match humantime::parse_duration(text) {
         Ok(duration) if duration <= Duration::from_secs(u32::MAX.into()) => Ok(duration),

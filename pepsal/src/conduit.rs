@@ -61,10 +61,10 @@ impl ConduitPool {
     }
 
     fn new_pipe(&self) -> Option<Pipe> {
-        if self.pipes.fetch_add(1, Ordering::Relaxed) < self.most_pipes {
-            if let Ok(pipe) = Pipe::new() {
-                return Some(pipe);
-            }
+        if self.pipes.fetch_add(1, Ordering::Relaxed) < self.most_pipes
+            && let Ok(pipe) = Pipe::new()
+        {
+            return Some(pipe);
         }
         self.pipes.fetch_sub(1, Ordering::Relaxed);
         None

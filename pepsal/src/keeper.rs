@@ -92,10 +92,10 @@ impl Keeper {
 
     /// Writes a table to the file, when there is one.
     pub fn write_table(&mut self, shared: &Shared) {
-        if let Some(file) = &mut self.table_file {
-            if let Err(error) = write!(file, "{}", shared.table) {
-                warn!("cannot write the flow table: {error}");
-            }
+        if let Some(file) = &mut self.table_file
+            && let Err(error) = write!(file, "{}", shared.table)
+        {
+            warn!("cannot write the flow table: {error}");
         }
     }
 
@@ -145,10 +145,10 @@ impl Keeper {
     }
 
     fn alarm(&self, signal: Signal) {
-        if let Some(monitor) = self.monitor {
-            if let Err(error) = kill(monitor, signal) {
-                warn!(process = monitor.as_raw(), "cannot send {signal}: {error}");
-            }
+        if let Some(monitor) = self.monitor
+            && let Err(error) = kill(monitor, signal)
+        {
+            warn!(process = monitor.as_raw(), "cannot send {signal}: {error}");
         }
     }
 }

@@ -99,10 +99,10 @@ impl Paths {
         sleep(rtt * 2).await;
         let Some(stream) = stream.upgrade() else { return };
         lift_pacing(&stream);
-        if socket::tcp_info(&*stream).is_ok_and(|info| info.tcpi_total_retrans > 0) {
-            if let Some(memory) = self.lock().get_mut(&path) {
-                memory.rate = Rate::from_bps(memory.rate.bps() / 2);
-            }
+        if socket::tcp_info(&*stream).is_ok_and(|info| info.tcpi_total_retrans > 0)
+            && let Some(memory) = self.lock().get_mut(&path)
+        {
+            memory.rate = Rate::from_bps(memory.rate.bps() / 2);
         }
     }
 

@@ -73,10 +73,10 @@ impl Leg {
     pub fn join(&mut self, link: &Link, traffic_class: u8, congestion: &str) {
         let profile = &link.profile;
         let (weight, window) = (profile.weights.of(traffic_class), profile.initial_window.value);
-        if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side) {
-            if let Err(error) = socket::set_send_window(&*self.stream, bytes) {
-                trace!("send window refused: {error}");
-            }
+        if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side)
+            && let Err(error) = socket::set_send_window(&*self.stream, bytes)
+        {
+            trace!("send window refused: {error}");
         }
         self.membership = Some(link.budget.join(self.stream.clone(), weight, congestion, window));
     }

@@ -86,10 +86,10 @@ impl<'a> Reloader<'a> {
         if let Err(error) = proxy.reconfigure(&configuration.options, &selection).await {
             return warn!("not reloaded, the running configuration stays: {error:#}");
         }
-        if let Err(error) = self.log.set(configuration.options.level()) {
-            if configuration.options.level() != self.running.options.level() {
-                warn!("log.level: {error}");
-            }
+        if let Err(error) = self.log.set(configuration.options.level())
+            && configuration.options.level() != self.running.options.level()
+        {
+            warn!("log.level: {error}");
         }
         report(&self.running, &self.started, &configuration);
         self.running = configuration;

@@ -44,10 +44,10 @@ impl SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|there| there == self.identity) {
-            if let Err(error) = fs::remove_file(&self.path) {
-                debug!("cannot remove {}: {error}", self.path.display());
-            }
+        if identity(&self.path).is_ok_and(|there| there == self.identity)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
+            debug!("cannot remove {}: {error}", self.path.display());
         }
     }
 }

@@ -200,10 +200,11 @@ impl App {
             terminal.draw(|frame| view::draw(frame, self))?;
             if event::poll(Duration::from_millis(100))? {
                 // A change of size is drawn by the next round.
-                if let Event::Key(key) = event::read()? {
-                    if key.kind == KeyEventKind::Press && self.is_last(key) {
-                        return Ok(());
-                    }
+                if let Event::Key(key) = event::read()?
+                    && key.kind == KeyEventKind::Press
+                    && self.is_last(key)
+                {
+                    return Ok(());
                 }
             }
             match pictures.try_recv() {
