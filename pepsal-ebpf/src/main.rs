@@ -180,7 +180,7 @@ fn classify_fragment(skb: *mut __sk_buff) -> Result<Counter, Counter> {
     let packet = Skb(skb);
     let family = family(skb).ok_or(Counter::NotIp)?;
     match first_fragment(&packet, family) {
-        Ok(segment) if !segment.is_syn() && leg_state(skb, &segment).is_some() => {
+        Ok(segment) if !segment.is_syn() && matches!(look_up(skb, &segment), Found::Leg(_)) => {
             let key = fragment_key(&packet, family).ok_or(Counter::Fragment)?;
             // Without a place for it the others pass, and the peer has to send the segment again.
             FRAGMENTS.insert(key, 0, 0).map_err(|_| Counter::Fragment)?;
@@ -219,25 +219,26 @@ fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
     let family = family(skb).ok_or(Counter::NotIp)?;
     let packet = Skb(skb);
     match parse(&packet, family)? {
-        Parsed::Tcp(segment) => match leg_state(skb, &segment) {
-            Some(TCP_NEW_SYN_RECV) if segment.is_syn() => Ok(Counter::Retransmitted),
+        Parsed::Tcp(segment) => match look_up(skb, &segment) {
+            Found::Leg(TCP_NEW_SYN_RECV) if segment.is_syn() => Ok(Counter::Retransmitted),
             // A SYN may take over the ports of a connection in TIME_WAIT: it opens a flow of its own.
-            Some(TCP_TIME_WAIT) | None if segment.is_syn() => {
+            Found::Leg(TCP_TIME_WAIT) | Found::Listener | Found::Nothing if segment.is_syn() => {
                 intercept_syn(ctx, &packet, &segment, intercept)
             }
-            Some(_) => Ok(Counter::Steered),
-            // With SYN cookies there is no socket until the handshake is over.
+            Found::Leg(_) => Ok(Counter::Steered),
+            // With SYN cookies there is no socket until the handshake is over. `pepsal_listener` takes part in every
+            // look-up: where it found nothing there is no record either, which spares all foreign segments a question.
             // SAFETY: the record is not looked into.
-            None if unsafe { FLOWS.get(segment.flow()) }.is_some() => Ok(Counter::Pending),
+            Found::Listener if unsafe { FLOWS.get(segment.flow()) }.is_some() => Ok(Counter::Pending),
             // The SYN went on to the server: what follows it has to go there too, and is not to be taken for a cookie.
-            None if segment.is_syn_ack() && FLOWS.remove(segment.answered_flow()).is_ok() => {
+            _ if segment.is_syn_ack() && FLOWS.remove(segment.answered_flow()).is_ok() => {
                 Err(Counter::Bypassed)
             }
-            None => Err(Counter::Foreign),
+            _ => Err(Counter::Foreign),
         },
-        Parsed::IcmpError(segment) => match leg_state(skb, &segment) {
-            Some(_) => Ok(Counter::IcmpError),
-            None => Err(Counter::Foreign),
+        Parsed::IcmpError(segment) => match look_up(skb, &segment) {
+            Found::Leg(_) => Ok(Counter::IcmpError),
+            _ => Err(Counter::Foreign),
         },
     }
 }
@@ -444,10 +445,18 @@ const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
 const TCP_NEW_SYN_RECV: u32 = 12;
 
-/// The state of the local socket that a segment is for. A listener is no answer: one on the wildcard address matches
-/// every destination.
+/// What the kernel would deliver a segment to.
+enum Found {
+    Nothing,
+    /// The daemon's, for a flow that is recorded; or anyone's, which is no answer: one on the wildcard address matches
+    /// every destination.
+    Listener,
+    /// A connection, with its state.
+    Leg(u32),
+}
+
 #[inline(always)]
-fn leg_state(skb: *mut __sk_buff, segment: &Segment) -> Option<u32> {
+fn look_up(skb: *mut __sk_buff, segment: &Segment) -> Found {
     #[repr(C)]
     struct TupleV4 {
         source: [u8; 4],
@@ -492,11 +501,14 @@ fn leg_state(skb: *mut __sk_buff, segment: &Segment) -> Option<u32> {
             }
         };
         if socket.is_null() {
-            return None;
+            return Found::Nothing;
         }
         let state = read_volatile(addr_of!((*socket).state));
         bpf_sk_release(socket.cast());
-        (state != TCP_LISTEN).then_some(state)
+        match state {
+            TCP_LISTEN => Found::Listener,
+            state => Found::Leg(state),
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 //! and in the map of flows.
 
 use std::env;
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -13,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use aya::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie};
 use aya::programs::tc::qdisc_add_clsact;
-use aya::programs::{SchedClassifier, TcAttachType, TestRun, TestRunOptions};
+use aya::programs::{SchedClassifier, SkLookup, TcAttachType, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader};
 use nix::libc;
 use nix::net::if_::if_nametoindex;
@@ -30,6 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const STEER: &str = "pepsal_steer";
 /// Recognises only.
 const REPLIES: &str = "pepsal_replies";
+
+/// Gives the listeners what is recorded.
+const LISTENER: &str = "pepsal_listener";
 
 /// `TCX_NEXT` and `TC_ACT_UNSPEC`: whatever comes next sees the packet.
 const NEXT: u32 = u32::MAX;
@@ -84,6 +88,14 @@ impl Gateway {
         {
             slots.set(slot, &listener.as_raw_fd(), 0)?;
         }
+        let lookup: &mut SkLookup = ebpf
+            .program_mut(LISTENER)
+            .context("no such program")?
+            .try_into()?;
+        lookup.load()?;
+        topology
+            .gateway
+            .run(|| -> Result<_> { Ok(lookup.attach(File::open("/proc/thread-self/ns/net")?)?) })?;
         let mut gateway = Self {
             topology,
             ebpf,
@@ -186,6 +198,8 @@ impl Gateway {
             .zip(before.iter().zip(counts(self)?))
             .filter(|(_, (before, after))| after > before)
             .map(|(counter, _)| *counter)
+            // The look-up of a socket, which is part of the decision, counts for itself.
+            .filter(|counter| *counter != Counter::Assigned)
             .collect();
         ensure!(counted.len() == 1, "counted as {counted:?}");
         let mark = u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]]);
