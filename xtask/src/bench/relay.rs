@@ -170,7 +170,7 @@ impl Options {
         let (rounds, bulk_bytes, seconds, exchanges, packets, frames) = if self.full {
             (5, 4_000_000_000, 5, 50_000, 5_000_000, 500_000)
         } else {
-            (3, 500_000_000, 1, 10_000, 500_000, 50_000)
+            (3, 500_000_000, 1, 40_000, 500_000, 50_000)
         };
         Amounts {
             rounds: self.rounds.unwrap_or(rounds),

@@ -15,13 +15,17 @@ pub fn busy() -> Result<Duration> {
     Ok(Duration::from_secs_f64(ticks as f64 / ticks_per_second as f64))
 }
 
-/// Bytes that are in use and could not be had back: not the page cache, nor the caches that the kernel would shrink.
+/// Bytes that are in use and could not be had back: not the page cache, nor the caches that the kernel would shrink, nor
+/// the free pages that each processor keeps at hand, which no longer count as free and may be a gigabyte.
 ///
 /// # Errors
-/// When `/proc/meminfo` cannot be read.
+/// When `/proc/meminfo` or `/proc/zoneinfo` cannot be read.
 pub fn memory() -> Result<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    used_bytes(&meminfo).context("/proc/meminfo lacks what memory use is made of")
+    let used = used_bytes(&meminfo).context("/proc/meminfo lacks what memory use is made of")?;
+    let zoneinfo = fs::read_to_string("/proc/zoneinfo").context("cannot read /proc/zoneinfo")?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096);
+    Ok(used.saturating_sub(pages_at_hand(&zoneinfo) * page as u64))
 }
 
 /// How many descriptors a process has open.
@@ -59,9 +63,25 @@ fn used_bytes(meminfo: &str) -> Option<u64> {
     Some(kib("MemTotal")?.checked_sub(had_back)? * 1024)
 }
 
+/// Free pages in the lists of each processor.
+fn pages_at_hand(zoneinfo: &str) -> u64 {
+    zoneinfo
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("count:")?.trim().parse::<u64>().ok())
+        .sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pages_at_hand_are_those_of_all_processors_in_all_zones() {
+        let zoneinfo = "Node 0, zone    DMA\n  pages free     2816\n  pagesets\n    cpu: 0\n              count:    3\n\
+                        \x20             high:     81\n    cpu: 1\n              count:    40\nNode 0, zone Normal\n\
+                        \x20   cpu: 0\n              count:    500\n";
+        assert_eq!(pages_at_hand(zoneinfo), 543);
+    }
 
     #[test]
     fn busy_is_everything_but_waiting() {
