@@ -2,9 +2,12 @@
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::AsRawFd,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -13,6 +16,7 @@ use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, recv},
 };
+use pepsal_ebpf::SynRecord;
 use thiserror::Error;
 use tokio::{
     net::TcpStream,
@@ -29,7 +33,7 @@ use crate::{
     metrics::{Event, Metrics},
     paths::{self, Paths},
     relay::{Leg, Limits, Side, relay},
-    table::{FlowTable, Observation},
+    table::{Flow, FlowTable, Observation},
 };
 
 /// Why a flow ended.
@@ -186,103 +190,24 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         .enter(client, server, shared.stop.child_token(), &shared.metrics);
     shared.metrics.count(Event::Accepted);
     let settings = shared.settings.load_full();
-    let legs = &settings.legs;
-    let (flow, progress) = (&place.flow, &place.flow.progress);
+    let flow = &place.flow;
+    // What connecting takes is on the heap and given back after it: a flow is open for most of its life, and there are
+    // many of them.
+    let connected = Box::pin(connect(stream, flow, record, &settings, &shared));
     let reason = async {
-        let (client_link, server_link) = (
-            shared.links.of(record.ingress_ifindex),
-            shared.links.of(record.egress_ifindex),
-        );
-        let start = |leg: &mut Leg, link: &Option<Arc<Link>>, ifindex: u32, peer: SocketAddr| match link {
-            Some(link) => {
-                let congestion = legs
-                    .congestion_of(leg.side(), Some(link))
-                    .unwrap_or_default();
-                leg.join(link, record.traffic_class, congestion);
-            }
-            None => {
-                legs.settle_congestion(leg.side(), leg.stream());
-                shared.paths.resume(ifindex, peer.ip(), leg.stream());
-            }
+        let [client, server] = match connected.await {
+            Ok(ends) => ends,
+            Err(reason) => return reason,
         };
-        let mut client_leg = Leg::new(stream, Side::Client);
-        flow.watch(
-            Side::Client,
-            client_leg.stream(),
-            record.ingress_ifindex,
-            &shared.metrics,
-        );
-        legs
-            .tune_client(client_leg.stream(), client, &record);
-        start(&mut client_leg, &client_link, record.ingress_ifindex, client);
-        if let Some(patience) = legs.early_data_patience(server_link.as_deref()) {
-            // Without data in time the SYN goes without.
-            let _ = timeout(patience, client_leg.stream().readable()).await;
-        }
-        let Ok(has_data) = has_data(client_leg.stream()) else {
-            return CloseReason::ClientReset;
-        };
-        let early_data = has_data && legs.carries_early_data();
-        let connect = async {
-            let connect = legs.connect(
-                client,
-                server,
-                &record,
-                server_link.as_deref(),
-                early_data,
-                &shared.metrics,
-            );
-            let stream = connect.await?;
-            if early_data {
-                progress.add(Side::Server, leg::open(&stream, client_leg.stream()).await?);
-            }
-            Ok(stream)
-        };
-        let patience = server_link
-            .as_ref()
-            .map_or(settings.connect_timeout, |link| link.profile.connect_timeout.value);
-        let mut server_leg = tokio::select! {
-            connected = timeout(patience, connect) => match connected {
-                Ok(Ok(stream)) => Leg::new(stream, Side::Server),
-                Ok(Err(error)) => {
-                    debug!(%client, %server, "cannot connect: {error}");
-                    return CloseReason::of_connect(&error);
-                }
-                Err(_) => return CloseReason::ConnectTimeout,
-            },
-            reason = client_leg.abandoned() => return reason,
-            () = sleep_until(settings.collector.due(progress.started())) => return CloseReason::PendingTooLong,
-            () = flow.stop.cancelled() => return CloseReason::Shutdown,
-        };
-        start(&mut server_leg, &server_link, record.egress_ifindex, server);
-        flow.watch(
-            Side::Server,
-            server_leg.stream(),
-            record.egress_ifindex,
-            &shared.metrics,
-        );
-        flow.set_open();
-        shared
-            .metrics
-            .connect
-            .observe(progress.started().elapsed().as_secs_f64());
         let limits = Limits {
             idle: settings.idle_timeout,
             stop: &flow.stop,
             conduits: &shared.conduits,
         };
-        let reason = relay(&client_leg, &server_leg, progress, &limits).await;
+        let reason = relay(&client.leg, &server.leg, &flow.progress, &limits).await;
         flow.observe(&shared.metrics);
-        if client_link.is_none() && progress.down.load(Ordering::Relaxed) >= paths::ENOUGH {
-            shared
-                .paths
-                .learn(record.ingress_ifindex, client.ip(), client_leg.stream());
-        }
-        if server_link.is_none() && progress.up.load(Ordering::Relaxed) >= paths::ENOUGH {
-            shared
-                .paths
-                .learn(record.egress_ifindex, server.ip(), server_leg.stream());
-        }
+        client.learn(&flow.progress.down, &shared.paths);
+        server.learn(&flow.progress.up, &shared.paths);
         reason
     }
     .await;
@@ -292,9 +217,113 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
     };
     // Bytes that went with a SYN, of a flow that was not relayed any more.
     let Observation { up, down, .. } = flow.observe(&shared.metrics);
-    let open = progress.started().elapsed();
+    let open = flow.progress.started().elapsed();
     shared.metrics.close(reason, open);
+    let (client, server) = (flow.client, flow.server);
     debug!(%client, %server, up, down, seconds = open.as_secs_f64(), "{reason}");
+}
+
+/// A leg and where it leads.
+struct End {
+    leg: Leg,
+    peer: IpAddr,
+    /// The interface that it leaves through.
+    ifindex: u32,
+    /// The profile of that.
+    link: Option<Arc<Link>>,
+}
+
+impl End {
+    /// Lets a leg that has not sent anything yet start the way that suits its path.
+    fn start(mut leg: Leg, flow: &Flow, record: &SynRecord, legs: &LegConfig, shared: &Shared) -> Self {
+        let (peer, ifindex) = match leg.side() {
+            Side::Client => (flow.client.ip(), record.ingress_ifindex),
+            Side::Server => (flow.server.ip(), record.egress_ifindex),
+        };
+        let link = shared.links.of(ifindex);
+        flow.watch(leg.side(), leg.stream(), ifindex, &shared.metrics);
+        match &link {
+            Some(link) => {
+                let congestion = legs.congestion_of(leg.side(), Some(link));
+                leg.join(link, record.traffic_class, congestion.unwrap_or_default());
+            }
+            None => {
+                legs.settle_congestion(leg.side(), leg.stream());
+                shared.paths.resume(ifindex, peer, leg.stream());
+            }
+        }
+        Self {
+            leg,
+            peer,
+            ifindex,
+            link,
+        }
+    }
+
+    /// Keeps what a leg without a profile has shown of its path.
+    fn learn(&self, sent: &AtomicU64, paths: &Paths) {
+        if self.link.is_none() && sent.load(Ordering::Relaxed) >= paths::ENOUGH {
+            paths.learn(self.ifindex, self.peer, self.leg.stream());
+        }
+    }
+}
+/// Makes the server leg of an accepted connection, and both legs ready to be relayed.
+async fn connect(
+    stream: TcpStream,
+    flow: &Flow,
+    record: SynRecord,
+    settings: &Settings,
+    shared: &Shared,
+) -> Result<[End; 2], CloseReason> {
+    let legs = &settings.legs;
+    let (client, server, progress) = (flow.client, flow.server, &flow.progress);
+    let leg = Leg::new(stream, Side::Client);
+    legs.tune_client(leg.stream(), client, &record);
+    let client_end = End::start(leg, flow, &record, legs, shared);
+    let client_leg = &client_end.leg;
+    let link = shared.links.of(record.egress_ifindex);
+    if let Some(patience) = legs.early_data_patience(link.as_deref()) {
+        // Without data in time the SYN goes without.
+        let _ = timeout(patience, client_leg.stream().readable()).await;
+    }
+    let has_data = has_data(client_leg.stream()).map_err(|_| CloseReason::ClientReset)?;
+    let early_data = has_data && legs.carries_early_data();
+    let connect = async {
+        let connect = legs.connect(
+            client,
+            server,
+            &record,
+            link.as_deref(),
+            early_data,
+            &shared.metrics,
+        );
+        let stream = connect.await?;
+        if early_data {
+            progress.add(Side::Server, leg::open(&stream, client_leg.stream()).await?);
+        }
+        Ok(stream)
+    };
+    let patience = link.as_ref().map_or(settings.connect_timeout, |link| {
+        link.profile.connect_timeout.value
+    });
+    let connected = tokio::select! {
+        connected = timeout(patience, connect) => connected.map_err(|_| CloseReason::ConnectTimeout)?,
+        reason = client_leg.abandoned() => return Err(reason),
+        () = sleep_until(settings.collector.due(progress.started())) => return Err(CloseReason::PendingTooLong),
+        () = flow.stop.cancelled() => return Err(CloseReason::Shutdown),
+    };
+    let stream = connected.map_err(|error| {
+        debug!(%client, %server, "cannot connect: {error}");
+        CloseReason::of_connect(&error)
+    })?;
+    let leg = Leg::new(stream, Side::Server);
+    let server_end = End::start(leg, flow, &record, legs, shared);
+    flow.set_open();
+    shared
+        .metrics
+        .connect
+        .observe(progress.started().elapsed().as_secs_f64());
+    Ok([client_end, server_end])
 }
 
 /// Whether the client has sent something already, in its SYN or right after the handshake. A reset that has come by then

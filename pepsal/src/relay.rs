@@ -9,7 +9,7 @@
 //! so that even a killed process never makes a truncated transfer look complete.
 
 use std::{
-    future::{Future, pending},
+    future::{Future, pending, poll_fn},
     io,
     net::Shutdown,
     os::fd::AsFd,
@@ -206,9 +206,17 @@ pub struct Limits<'a> {
 
 /// Relays until both directions are done or the flow has to end, and leaves the legs so that dropping them does the
 /// right thing.
+///
+/// What only its end takes is on the heap, so that an open flow does not keep room for it.
 pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Limits<'_>) -> CloseReason {
-    let mut up = pin!(pump(client, server, progress, limits.conduits));
-    let mut down = pin!(pump(server, client, progress, limits.conduits));
+    let direction = |from, to| Direction {
+        from,
+        to,
+        progress,
+        pool: limits.conduits,
+    };
+    let (up, down) = (direction(client, server), direction(server, client));
+    let (mut up, mut down) = (pin!(up.pump()), pin!(down.pump()));
     let (mut up_done, mut down_done) = (false, false);
     let broken = loop {
         let ended = tokio::select! {
@@ -225,8 +233,9 @@ pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Lim
         match ended {
             Ok(()) if up_done && down_done => {
                 // The flow holds its place until the data has arrived; the FIN itself the kernel sees to.
+                let both = Box::pin(async { tokio::join!(delivered(client, 1), delivered(server, 1)) });
                 tokio::select! {
-                    _ = async { tokio::join!(delivered(client, 1), delivered(server, 1)) } => {}
+                    _ = both => {}
                     () = limits.stop.cancelled() => {}
                 }
                 return CloseReason::Finished;
@@ -237,55 +246,77 @@ pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Lim
     };
     let reason = broken.reason();
     match broken.side {
-        Side::Client => settle(server, (!up_done).then_some(up), progress, limits).await,
-        Side::Server => settle(client, (!down_done).then_some(down), progress, limits).await,
+        Side::Client => Box::pin(settle(server, (!up_done).then_some(up), progress, limits)).await,
+        Side::Server => Box::pin(settle(client, (!down_done).then_some(down), progress, limits)).await,
     }
     reason
 }
 
-/// Moves what `from` sends to `to`, and its end of stream.
-async fn pump(from: &Leg, to: &Leg, progress: &Progress, pool: &ConduitPool) -> Result<(), Broken> {
-    loop {
-        from.stream.readable().await.map_err(|error| from.broke(error))?;
-        let mut conduit = pool.take();
-        loop {
-            match from
-                .stream
-                .try_io(Interest::READABLE, || conduit.fill(from.stream.as_fd()))
-            {
-                // After an error that the other direction took, the kernel says end of stream too.
-                Ok(0) if from.is_broken() => return Err(from.broke(io::ErrorKind::ConnectionReset.into())),
-                Ok(0) => return to.finish(),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(from.broke(error)),
-            }
-            drain(&mut conduit, to, progress).await?;
-            // One fast flow must not keep its worker from the others.
-            consume_budget().await;
-        }
-    }
+/// One way through a flow.
+struct Direction<'a> {
+    from: &'a Leg,
+    to: &'a Leg,
+    progress: &'a Progress,
+    pool: &'a ConduitPool,
 }
 
-async fn drain(conduit: &mut Conduit<'_>, to: &Leg, progress: &Progress) -> Result<(), Broken> {
-    while conduit.held() > 0 {
-        match to
-            .stream
-            .try_io(Interest::WRITABLE, || conduit.drain(to.stream.as_fd()))
-        {
-            Ok(bytes) => {
-                progress.add(to.side, bytes);
-                if let Some(membership) = &to.membership {
-                    membership.wrote(bytes);
+impl Direction<'_> {
+    /// Moves what `from` sends to `to`, and its end of stream.
+    ///
+    /// It waits by the streams' own wakers for reading and writing, which take no room in the flow's task; each leg has
+    /// one direction that reads it and one that writes it.
+    async fn pump(&self) -> Result<(), Broken> {
+        let Self { from, to, .. } = self;
+        loop {
+            poll_fn(|context| from.stream.poll_read_ready(context))
+                .await
+                .map_err(|error| from.broke(error))?;
+            let mut conduit = self.pool.take();
+            loop {
+                match from
+                    .stream
+                    .try_io(Interest::READABLE, || conduit.fill(from.stream.as_fd()))
+                {
+                    // After an error that the other direction took, the kernel says end of stream too.
+                    Ok(0) if from.is_broken() => {
+                        return Err(from.broke(io::ErrorKind::ConnectionReset.into()));
+                    }
+                    Ok(0) => return to.finish(),
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => return Err(from.broke(error)),
                 }
+                while self.drain(&mut conduit)? {
+                    poll_fn(|context| to.stream.poll_write_ready(context))
+                        .await
+                        .map_err(|error| to.broke(error))?;
+                }
+                // One fast flow must not keep its worker from the others.
+                consume_budget().await;
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                to.stream.writable().await.map_err(|error| to.broke(error))?;
-            }
-            Err(error) => return Err(to.broke(error)),
         }
     }
-    Ok(())
+
+    /// Gives `to` what it takes, and tells whether there is more.
+    fn drain(&self, conduit: &mut Conduit<'_>) -> Result<bool, Broken> {
+        let to = self.to;
+        while conduit.held() > 0 {
+            match to
+                .stream
+                .try_io(Interest::WRITABLE, || conduit.drain(to.stream.as_fd()))
+            {
+                Ok(bytes) => {
+                    self.progress.add(to.side, bytes);
+                    if let Some(membership) = &to.membership {
+                        membership.wrote(bytes);
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
+                Err(error) => return Err(to.broke(error)),
+            }
+        }
+        Ok(false)
+    }
 }
 
 /// How long a leg may take to acknowledge more of what was delivered to it.
