@@ -53,6 +53,8 @@ pub enum Command {
     Close(ctl::close::Arguments),
     /// Find out what of this host would keep pepsal from working, and how to mend it
     Doctor(ctl::doctor::Arguments),
+    /// Have a daemon read its configuration again; one whose program was replaced is followed by the new one, without a gap
+    Reload(ctl::reload::Arguments),
 }
 
 /// Where the package puts the configuration.

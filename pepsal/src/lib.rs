@@ -129,7 +129,7 @@ pub async fn run(
         );
         tokio::select! {
             () = proxy.finish(HANDSHAKES_LEFT) => {}
-            () = notify::keep_alive(keeper::ROUND) => {}
+            () = proxy.keeper.service_manager.keep_alive(keeper::ROUND) => {}
             () = stopped(&mut stop, &mut stop_too) => {}
         }
     }
@@ -403,6 +403,10 @@ impl Proxy {
         self.instance = None;
         self.observatory.view.set_ready(false);
         self.observatory.close().await;
+        // Before it can speak for itself.
+        if let Some(process) = successor.process() {
+            self.keeper.service_manager.succeeded_by(process);
+        }
         successor.tell().await;
     }
 
