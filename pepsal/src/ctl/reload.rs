@@ -4,6 +4,7 @@
 //! the service's own sandbox: this is what it starts.
 
 use std::{
+    env,
     ffi::OsString,
     fs,
     os::unix::{ffi::OsStringExt as _, fs::MetadataExt as _, process::CommandExt as _},
@@ -26,9 +27,6 @@ pub struct Arguments {
     process: i32,
 }
 
-/// This program, while it runs.
-const SELF: &str = "/proc/self/exe";
-
 /// Sends SIGHUP to a daemon that runs this very program. Where the program was replaced since, starts this one with the
 /// daemon's arguments, and ends when it has taken over.
 ///
@@ -48,14 +46,14 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let line = fs::read(folder.join("cmdline")).with_context(unknown)?;
     let mut line = words(&line);
     let name = line.next().unwrap_or_else(|| "pepsal".into());
-    let mut successor = Command::new(SELF);
+    let mut successor = Command::new(env::current_exe().context("cannot tell this program's file")?);
     successor.arg0(name).args(successor_arguments(line));
     Err(successor.exec()).context("cannot start the successor")
 }
 
 /// Whether a process's program is the file that this process runs, also after its name went to another.
 fn is_same(program: &Path) -> Result<bool> {
-    let (other, own) = (fs::metadata(program)?, fs::metadata(SELF)?);
+    let (other, own) = (fs::metadata(program)?, fs::metadata("/proc/self/exe")?);
     Ok((other.dev(), other.ino()) == (own.dev(), own.ino()))
 }
 
