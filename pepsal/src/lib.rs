@@ -16,7 +16,7 @@
 //!
 //! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
 //!
-//! Around them: [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`cgroup`] is the
+//! Around them: [`nat`] knows who translates addresses, [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`cgroup`] is the
 //! daemon's own, [`privileges`] gives up what is not needed, [`preflight`] says whether it all can be had, [`instance`]
 //! that nobody else has it, [`log`] tells, [`keeper`] looks after what needs looking after, [`notify`] tells the service
 //! manager, and [`run`] holds it all.
@@ -36,6 +36,7 @@ pub mod link;
 pub mod listener;
 pub mod log;
 pub mod metrics;
+pub mod nat;
 pub mod notify;
 pub mod observe;
 pub mod paths;
@@ -189,6 +190,7 @@ impl Proxy {
         }
         let interfaces = route::interfaces().await?;
         check_interfaces(&options.interfaces, &interfaces)?;
+        preflight::warn_of_source_nat(options.steering.source);
         let table = options.steering.table;
         let predecessor = match options.takeover {
             true => Predecessor::find(&options.interfaces, table)?,

@@ -48,7 +48,7 @@ pub fn run(suite: &str, package: &Path) -> Result<()> {
         topology,
         root,
     };
-    life.from_installation_to_purge(package).inspect_err(|_| {
+    life.whole(package).inspect_err(|_| {
         let _ = life
             .system
             .show("journalctl --output cat --unit pepsal --lines 30");
@@ -69,7 +69,7 @@ struct Life {
 }
 
 impl Life {
-    fn from_installation_to_purge(&self, package: &Path) -> Result<()> {
+    fn whole(&self, package: &Path) -> Result<()> {
         let (clean, untouched) = (self.root.files()?, Footprint::of(&self.topology.gateway)?);
         self.install(package)?;
         self.start()?;
