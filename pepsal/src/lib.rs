@@ -255,7 +255,7 @@ impl Proxy {
             ready: AtomicBool::new(false),
         };
         let mut observatory = Observatory::new(view);
-        let places = (options.metrics_listen.as_deref(), options.admin_socket.as_deref());
+        let places = (options.metrics_listen.as_ref(), options.admin_socket.as_deref());
         if predecessor.is_none() {
             observatory.open(places.0, places.1)?;
         }
