@@ -536,7 +536,12 @@ fn background_daemon_is_ready_when_the_command_returns_and_stops_on_sigterm() ->
     assert!(is_split(&topology, server.address(Family::V4))?, "ready");
     let pid = owner_of_lan0(&topology.gateway).context("the daemon holds its interface")?;
     assert_eq!(fs::read_link(format!("/proc/{pid}/cwd"))?, PathBuf::from("/"));
-    assert_eq!(nix::unistd::getsid(Some(pid))?, pid, "a session of its own");
+    let session = nix::unistd::getsid(Some(pid))?;
+    assert_ne!(session, nix::unistd::getsid(None)?, "a session of its own");
+    assert_ne!(
+        session, pid,
+        "no terminal becomes a daemon's that does not lead its session"
+    );
 
     signal::kill(pid, Signal::SIGTERM)?;
     eventually(PATIENCE, || owner_of_lan0(&topology.gateway).is_none());
