@@ -233,7 +233,9 @@ impl Budget {
     pub fn rate(&self) -> (u64, f64) {
         let ledger = self.lock();
         let used = ledger.members.iter().filter(|member| !member.leg.is_idle());
-        (ledger.rate, used.map(|member| member.rate).sum())
+        // Not sum(), which is minus zero for none.
+        let used = used.fold(0.0, |rate, member| rate + member.rate);
+        (ledger.rate, used)
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {

@@ -35,7 +35,7 @@ impl OwnCgroup {
         let (mount, own_mount) = hierarchy()?;
         let groups = fs::read_to_string("/proc/self/cgroup").context("no list of control groups")?;
         let group = own_group(&groups).context("this process has no cgroup v2")?;
-        let before = mount.join(group.trim_start_matches('/'));
+        let before = mount.join(service_group(group).trim_start_matches('/'));
         remove_leftovers(&before);
         let path = before.join(format!("{PREFIX}{}", process::id()));
         fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
@@ -64,6 +64,16 @@ impl Drop for OwnCgroup {
             tracing::debug!("{} may be left behind: {error}", self.path.display());
         }
     }
+}
+
+/// Whether another process is in the same service (or session) as this one.
+pub fn is_of_same_service(process: i32) -> bool {
+    let service = |process: &str| {
+        let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
+        Some(service_group(own_group(&groups)?).to_owned())
+    };
+    let own = service("self");
+    own.is_some() && own == service(&process.to_string())
 }
 
 /// Where cgroup v2 is: mounted for all, or else, as under `ip netns exec`, which hides it, mounted for this process only.
@@ -142,9 +152,35 @@ fn own_group(groups: &str) -> Option<&str> {
     groups.lines().find_map(|line| line.strip_prefix("0::"))
 }
 
+/// The group of a whole service: without a daemon's own below it, and without that where systemd starts what belongs to a
+/// service that has groups of its own, to reload it for instance (`Delegate=` in systemd.resource-control(5)).
+fn service_group(group: &str) -> &str {
+    let service = match group.rsplit_once('/') {
+        Some((service, own)) if own.starts_with(PREFIX) && own[PREFIX.len()..].parse::<u32>().is_ok() => {
+            service
+        }
+        _ => group,
+    };
+    service
+        .strip_suffix("/.control")
+        .unwrap_or(service)
+        .trim_end_matches('/')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_service_s_processes_are_told_by_its_group() {
+        let service = "/system.slice/pepsal.service";
+        for below in ["", "/pepsal.17", "/.control", "/.control/pepsal.17"] {
+            assert_eq!(service_group(&format!("{service}{below}")), service);
+        }
+        for root in ["/", "/pepsal.17"] {
+            assert_eq!(service_group(root), "");
+        }
+    }
 
     #[test]
     fn the_unified_hierarchy_is_found_beside_the_old_one() {

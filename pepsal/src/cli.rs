@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{ctl, link::LinkSpec, selection::Rule};
+use crate::{ctl, link::LinkSpec, observe::http::Place, selection::Rule};
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
 ///
@@ -53,6 +53,8 @@ pub enum Command {
     Close(ctl::close::Arguments),
     /// Find out what of this host would keep pepsal from working, and how to mend it
     Doctor(ctl::doctor::Arguments),
+    /// Have a daemon read its configuration again; one whose program was replaced is followed by the new one, without a gap
+    Reload(ctl::reload::Arguments),
 }
 
 /// Where the package puts the configuration.
@@ -180,7 +182,7 @@ pub struct Options {
     pub user: Option<String>,
 
     /// How long the server may take to answer before the client's connection is reset
-    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration, help_heading = "Proxy")]
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = some_time, help_heading = "Proxy")]
     pub connect_timeout: Duration,
 
     /// How long an open flow may carry nothing before it is reset; 0 for ever
@@ -193,7 +195,7 @@ pub struct Options {
 
     /// Where metrics are served: ADDRESS:PORT, unix:/PATH, or none [default: 127.0.0.1:9300]
     #[arg(long, value_name = "WHERE", help_heading = "Observation")]
-    pub metrics_listen: Option<String>,
+    pub metrics_listen: Option<Place>,
 
     /// Socket that the commands status, flows, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
     #[arg(long, value_name = "PATH", help_heading = "Observation")]
@@ -439,6 +441,13 @@ fn table(text: &str) -> Result<u32, String> {
 }
 
 /// A time: plain seconds as PEPsal takes them, or a number with a unit.
+fn some_time(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err(format!("'{text}' is no time to wait: give more than nothing")),
+        time => Ok(time),
+    }
+}
+
 fn duration(text: &str) -> Result<Duration, String> {
     if text.bytes().all(|b| b.is_ascii_digit())
         && let Ok(seconds) = text.parse::<u32>()

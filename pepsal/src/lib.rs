@@ -16,7 +16,7 @@
 //!
 //! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
 //!
-//! Around them: [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`cgroup`] is the
+//! Around them: [`nat`] knows who translates addresses, [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`cgroup`] is the
 //! daemon's own, [`privileges`] gives up what is not needed, [`preflight`] says whether it all can be had, [`instance`]
 //! that nobody else has it, [`log`] tells, [`keeper`] looks after what needs looking after, [`notify`] tells the service
 //! manager, and [`run`] holds it all.
@@ -36,6 +36,7 @@ pub mod link;
 pub mod listener;
 pub mod log;
 pub mod metrics;
+pub mod nat;
 pub mod notify;
 pub mod observe;
 pub mod paths;
@@ -129,7 +130,7 @@ pub async fn run(
         );
         tokio::select! {
             () = proxy.finish(HANDSHAKES_LEFT) => {}
-            () = notify::keep_alive(keeper::ROUND) => {}
+            () = proxy.keeper.service_manager.keep_alive(keeper::ROUND) => {}
             () = stopped(&mut stop, &mut stop_too) => {}
         }
     }
@@ -189,6 +190,7 @@ impl Proxy {
         }
         let interfaces = route::interfaces().await?;
         check_interfaces(&options.interfaces, &interfaces)?;
+        preflight::warn_of_source_nat(options.steering.source);
         let table = options.steering.table;
         let predecessor = match options.takeover {
             true => Predecessor::find(&options.interfaces, table)?,
@@ -253,7 +255,7 @@ impl Proxy {
             ready: AtomicBool::new(false),
         };
         let mut observatory = Observatory::new(view);
-        let places = (options.metrics_listen.as_deref(), options.admin_socket.as_deref());
+        let places = (options.metrics_listen.as_ref(), options.admin_socket.as_deref());
         if predecessor.is_none() {
             observatory.open(places.0, places.1)?;
         }
@@ -403,6 +405,10 @@ impl Proxy {
         self.instance = None;
         self.observatory.view.set_ready(false);
         self.observatory.close().await;
+        // Before it can speak for itself.
+        if let Some(process) = successor.process() {
+            self.keeper.service_manager.succeeded_by(process);
+        }
         successor.tell().await;
     }
 

@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     fs::File,
     io::{IsTerminal, Read, Write, stderr},
-    process::ExitCode,
+    process::{self, ExitCode},
     thread,
 };
 
@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         Some(Command::Top(arguments)) => ctl::top::run(&arguments),
         Some(Command::Close(arguments)) => ctl::close::run(&arguments),
         Some(Command::Doctor(arguments)) => ctl::doctor::run(&arguments),
+        Some(Command::Reload(arguments)) => ctl::reload::run(&arguments),
     };
     match ended {
         Ok(code) => code,
@@ -93,25 +94,30 @@ enum Background {
     Child(File),
 }
 
-/// Forks. The parent ends when the child is ready, or has failed and has said why.
+/// Forks twice. The first process ends when the last is ready, or has failed and has said why. The one between ends at
+/// once: so the last belongs to init from the start, and a service manager can watch over it.
 fn background() -> Result<Background> {
     let (ready, told) = pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
-    // SAFETY: there is only one thread yet.
-    match unsafe { fork() }.context("cannot go to the background")? {
-        ForkResult::Parent { .. } => {
-            drop(told);
-            let said = File::from(ready).read(&mut [0]).unwrap_or(0);
-            Ok(Background::Parent(if said == 1 {
-                ExitCode::SUCCESS
-            } else {
-                ExitCode::FAILURE
-            }))
-        }
-        ForkResult::Child => {
-            setsid().context("cannot leave the terminal's session")?;
-            Ok(Background::Child(told.into()))
-        }
+    if fork_off()? {
+        drop(told);
+        let said = File::from(ready).read(&mut [0]).unwrap_or(0);
+        return Ok(Background::Parent(match said {
+            1 => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        }));
     }
+    setsid().context("cannot leave the terminal's session")?;
+    if fork_off()? {
+        process::exit(0);
+    }
+    Ok(Background::Child(told.into()))
+}
+
+/// Whether this is the parent still.
+fn fork_off() -> Result<bool> {
+    // SAFETY: there is only one thread yet.
+    let forked = unsafe { fork() }.context("cannot go to the background")?;
+    Ok(matches!(forked, ForkResult::Parent { .. }))
 }
 
 /// Leaves the terminal and the directory. A log that goes to a file or to a journal goes on.

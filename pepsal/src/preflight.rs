@@ -4,9 +4,9 @@ use std::{fs, io, path::Path};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tracing::warn;
+use tracing::{debug, warn};
 
-use crate::socket;
+use crate::{cli::Source, nat, socket};
 
 /// The oldest kernel whose features suffice.
 const OLDEST_KERNEL: (u32, u32) = (6, 12);
@@ -39,6 +39,24 @@ pub fn check() -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// What becomes of connections whose source a chain translates, and what to do about it.
+pub const NAT_REMEDY: &str = "--source gateway, or --bypass for the connections that it applies to";
+
+/// Says which rules of the host's would make connections hang that reach the server from the client's address.
+pub fn warn_of_source_nat(source: Source) {
+    if source == Source::Gateway {
+        return;
+    }
+    match nat::source_nat() {
+        Ok(chains) => {
+            for chain in chains {
+                warn!("{chain} translates clients' addresses, so that connections hang: give {NAT_REMEDY}");
+            }
+        }
+        Err(error) => debug!("cannot tell who translates addresses: {error}"),
+    }
 }
 
 /// The first two numbers of a kernel's release.

@@ -178,6 +178,14 @@ fn bad_files_are_refused_with_the_place_before_anything_is_touched() -> Result<(
             "[link.sat0]\nrate = \"5mbit\"\nrtt = \"1s\"\n[link.sat0]\nrate = \"5mbit\"\nrtt = \"1s\"\n",
             ":4:7: 'sat0' is there twice",
         ),
+        (
+            "interfaces = [\"lan0\"]\nmetrics.listen = 9300\n",
+            ":2:18: metrics.listen: '9300' is no place to listen: give ADDRESS:PORT like 127.0.0.1:9300",
+        ),
+        (
+            "interfaces = [\"lan0\"]\nproxy.connect-timeout = 0\n",
+            ":2:25: proxy.connect-timeout: '0' is no time to wait",
+        ),
         ("", ": interfaces is missing: name those"),
         (
             "interfaces = [\"lan0\"]\n[steering]\nonly-from = [\"/nosuch\"]\n",
@@ -201,6 +209,67 @@ fn bad_files_are_refused_with_the_place_before_anything_is_touched() -> Result<(
         );
     }
     assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+/// Every key that the package's file shows, with its table.
+fn keys() -> Vec<(String, String)> {
+    let shown = include_str!("../../packaging/pepsal.toml");
+    let mut table = String::new();
+    let mut keys = Vec::new();
+    for line in shown.lines().filter_map(|line| line.strip_prefix('#')) {
+        if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+            table = name.to_owned();
+        } else if let Some((key, _)) = line.split_once(" = ")
+            && key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-')
+        {
+            keys.push((table.clone(), key.to_owned()));
+        }
+    }
+    keys
+}
+
+#[test]
+fn each_key_is_named_with_its_place_when_it_is_misspelt_or_has_a_value_of_another_kind() -> Result<()> {
+    let topology = Topology::new()?;
+    let scratch = Scratch::new("")?;
+    let file = scratch.file();
+    let keys = keys();
+    assert!(keys.len() > 40, "{keys:?}");
+    for (table, key) in keys {
+        // What the file would lack otherwise, before the line in question.
+        let (line, start) = match table.as_str() {
+            "" => (1, String::new()),
+            _ => (3, format!("interfaces = [\"lan0\"]\n[{table}]\n")),
+        };
+        let name = match table.as_str() {
+            "" => key.clone(),
+            _ => format!("{table}.{key}"),
+        };
+        for (wrong, place, complaint) in [
+            (format!("{key} = {{ a = 1 }}"), key.len() + 4, name.clone()),
+            (
+                format!("{key} = 1979-05-27T07:32:00Z"),
+                key.len() + 4,
+                name.clone(),
+            ),
+            (
+                format!("{key}x = 1"),
+                1,
+                format!("unknown key '{name}x': did you mean '{name}'?"),
+            ),
+        ] {
+            scratch.write(&format!("{start}{wrong}\n"))?;
+            let check = Daemon::command(&topology.gateway, &["check", &file])?.output()?;
+            let said = String::from_utf8(check.stderr)?;
+            let expected = format!("{file}:{line}:{place}: {complaint}");
+            assert_eq!(check.status.code(), Some(1), "{wrong}");
+            assert!(
+                said.lines().any(|line| line.starts_with(&expected)),
+                "{wrong}: no {expected} in {said}"
+            );
+        }
+    }
     Ok(())
 }
 

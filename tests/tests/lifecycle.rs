@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{self, Command, Stdio};
@@ -139,6 +140,46 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
             "invalid value '20' for '--max-segment-size <MSS>'",
         ),
         (&["-i", "lan0", "-k", "-n"], "cannot be used with"),
+        (
+            &["-i", "lan0", "--connect-timeout", "0s"],
+            "'0s' is no time to wait: give more than nothing",
+        ),
+        (
+            &["-i", "lan0", "--metrics-listen", "300.0.0.1:80"],
+            "'300.0.0.1:80' is no place to listen: give ADDRESS:PORT",
+        ),
+        (
+            &["-i", "lan0", "--metrics-listen", "192.0.2.9:80"],
+            "pepsal: metrics: cannot listen at 192.0.2.9:80: Cannot assign requested address",
+        ),
+        (
+            &["-i", "lan0", "--metrics-listen", "unix:/etc/passwd"],
+            "pepsal: metrics: /etc/passwd is there and is no socket",
+        ),
+        (
+            &["-i", "lan0", "--admin-socket", "/nosuch/pepsal.sock"],
+            "pepsal: admin socket (--admin-socket): cannot listen at /nosuch/pepsal.sock: No such file",
+        ),
+        (
+            &["-i", "lan0", "--link", "nosuch0,rate=1mbit,rtt=1ms"],
+            "pepsal: --link nosuch0: there is no interface of that name",
+        ),
+        (
+            &["-i", "lan0", "--link", "sat0,rate=50,rtt=1ms"],
+            "rate: '50' is not a rate: give a number with kbit, mbit or gbit",
+        ),
+        (
+            &["-i", "lan0", "-F", "/nosuch.toml"],
+            "/nosuch.toml: cannot be read: No such file",
+        ),
+        (
+            &["-i", "lan0", "-F", "/etc"],
+            "/etc: cannot be read: Is a directory",
+        ),
+        (
+            &["reload", "999999999"],
+            "pepsal: process 999999999: there is none that this user may look at",
+        ),
     ];
     for (arguments, complaint) in cases {
         let line = refusal(&topology.gateway, arguments)?;
@@ -231,6 +272,58 @@ fn missing_capabilities_are_named() -> Result<()> {
         assert_eq!(output.status.code(), Some(1), "{line}");
         assert!(line.starts_with(&format!("pepsal: {lacks}")), "{line}");
     }
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+#[test]
+fn what_a_user_may_not_touch_is_named() -> Result<()> {
+    let topology = Topology::new()?;
+    let before = Footprint::of(&topology.gateway)?;
+    let secret = Scratch::new();
+    fs::write(&secret.0, "interfaces = [\"lan0\"]\n")?;
+    fs::set_permissions(&secret.0, fs::Permissions::from_mode(0o600))?;
+    let path = secret.path();
+    for (arguments, complaint) in [
+        (
+            vec!["--user", "nobody", "--admin-socket", "/etc/pepsal-test.sock"],
+            "cannot listen at /etc/pepsal-test.sock: Permission denied",
+        ),
+        (
+            vec![
+                "--user",
+                "nobody",
+                "--metrics-listen",
+                "unix:/etc/pepsal-test.sock",
+            ],
+            "metrics: cannot listen at /etc/pepsal-test.sock: Permission denied",
+        ),
+        (
+            vec!["--user", "nobody", "-l", path],
+            "cannot write the flow table to",
+        ),
+    ] {
+        let line = refusal(
+            &topology.gateway,
+            &[vec!["-i", "lan0"], arguments.clone()].concat(),
+        )?;
+        assert!(
+            line.contains(complaint) && !line.contains("interface"),
+            "{arguments:?}: {line}"
+        );
+    }
+    let daemon = Daemon::command(&topology.gateway, &["-F", path])?;
+    let mut nobody = topology.gateway.command("setpriv");
+    nobody
+        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
+        .arg(daemon.get_program())
+        .args(daemon.get_args());
+    let output = nobody.output()?;
+    let said = String::from_utf8(output.stderr)?;
+    assert_eq!(
+        said,
+        format!("{path}: cannot be read: Permission denied (os error 13)\n")
+    );
     assert_eq!(Footprint::of(&topology.gateway)?, before);
     Ok(())
 }
@@ -443,7 +536,12 @@ fn background_daemon_is_ready_when_the_command_returns_and_stops_on_sigterm() ->
     assert!(is_split(&topology, server.address(Family::V4))?, "ready");
     let pid = owner_of_lan0(&topology.gateway).context("the daemon holds its interface")?;
     assert_eq!(fs::read_link(format!("/proc/{pid}/cwd"))?, PathBuf::from("/"));
-    assert_eq!(nix::unistd::getsid(Some(pid))?, pid, "a session of its own");
+    let session = nix::unistd::getsid(Some(pid))?;
+    assert_ne!(session, nix::unistd::getsid(None)?, "a session of its own");
+    assert_ne!(
+        session, pid,
+        "no terminal becomes a daemon's that does not lead its session"
+    );
 
     signal::kill(pid, Signal::SIGTERM)?;
     eventually(PATIENCE, || owner_of_lan0(&topology.gateway).is_none());

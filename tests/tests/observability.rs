@@ -668,6 +668,24 @@ fn doctor_finds_what_keeps_pepsal_from_working() -> Result<()> {
     nft("insert rule inet f in meta mark and 0x10000000 == 0x10000000 accept")?;
     assert_eq!(doctor()?, (true, vec![]));
 
+    nft("add table ip n; add chain ip n out { type nat hook postrouting priority srcnat; }")?;
+    nft("add rule ip n out tcp dport 25 accept")?;
+    assert_eq!(doctor()?, (true, vec![]));
+    nft("add rule ip n out oifname sat0 masquerade")?;
+    expect(
+        "warning",
+        "NAT",
+        "chain out of ip n translates clients' addresses",
+    )?;
+    nft("delete table ip n")?;
+    run(
+        gateway,
+        "iptables-nft -t nat -A POSTROUTING -o sat0 -j MASQUERADE",
+    )?;
+    expect("warning", "NAT", "chain POSTROUTING of ip nat translates")?;
+    nft("delete table ip nat")?;
+    assert_eq!(doctor()?, (true, vec![]));
+
     run(gateway, "tc qdisc add dev lan0 clsact")?;
     run(gateway, "tc filter add dev lan0 ingress u32 match u32 0 0")?;
     expect("warning", "TC programs", "u32 by a filter on lan0")
@@ -677,6 +695,25 @@ fn run(namespace: &Namespace, command: &str) -> Result<()> {
     let words: Vec<&str> = command.split(' ').collect();
     let status = namespace.command(words[0]).args(&words[1..]).status()?;
     ensure!(status.success(), "{command}");
+    Ok(())
+}
+
+#[test]
+fn masquerading_is_warned_of_and_source_gateway_works_with_it() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    run(
+        &topology.gateway,
+        "iptables-nft -t nat -A POSTROUTING -o sat0 -j MASQUERADE",
+    )?;
+    let warning = "chain POSTROUTING of ip nat translates clients' addresses, so that connections hang";
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    assert!(daemon.log().contains(warning), "{}", daemon.log());
+    daemon.terminate()?;
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--source", "gateway"])?;
+    assert!(!daemon.log().contains(warning), "{}", daemon.log());
+    let outcome = Transfer::upload(100_000).run(&topology.client, server.address(Family::V4))?;
+    assert!(outcome.intact && outcome.syn.ttl() == 64, "{outcome:?}");
     Ok(())
 }
 

@@ -1,5 +1,6 @@
 //! The daemon as a service: what it gives up, what it tells the service manager, and the unit that starts it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
@@ -8,8 +9,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::Signal;
-use pepsal_tests::{Connector, Daemon, Family, Footprint, Namespace, Server, Topology, Transfer, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pepsal_tests::{
+    Cancel, Connector, Daemon, Family, Footprint, Namespace, Server, Session, Topology, Transfer, eventually,
+};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -211,6 +215,104 @@ fn without_a_service_manager_that_listens_nothing_is_amiss() -> Result<()> {
     Ok(())
 }
 
+/// A copy of the daemon's program in a folder of its own, which can be replaced as a package manager does it.
+struct Program {
+    original: PathBuf,
+    path: PathBuf,
+}
+
+impl Program {
+    fn new(name: &str, command: &Command) -> Result<Self> {
+        let folder = std::env::temp_dir().join(format!("pepsal-program-{}-{name}", std::process::id()));
+        fs::create_dir_all(&folder)?;
+        let program = Self {
+            original: command.get_program().into(),
+            path: folder.join("pepsal"),
+        };
+        program.replace()?;
+        Ok(program)
+    }
+
+    fn replace(&self) -> Result<()> {
+        let new = self.path.with_extension("new");
+        fs::copy(&self.original, &new)?;
+        Ok(fs::rename(new, &self.path)?)
+    }
+
+    /// `pepsal reload`, as the service manager would run it.
+    fn reload(&self, topology: &Topology, manager: &NotifySocket, daemon: &Daemon) -> Result<()> {
+        let mut reload = topology.gateway.command(&self.path);
+        reload
+            .args(["reload", &daemon.pid().to_string()])
+            .env("NOTIFY_SOCKET", &manager.path);
+        ensure!(reload.status()?.success(), "the reload failed");
+        Ok(())
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(self.path.parent().expect("it lies in its folder"));
+    }
+}
+
+/// A process that is ended with the test.
+struct Process(Pid);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGTERM);
+        eventually(PATIENCE, || kill(self.0, None).is_err());
+    }
+}
+
+#[test]
+fn reload_has_the_same_program_read_again_and_another_one_take_over() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let before = Footprint::of(&topology.gateway)?;
+    let manager = NotifySocket::new("reload")?;
+    let template = Daemon::command(&topology.gateway, &BOTH)?;
+    let program = Program::new("reload", &template)?;
+    let mut command = topology.gateway.command(&program.path);
+    command
+        .args(template.get_args())
+        .env("NOTIFY_SOCKET", &manager.path);
+    let daemon = Daemon::start_command(command)?;
+
+    program.reload(&topology, &manager, &daemon)?;
+    daemon.wait_for_log("nothing to read again")?;
+
+    program.replace()?;
+    let open = Session::open(
+        &Connector::default(),
+        &topology.client,
+        server.address(Family::V4),
+        &Cancel::default(),
+    )?;
+    program.reload(&topology, &manager, &daemon)?;
+    daemon.wait_for_log("relieved")?;
+    let named = loop {
+        let message = manager.message()?;
+        if let Some(process) = message.lines().find_map(|line| line.strip_prefix("MAINPID=")) {
+            break Process(Pid::from_raw(process.parse()?));
+        }
+    };
+    assert!(manager.says("READY=1"), "the successor speaks for itself");
+    let (_, intact) = open.download(100_000, 1)?;
+    assert!(intact, "the flow that was open goes on");
+    assert_relays(&topology, &server)?;
+    drop(open);
+    assert!(
+        daemon.wait()?.status.success(),
+        "the first ends with its last flow"
+    );
+    assert_relays(&topology, &server)?;
+    drop(named);
+    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
 /// The values of a key of the unit, of all its lines.
 fn unit(key: &str) -> Result<Vec<String>> {
     let unit = fs::read_to_string(UNIT).context(UNIT)?;
@@ -256,6 +358,62 @@ fn unit_s_capabilities_are_enough_for_a_user_other_than_root() -> Result<()> {
     assert_relays(&topology, &server)?;
     assert!(daemon.terminate()?.status.success());
     assert_eq!(Footprint::of(&topology.gateway)?, before);
+    Ok(())
+}
+
+/// System calls of a set of systemd's, with those of the sets in it.
+fn system_calls(set: &str) -> Result<BTreeSet<String>> {
+    let mut calls = BTreeSet::new();
+    let listed = analyze(&["syscall-filter".as_ref(), "--no-pager".as_ref(), set.as_ref()])?;
+    // The first line repeats the name.
+    for line in listed.lines().skip(1).map(str::trim) {
+        match line.split_whitespace().next() {
+            Some(inner) if inner.starts_with('@') => calls.extend(system_calls(inner)?),
+            Some(call) if call != "#" => {
+                calls.insert(call.to_owned());
+            }
+            _ => {}
+        }
+    }
+    Ok(calls)
+}
+
+/// What the daemon's own filter allows, by its source.
+const FILTER: &str = include_str!("../../pepsal/src/privileges/filter.rs");
+
+#[test]
+fn unit_allows_every_system_call_that_the_daemon_s_own_filter_does() -> Result<()> {
+    let unit = fs::read_to_string(UNIT).context(UNIT)?;
+    let mut allowed = BTreeSet::new();
+    for line in unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("SystemCallFilter="))
+    {
+        let (refused, words) = match line.strip_prefix('~') {
+            Some(words) => (true, words),
+            None => (false, line),
+        };
+        for word in words.split(' ') {
+            let calls = match word.starts_with('@') {
+                true => system_calls(word)?,
+                false => BTreeSet::from([word.to_owned()]),
+            };
+            match refused {
+                true => allowed.retain(|call| !calls.contains(call)),
+                false => allowed.extend(calls),
+            }
+        }
+    }
+    let missing: Vec<&str> = FILTER
+        .split("libc::SYS_")
+        .skip(1)
+        .filter_map(|rest| {
+            rest.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+                .next()
+        })
+        .filter(|call| !allowed.contains(*call))
+        .collect();
+    assert_eq!(missing, [] as [&str; 0], "the unit refuses what the daemon uses");
     Ok(())
 }
 

@@ -10,13 +10,15 @@ use anyhow::{Context as _, Result};
 
 use crate::{build, shell};
 
-mod check;
+mod life;
+mod root;
+mod system;
 
 /// How to make the package.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Also install, run, upgrade and purge it in a clean Debian; as root. The package has to be made on that release or
-    /// an older one.
+    /// Also boot a clean Debian in namespaces, and install, start, use, reload, upgrade and purge it there; as root. The
+    /// package has to be made on that release or an older one.
     #[arg(long)]
     check: bool,
     /// The release of Debian to check it in.
@@ -31,7 +33,7 @@ pub fn run(options: &Options) -> Result<()> {
     stage()?;
     let package = package(&tool)?;
     if options.check {
-        check::run(&options.suite, &package)?;
+        life::run(&options.suite, &package)?;
     }
     println!("Made {}.", package.display());
     Ok(())

@@ -8,6 +8,7 @@ use clap::Parser;
 mod audit;
 mod bench;
 mod build;
+mod dashboard;
 mod deb;
 mod debian;
 mod demo;
@@ -15,6 +16,7 @@ mod linker;
 mod progress;
 mod quantity;
 mod report;
+mod screenshot;
 mod setup;
 mod shell;
 mod signals;
@@ -55,6 +57,10 @@ enum Xtask {
     Demo(demo::Options),
     /// Make a Debian package, in target/debian.
     Deb(deb::Options),
+    /// Check the dashboard by Grafana's types, and its queries and the alerts by a Prometheus; as root.
+    Dashboard,
+    /// Draw what `pepsal top` shows, as docs/images/top.svg; as root.
+    Screenshot,
     /// Measure what pepsal brings, and print it beside what it has to.
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -83,6 +89,8 @@ impl Xtask {
             Self::BuildAndLoad { release, args } => return load(release, &args),
             Self::Demo(options) => return demo::run(&options),
             Self::Deb(options) => deb::run(&options)?,
+            Self::Dashboard => dashboard::run()?,
+            Self::Screenshot => screenshot::run()?,
             Self::Bench(bench) => return bench::run(&bench),
             Self::Test(options) => return Ok(test::run(&options)),
             Self::Audit => audit::run()?,

@@ -242,7 +242,8 @@ impl Reader<'_> {
             let value_at = value.span().start;
             positions.insert(key.to_owned(), value_at);
             if !link::KEYS.contains(&key) {
-                let hint = did_you_mean(keys::suggest(key, link::KEYS));
+                let meant = keys::suggest(key, link::KEYS).map(|key| format!("link.{interface}.{key}"));
+                let hint = did_you_mean(meant.as_deref());
                 self.problem(key_at, &format!("unknown key 'link.{interface}.{key}'{hint}"));
                 continue;
             }
@@ -460,7 +461,7 @@ mod tests {
             ),
             (
                 "[link.sat0]\nrtd = \"1s\"",
-                "p.toml:2:1: unknown key 'link.sat0.rtd': did you mean 'rtt'?",
+                "p.toml:2:1: unknown key 'link.sat0.rtd': did you mean 'link.sat0.rtt'?",
             ),
             (
                 "[link.s]\nrate = \"5mbit\"\nrtt = \"1s\"\npacing = \"9mbit\"",

@@ -2,7 +2,15 @@
 //!
 //! One request a connection, and ten seconds for both: slow senders and slow readers are gone then.
 
-use std::{convert::Infallible, io, net::SocketAddr, path::PathBuf, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, bail};
 use http_body_util::Full;
@@ -26,7 +34,7 @@ use super::{
 };
 
 /// Where metrics are served unless something else is asked for.
-pub const DEFAULT_PLACE: &str = "127.0.0.1:9300";
+pub const DEFAULT_PLACE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9300);
 
 /// Connections at once.
 const PLACES: usize = 16;
@@ -66,16 +74,14 @@ impl FromStr for Place {
 ///
 /// # Errors
 /// When a place that was asked for cannot be had.
-pub fn bind(place: Option<&str>) -> Result<Option<(Listener, Option<SocketFile>)>> {
-    let wanted = place.unwrap_or(DEFAULT_PLACE);
-    match Place::from_str(wanted) {
-        Err(error) => bail!("metrics: {error}"),
-        Ok(Place::None) => Ok(None),
-        Ok(Place::Unix(path)) => {
-            let (listener, file) = Listener::at(path).context("metrics")?;
+pub fn bind(place: Option<&Place>) -> Result<Option<(Listener, Option<SocketFile>)>> {
+    match place.unwrap_or(&Place::Tcp(DEFAULT_PLACE)) {
+        Place::None => Ok(None),
+        Place::Unix(path) => {
+            let (listener, file) = Listener::at(path.clone()).context("metrics")?;
             Ok(Some((listener, Some(file))))
         }
-        Ok(Place::Tcp(address)) => match listen(address) {
+        Place::Tcp(address) => match listen(*address) {
             Ok(listener) => Ok(Some((Listener::Tcp(listener), None))),
             Err(error) => {
                 let why = match error.raw_os_error() {

@@ -109,7 +109,7 @@ impl Observatory {
     ///
     /// # Errors
     /// When a place that was asked for cannot be had, or another daemon has the admin socket.
-    pub fn open(&mut self, metrics: Option<&str>, admin: Option<&Path>) -> Result<()> {
+    pub fn open(&mut self, metrics: Option<&http::Place>, admin: Option<&Path>) -> Result<()> {
         let metrics = http::bind(metrics)?;
         if let Some((listener, file)) = admin::bind(admin)? {
             info!(at = %listener, "admin socket");

@@ -9,7 +9,10 @@ use std::{fs, io::ErrorKind, process::Command};
 use serde_json::Value;
 
 use super::{Finding, Severity};
-use crate::cli::Mark;
+use crate::{
+    cli::{Mark, Source},
+    nat, preflight,
+};
 
 const CHECK: &str = "firewall";
 
@@ -18,7 +21,7 @@ pub fn look(mark: Mark) -> Vec<Finding> {
         Ok(ruleset) => judge(&ruleset, mark),
         Err(why) => vec![Finding::unknown(CHECK, why)],
     };
-    if fs::read_to_string("/proc/net/ip_tables_names").is_ok_and(|names| names.contains("filter")) {
+    if legacy_has("filter") {
         findings.push(Finding::new(
             CHECK,
             Severity::Note,
@@ -27,6 +30,38 @@ pub fn look(mark: Mark) -> Vec<Finding> {
         ));
     }
     findings
+}
+
+/// Translation of source addresses, which pepsal cannot look through when servers are to see the clients' own.
+pub fn look_for_nat(source: Source) -> Vec<Finding> {
+    const CHECK: &str = "NAT";
+    let mut findings = match nat::source_nat() {
+        Ok(chains) if chains.is_empty() || source == Source::Gateway => {
+            vec![Finding::ok(
+                CHECK,
+                "nf_tables leaves clients' addresses to pepsal",
+            )]
+        }
+        Ok(chains) => chains
+            .iter()
+            .map(|chain| {
+                let what = format!("{chain} translates clients' addresses, so that connections hang");
+                Finding::new(CHECK, Severity::Warning, what, preflight::NAT_REMEDY.to_owned())
+            })
+            .collect(),
+        Err(error) => vec![Finding::unknown(CHECK, format!("rules are unknown: {error}"))],
+    };
+    if source == Source::Client && legacy_has("nat") {
+        let what = "iptables-legacy translates addresses too, and was not looked at";
+        let mend = "iptables-legacy -t nat -S POSTROUTING, and give --source gateway where it masquerades";
+        findings.push(Finding::new(CHECK, Severity::Note, what, mend.to_owned()));
+    }
+    findings
+}
+
+fn legacy_has(table: &str) -> bool {
+    let tables = fs::read_to_string("/proc/net/ip_tables_names");
+    tables.is_ok_and(|names| names.lines().any(|name| name == table))
 }
 
 /// What `nft -j list ruleset` says, of the rules of `iptables-nft` too.

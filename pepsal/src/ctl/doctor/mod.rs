@@ -2,7 +2,7 @@
 //! nothing.
 //!
 //! [`host`] is about the kernel and its limits, [`network`] about what happens to packets, [`firewall`] about who drops
-//! them.
+//! or changes them.
 
 mod firewall;
 mod host;
@@ -14,7 +14,10 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 
-use crate::{cli::Mark, route};
+use crate::{
+    cli::{Mark, Source},
+    route,
+};
 
 /// What pepsal is going to be started with.
 #[derive(Debug, Clone, Args)]
@@ -30,6 +33,10 @@ pub struct Arguments {
     /// Most connections at once
     #[arg(short = 'c', long = "conns", value_name = "MAXCONN", default_value_t = 2112)]
     max_connections: u32,
+
+    /// Whose address servers are going to see
+    #[arg(long, value_name = "WHOSE", default_value = "client")]
+    source: Source,
 
     /// TCP fast open is going to be used
     #[arg(short = 'f', long)]
@@ -119,6 +126,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         }
         findings.extend(network::look(&interfaces, arguments.mark).await);
         findings.extend(firewall::look(arguments.mark));
+        findings.extend(firewall::look_for_nat(arguments.source));
         anyhow::Ok(())
     })?;
     findings.sort_by_key(|finding| finding.severity);

@@ -118,7 +118,7 @@ fn table<'a>(app: &App, flows: &'a [FlowStatus]) -> Table<'a> {
         ("BYTES", Constraint::Length(9), Some(Sort::Bytes)),
         ("UP", Constraint::Length(11), Some(Sort::Rate)),
         ("DOWN", Constraint::Length(11), Some(Sort::Rate)),
-        ("RTT", Constraint::Length(13), Some(Sort::Rtt)),
+        ("RTT", Constraint::Length(15), Some(Sort::Rtt)),
         ("RETRANS", Constraint::Length(8), Some(Sort::Retransmits)),
         ("LIMITED BY", Constraint::Length(16), None),
         ("", Constraint::Length(8), None),
