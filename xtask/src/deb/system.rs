@@ -78,10 +78,11 @@ impl System {
                 .unwrap_or_default()
                 .trim()
                 .to_owned();
-            let state = system.output("systemctl is-system-running");
-            // `degraded`: a unit of Debian's own failed, which wants what a container does not have.
+            // `degraded`: a unit of Debian's own failed, which wants what a container does not have. Before the manager
+            // answers, its client complains.
+            let state = || system.output("systemctl is-system-running 2>/dev/null");
             !system.init.is_empty()
-                && state.is_ok_and(|state| ["running", "degraded"].contains(&state.trim()))
+                && state().is_ok_and(|state| ["running", "degraded"].contains(&state.as_str()))
         });
         Ok(system)
     }
