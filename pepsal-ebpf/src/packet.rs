@@ -18,6 +18,26 @@ pub trait Packet {
     fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool;
 }
 
+/// A packet of one piece, as tests have it.
+impl Packet for &[u8] {
+    fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        self.get(offset as usize..)?.first_chunk().copied()
+    }
+
+    fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool {
+        let from = self
+            .get(offset as usize..)
+            .and_then(|bytes| bytes.get(..len as usize));
+        match (from, to.get_mut(..len as usize)) {
+            (Some(from), Some(to)) if len > 0 => {
+                to.copy_from_slice(from);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
 /// The network protocols that can carry TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -555,25 +575,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    impl Packet for &[u8] {
-        fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-            self.get(offset as usize..)?.first_chunk().copied()
-        }
-
-        fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool {
-            let from = self
-                .get(offset as usize..)
-                .and_then(|bytes| bytes.get(..len as usize));
-            match (from, to.get_mut(..len as usize)) {
-                (Some(from), Some(to)) if len > 0 => {
-                    to.copy_from_slice(from);
-                    true
-                }
-                _ => false,
-            }
-        }
-    }
 
     /// A SYN to be built, and what it is to be parsed to.
     #[derive(Clone, Debug)]

@@ -46,7 +46,7 @@ impl Generator {
                     let at = rng.usize(..packet.len().min(120));
                     packet[at] = match rng.bool() {
                         true => rng.u8(..),
-                        false => packet[at] ^ 1 << rng.u8(..8),
+                        false => packet[at] ^ (1 << rng.u8(..8)),
                     };
                 }
             }

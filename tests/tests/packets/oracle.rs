@@ -181,7 +181,7 @@ fn v4(packet: &[u8]) -> Result<Network<'_>, Seen> {
         protocol: header.protocol(),
         payload,
         declared,
-        traffic_class: header.dcp().value() << 2 | header.ecn().value(),
+        traffic_class: (header.dcp().value() << 2) | header.ecn().value(),
         ttl: header.ttl(),
         flow_label: 0,
         ip_options: header.options(),
@@ -216,14 +216,14 @@ fn v6(packet: &[u8]) -> Result<Network<'_>, Seen> {
         destination_options: &[],
     };
     for walked in 0.. {
-        let is_last = match network.protocol {
+        let is_extension = matches!(
+            network.protocol,
             ip_number::IPV6_HEADER_HOP_BY_HOP
-            | ip_number::IPV6_ROUTE_HEADER
-            | ip_number::IPV6_DESTINATION_OPTIONS
-            | ip_number::IPV6_FRAGMENTATION_HEADER => false,
-            _ => true,
-        };
-        if is_last {
+                | ip_number::IPV6_ROUTE_HEADER
+                | ip_number::IPV6_DESTINATION_OPTIONS
+                | ip_number::IPV6_FRAGMENTATION_HEADER
+        );
+        if !is_extension {
             break;
         }
         if walked == EXTENSIONS_MAX {
