@@ -4,11 +4,13 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::AsRawFd,
+    panic::AssertUnwindSafe,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
+use futures_util::FutureExt;
 use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, recv},
@@ -24,6 +26,7 @@ use tracing::debug;
 use crate::{
     cli::Options,
     conduit::ConduitPool,
+    fault,
     leg::{self, LegConfig},
     link::{Link, Links},
     metrics::{Event, Metrics},
@@ -65,6 +68,9 @@ pub enum CloseReason {
     /// The server leg could not be made here.
     #[error("local failure")]
     LocalFailure,
+    /// Its task panicked, which is an error in pepsal.
+    #[error("panicked")]
+    Panicked,
     /// Nothing moved for too long.
     #[error("idle timeout")]
     IdleTimeout,
@@ -89,6 +95,7 @@ impl CloseReason {
         Self::ConnectTimeout,
         Self::PendingTooLong,
         Self::LocalFailure,
+        Self::Panicked,
         Self::IdleTimeout,
         Self::Shutdown,
         Self::Administrative,
@@ -188,16 +195,14 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
     let settings = shared.settings.load_full();
     let legs = &settings.legs;
     let (flow, progress) = (&place.flow, &place.flow.progress);
-    let reason = async {
+    let serving = async {
         let (client_link, server_link) = (
             shared.links.of(record.ingress_ifindex),
             shared.links.of(record.egress_ifindex),
         );
         let start = |leg: &mut Leg, link: &Option<Arc<Link>>, ifindex: u32, peer: SocketAddr| match link {
             Some(link) => {
-                let congestion = legs
-                    .congestion_of(leg.side(), Some(link))
-                    .unwrap_or_default();
+                let congestion = legs.congestion_of(leg.side(), Some(link)).unwrap_or_default();
                 leg.join(link, record.traffic_class, congestion);
             }
             None => {
@@ -212,8 +217,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             record.ingress_ifindex,
             &shared.metrics,
         );
-        legs
-            .tune_client(client_leg.stream(), client, &record);
+        legs.tune_client(client_leg.stream(), client, &record);
         start(&mut client_leg, &client_link, record.ingress_ifindex, client);
         if let Some(patience) = legs.early_data_patience(server_link.as_deref()) {
             // Without data in time the SYN goes without.
@@ -238,9 +242,9 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             }
             Ok(stream)
         };
-        let patience = server_link
-            .as_ref()
-            .map_or(settings.connect_timeout, |link| link.profile.connect_timeout.value);
+        let patience = server_link.as_ref().map_or(settings.connect_timeout, |link| {
+            link.profile.connect_timeout.value
+        });
         let mut server_leg = tokio::select! {
             connected = timeout(patience, connect) => match connected {
                 Ok(Ok(stream)) => Leg::new(stream, Side::Server),
@@ -262,6 +266,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
             &shared.metrics,
         );
         flow.set_open();
+        fault::at("flow", server);
         shared
             .metrics
             .connect
@@ -284,9 +289,10 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
                 .learn(record.egress_ifindex, server.ip(), server_leg.stream());
         }
         reason
-    }
-    .await;
-    let reason = match reason {
+    };
+    // Unwinding has dropped the legs, which resets them; the other flows are not to hear of it.
+    let reason = AssertUnwindSafe(serving).catch_unwind().await;
+    let reason = match reason.unwrap_or(CloseReason::Panicked) {
         CloseReason::Shutdown if flow.is_closed() => CloseReason::Administrative,
         reason => reason,
     };
