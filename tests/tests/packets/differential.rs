@@ -195,6 +195,7 @@ impl Model {
                 kind: Kind::Syn,
             } if !self.legs.contains(ends) => {
                 return Expected::Passed(&[
+                    Counter::Simultaneous,
                     Counter::Malformed,
                     Counter::NotForwarded,
                     Counter::Waypoint,
@@ -244,6 +245,7 @@ impl Model {
 
     fn expect_of_syn(&self, syn: &Segment) -> Expected {
         let counter = match self.forwarded_to(syn.ends) {
+            _ if self.pending.contains(&(syn.ends.1, syn.ends.0)) => Counter::Simultaneous,
             None => Counter::NotForwarded,
             Some(_) if syn.is_padded() => {
                 return Expected::Passed(&[Counter::Malformed, Counter::Waypoint, Counter::Signed]);
