@@ -181,3 +181,20 @@ fn move_bytes(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> io::Resu
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
     Ok(splice(from, None, to, None, most, flags)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn past_the_most_pipes_there_are_buffers() {
+        let pool = ConduitPool::new(2);
+        let is_pipe = |conduit: &Conduit<'_>| matches!(conduit.way, Some(Way::Pipe(_)));
+        let mut taken: Vec<_> = (0..4).map(|_| pool.take()).collect();
+        let pipes: Vec<bool> = taken.iter().map(is_pipe).collect();
+        assert_eq!(pipes, [true, true, false, false]);
+        // One that is given back serves the next.
+        drop(taken.remove(0));
+        assert!(is_pipe(&pool.take()));
+    }
+}

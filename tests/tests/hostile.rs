@@ -297,6 +297,19 @@ fn tiny_window_gets_every_byte() -> Result<()> {
     })
 }
 
+/// Connects as soon as the client's own kernel has done with the connection before.
+fn connect_again(connector: &Connector, topology: &Topology, address: SocketAddr) -> io::Result<TcpStream> {
+    let mut connected = connector.connect(&topology.client, address);
+    eventually(PATIENCE, || match &connected {
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+            connected = connector.connect(&topology.client, address);
+            false
+        }
+        _ => true,
+    });
+    connected
+}
+
 #[test]
 fn client_port_used_again_at_once_gets_a_flow_every_time() -> Result<()> {
     let topology = Topology::new()?;
@@ -308,9 +321,8 @@ fn client_port_used_again_at_once_gets_a_flow_every_time() -> Result<()> {
         ..Connector::default()
     };
     for round in 0..100 {
-        let client = connector
-            .connect(&topology.client, address)
-            .with_context(|| format!("round {round}"))?;
+        let client =
+            connect_again(&connector, &topology, address).with_context(|| format!("round {round}"))?;
         let accepted = listener.accept(patience(PATIENCE))?;
         exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
         // Who ends first stays in TIME_WAIT: the server, so that the client's port is free again.
@@ -442,9 +454,8 @@ fn ports_in_time_wait_get_a_flow_every_time_they_are_used_again() -> Result<()> 
             source: Some((Family::V4.client(), 40_000 + round % 3).into()),
             ..Connector::default()
         };
-        let client = connector
-            .connect(&topology.client, address)
-            .with_context(|| format!("round {round}"))?;
+        let client =
+            connect_again(&connector, &topology, address).with_context(|| format!("round {round}"))?;
         let accepted = listener.accept(patience(PATIENCE))?;
         ensure!(accepted.syn.ttl() == 64, "round {round} is not split");
         exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
@@ -524,5 +535,26 @@ fn log_has_so_many_lines_a_second_at_most() -> Result<()> {
         suppressed.parse::<usize>()? >= FLOWS - 200,
         "{suppressed} of {FLOWS} left out, {lines} written"
     );
+    Ok(())
+}
+
+#[test]
+fn nobody_outside_reaches_what_the_daemon_serves() -> Result<()> {
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    daemon.wait_for_log("metrics at=127.0.0.1:9300")?;
+    for (namespace, near) in [
+        (&topology.client, Family::gateway as fn(Family) -> IpAddr),
+        (&topology.server, Family::server_next_hop),
+    ] {
+        for family in Family::BOTH {
+            for port in [5000, 9300] {
+                let address = SocketAddr::new(near(family), port);
+                let refusal = Connector::default().connect(namespace, address);
+                let refusal = refusal.expect_err("nothing listens there").kind();
+                assert_eq!(refusal, io::ErrorKind::ConnectionRefused, "{address}");
+            }
+        }
+    }
     Ok(())
 }

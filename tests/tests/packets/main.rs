@@ -315,6 +315,24 @@ fn fragments_go_where_the_first_of_their_packet_went() -> Result<()> {
 }
 
 #[test]
+fn flood_of_fragments_fills_its_map_and_no_more() -> Result<()> {
+    const MOST: usize = 4096;
+    let mut gateway = Gateway::new()?;
+    let (leg, _streams) = gateway.leg(Family::V4)?;
+    for id in 0..5000_u16 {
+        let mut first = leg.packet();
+        first[4..6].copy_from_slice(&id.to_be_bytes());
+        first[6..8].copy_from_slice(&[0x20, 0x00]);
+        assert_eq!(gateway.steer(&first)?, Counter::Steered, "{id}");
+    }
+    let fragments = gateway.ebpf.map("FRAGMENTS").context("FRAGMENTS")?;
+    let fragments: HashMap<_, [u8; 40], u8> = fragments.try_into()?;
+    let known = fragments.keys().count();
+    assert!((MOST / 2..=MOST).contains(&known), "{known} packets");
+    Ok(())
+}
+
+#[test]
 fn what_is_not_tcp_passes() -> Result<()> {
     let mut gateway = Gateway::new()?;
     for (ethertype, expected) in [
