@@ -97,10 +97,22 @@ fn check([client, server]: &[End; 2], reason: CloseReason, progress: &Progress) 
     for (near, far) in [(client, server), (server, client)] {
         match near.saw {
             Some(Saw::End) => {
-                assert!(far.is_shut, "an end that nobody has said");
-                assert_eq!(near.received, far.sent, "bytes are missing");
+                assert!(
+                    far.is_shut,
+                    "an end that nobody has said to {}: {reason}",
+                    near.salt
+                );
+                assert_eq!(
+                    near.received, far.sent,
+                    "bytes are missing to {}: {reason}",
+                    near.salt
+                );
             }
-            Some(Saw::Reset) => assert!(far.is_reset, "a reset that nobody has sent"),
+            Some(Saw::Reset) => assert!(
+                far.is_reset,
+                "a reset that nobody has sent to {}: {reason}",
+                near.salt
+            ),
             None => assert!(near.is_reset),
         }
         assert!(near.received <= far.sent);
@@ -166,7 +178,7 @@ impl End {
         match stream.try_write(&data) {
             Ok(written) => self.sent += written as u64,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => self.saw = Some(Saw::Reset),
+            Err(error) => self.broke(&error),
         }
     }
 
@@ -185,8 +197,19 @@ impl End {
                 self.received += read as u64;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(_) => self.saw = Some(Saw::Reset),
+            Err(error) => self.broke(&error),
         }
+    }
+
+    fn broke(&mut self, error: &io::Error) {
+        assert!(
+            matches!(
+                error.kind(),
+                io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+            ),
+            "{error}"
+        );
+        self.saw = Some(Saw::Reset);
     }
 
     fn shutdown(&mut self) {

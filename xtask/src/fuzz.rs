@@ -89,7 +89,7 @@ pub fn run(options: &Options) -> Result<()> {
             format!("-max_total_time={seconds} -timeout=30 -print_final_stats=1"),
         )?;
         if options.keep {
-            fuzz([&corpus, &found], "-merge=1".into())?;
+            fuzz([&corpus, &found], "-set_cover_merge=1 -use_counters=0".into())?;
         }
     }
     Ok(())

@@ -167,6 +167,11 @@ impl Asked {
     /// # Errors
     /// Says in one line why it does not.
     pub fn parse(line: &[u8]) -> Result<Self, String> {
+        // What is wrong is repeated, and may be anything.
+        Self::understand(line).map_err(|refusal| refusal.replace(char::is_control, " "))
+    }
+
+    fn understand(line: &[u8]) -> Result<Self, String> {
         let request: Request =
             serde_json::from_slice(line).map_err(|error| format!("no request of this protocol: {error}"))?;
         if request.version != VERSION {
