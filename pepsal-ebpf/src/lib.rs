@@ -332,6 +332,8 @@ counters! {
     Foreign = "foreign",
     /// Passed: a SYN on an interface that is not intercepted.
     NotIntercepted = "not_intercepted",
+    /// Passed: a SYN whose server is about to open the same connection from its side.
+    Simultaneous = "simultaneous",
     /// Passed: a SYN that the selection leaves alone.
     Unselected = "unselected",
     /// Passed: a SYN that the gateway would not forward: to one of its own addresses, or to where it has no route.

@@ -261,6 +261,11 @@ fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: &Segment, intercept: bool) 
     if !selected(syn) {
         return Err(Counter::Unselected);
     }
+    // A simultaneous open (RFC 9293, 3.5), of which one flow is enough: its server leg will meet this end's SYNs.
+    // SAFETY: the record is not looked into.
+    if unsafe { FLOWS.get(syn.answered_flow()) }.is_some() {
+        return Err(Counter::Simultaneous);
+    }
     // SAFETY: a field of the context that programs of this type may read.
     let ingress_ifindex = unsafe { (*ctx.skb.skb).ifindex };
     if !listening(listener(syn.family, ingress_ifindex)) {

@@ -18,6 +18,26 @@ pub trait Packet {
     fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool;
 }
 
+/// A packet of one piece, as tests have it.
+impl Packet for &[u8] {
+    fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        self.get(offset as usize..)?.first_chunk().copied()
+    }
+
+    fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool {
+        let from = self
+            .get(offset as usize..)
+            .and_then(|bytes| bytes.get(..len as usize));
+        match (from, to.get_mut(..len as usize)) {
+            (Some(from), Some(to)) if len > 0 => {
+                to.copy_from_slice(from);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
 /// The network protocols that can carry TCP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
@@ -131,6 +151,8 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
             if header[6] & 0x3f == 0 && header[7] == 0 {
                 return None;
             }
+            // All of the header has to be there.
+            let [_]: [u8; 1] = packet.read((u32::from(header[0] & 0x0f) * 4).saturating_sub(1))?;
             Some(FragmentKey::new(
                 map_v4([header[12], header[13], header[14], header[15]]),
                 map_v4([header[16], header[17], header[18], header[19]]),
@@ -139,8 +161,8 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
             ))
         }
         Family::V6 => {
-            let [next_header]: [u8; 1] = packet.read(6)?;
-            if next_header != EXT_FRAGMENT {
+            let [len_high, len_low, next_header]: [u8; 3] = packet.read(4)?;
+            if next_header != EXT_FRAGMENT || u16::from_be_bytes([len_high, len_low]) < 8 {
                 return None;
             }
             let header: [u8; 8] = packet.read(40)?;
@@ -154,7 +176,7 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
 /// verifiers of older kernels cannot follow both in one.
 #[inline(always)]
 pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, Counter> {
-    let (source, destination, protocol, offset, tcp_at) = match family {
+    let (source, destination, protocol, offset, tcp_at, end) = match family {
         Family::V4 => {
             let header: [u8; 20] = packet.read(0).ok_or(Counter::Malformed)?;
             (
@@ -163,17 +185,30 @@ pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, C
                 header[9],
                 [header[6] & 0x1f, header[7]],
                 u32::from(header[0] & 0x0f) * 4,
+                u32::from(u16::from_be_bytes([header[2], header[3]])),
             )
         }
         Family::V6 => {
+            let payload_len = packet.read(4).ok_or(Counter::Malformed)?;
+            let end = 40 + u32::from(u16::from_be_bytes(payload_len));
             let header: [u8; 4] = packet.read(40).ok_or(Counter::Malformed)?;
             let source = packet.read(8).ok_or(Counter::Malformed)?;
             let destination = packet.read(24).ok_or(Counter::Malformed)?;
-            (source, destination, header[0], [header[2], header[3] & 0xf8], 48)
+            (
+                source,
+                destination,
+                header[0],
+                [header[2], header[3] & 0xf8],
+                48,
+                end,
+            )
         }
     };
     if protocol != PROTO_TCP || offset != [0, 0] {
         return Err(Counter::Fragment);
+    }
+    if end < tcp_at + 14 {
+        return Err(Counter::Malformed);
     }
     let tcp: [u8; 14] = packet.read(tcp_at).ok_or(Counter::Malformed)?;
     Ok(Segment {
@@ -248,7 +283,8 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
     let fixed: [u8; 8] = packet.read(at).ok_or(Counter::Malformed)?;
     let source: [u8; 16] = packet.read(at + 8).ok_or(Counter::Malformed)?;
     let destination: [u8; 16] = packet.read(at + 24).ok_or(Counter::Malformed)?;
-    if fixed[0] >> 4 != 6 {
+    // A mapped address is not for the wire (RFC 4942, 2.2), and would stand for a flow of IPv4 in the maps.
+    if fixed[0] >> 4 != 6 || is_mapped(&source) || is_mapped(&destination) {
         return Err(Counter::Malformed);
     }
     let mut ip = Ip {
@@ -295,6 +331,12 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         PROTO_TCP | PROTO_ICMPV6 => Ok(ip),
         _ => Err(Counter::NotTcp),
     }
+}
+
+/// Whether it stands for an IPv4 address.
+#[inline(always)]
+fn is_mapped(addr: &MappedAddr) -> bool {
+    addr[..12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]
 }
 
 #[inline(always)]
@@ -351,6 +393,10 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
     if quoted.protocol != PROTO_TCP {
         return Err(Counter::NotTcp);
     }
+    // What the quoted packet and the quoting one both say is there.
+    if quoted.payload.len < 8 || ip.payload.offset + ip.payload.len < quoted.payload.offset + 8 {
+        return Err(Counter::Malformed);
+    }
     let ports: [u8; 8] = packet.read(quoted.payload.offset).ok_or(Counter::Malformed)?;
     let segment = Segment {
         family,
@@ -406,8 +452,8 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
     Ok(())
 }
 
-/// Options that are looked at: more than that the verifier has to walk through in vain.
-const OPTIONS_WALKED: usize = 10;
+/// Options that are looked at: so many that a signature behind them would not fit. A SYN with more of them passes.
+const OPTIONS_WALKED: usize = 24;
 
 /// Whether there is an option, of IPv4 (RFC 791) or TCP (RFC 9293), of which `is_wanted` says yes to its kind, its length
 /// and the byte after that.
@@ -421,18 +467,19 @@ fn has_option(
     let mut at = options.offset;
     for _ in 0..OPTIONS_WALKED {
         if at + 3 > end {
-            break;
+            return Ok(false);
         }
         let [kind, len, third] = packet.read(at).ok_or(Counter::Malformed)?;
         match kind {
-            0 => break,
+            0 => return Ok(false),
             1 => at += 1,
-            _ if len < 2 => break,
+            // It contradicts itself, and hides what follows.
+            _ if len < 2 || at + u32::from(len) > end => return Ok(false),
             _ if is_wanted(kind, len, third) => return Ok(true),
             _ => at += u32::from(len),
         }
     }
-    Ok(false)
+    Err(Counter::Malformed)
 }
 
 /// A source route that is not at its end (RFC 791): the destination is the next hop on it. Such a segment's checksum is
@@ -440,7 +487,7 @@ fn has_option(
 #[inline(always)]
 fn refuse_waypoint(packet: &impl Packet, options: Span) -> Result<(), Counter> {
     match has_option(packet, options, |kind, len, pointer| {
-        matches!(kind, 131 | 137) && pointer <= len
+        matches!(kind, 131 | 137) && len > 2 && pointer <= len
     })? {
         true => Err(Counter::Waypoint),
         false => Ok(()),
@@ -451,7 +498,7 @@ fn refuse_waypoint(packet: &impl Packet, options: Span) -> Result<(), Counter> {
 /// against.
 #[inline(always)]
 fn refuse_signed(packet: &impl Packet, options: Span) -> Result<(), Counter> {
-    match has_option(packet, options, |kind, _, _| matches!(kind, 19 | 29))? {
+    match has_option(packet, options, |kind, len, _| matches!(kind, 19 | 29) && len > 2)? {
         true => Err(Counter::Signed),
         false => Ok(()),
     }
@@ -528,25 +575,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    impl Packet for &[u8] {
-        fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-            self.get(offset as usize..)?.first_chunk().copied()
-        }
-
-        fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool {
-            let from = self
-                .get(offset as usize..)
-                .and_then(|bytes| bytes.get(..len as usize));
-            match (from, to.get_mut(..len as usize)) {
-                (Some(from), Some(to)) if len > 0 => {
-                    to.copy_from_slice(from);
-                    true
-                }
-                _ => false,
-            }
-        }
-    }
 
     /// A SYN to be built, and what it is to be parsed to.
     #[derive(Clone, Debug)]

@@ -11,6 +11,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
     sys::socket::{MsgFlags, recv, send},
     unistd::pipe2,
@@ -179,5 +180,68 @@ impl Drop for Conduit<'_> {
 /// Not `SPLICE_F_MORE`: it would hold back the tail of what is moved.
 fn move_bytes(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
-    Ok(splice(from, None, to, None, most, flags)?)
+    loop {
+        match splice(from, None, to, None, most, flags) {
+            // It looks for signals even when it need not wait, and an interruption is not an end of the flow.
+            Err(Errno::EINTR) => {}
+            moved => return Ok(moved?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream},
+        os::unix::thread::JoinHandleExt,
+        thread,
+    };
+
+    use nix::sys::{
+        pthread::pthread_kill,
+        signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction},
+    };
+
+    use super::*;
+
+    extern "C" fn ignore(_: nix::libc::c_int) {}
+
+    #[test]
+    fn signals_do_not_break_what_is_on_its_way() {
+        // Without SA_RESTART.
+        let handler = SigAction::new(SigHandler::Handler(ignore), SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler does nothing.
+        unsafe { sigaction(Signal::SIGUSR1, &handler) }.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut from = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (to, _) = listener.accept().unwrap();
+        let moving = thread::spawn(move || {
+            let pool = ConduitPool::new(1);
+            for _ in 0..20_000 {
+                from.write_all(b"byte").unwrap();
+                let mut conduit = pool.take();
+                while !matches!(conduit.fill(to.as_fd()), Ok(4)) {}
+                conduit.drain(to.as_fd()).unwrap();
+                // What has come back makes room for the next.
+                from.read_exact(&mut [0; 4]).unwrap();
+            }
+        });
+        while !moving.is_finished() {
+            pthread_kill(moving.as_pthread_t(), Signal::SIGUSR1).unwrap();
+        }
+        moving.join().unwrap();
+    }
+
+    #[test]
+    fn past_the_most_pipes_there_are_buffers() {
+        let pool = ConduitPool::new(2);
+        let is_pipe = |conduit: &Conduit<'_>| matches!(conduit.way, Some(Way::Pipe(_)));
+        let mut taken: Vec<_> = (0..4).map(|_| pool.take()).collect();
+        let pipes: Vec<bool> = taken.iter().map(is_pipe).collect();
+        assert_eq!(pipes, [true, true, false, false]);
+        // One that is given back serves the next.
+        drop(taken.remove(0));
+        assert!(is_pipe(&pool.take()));
+    }
 }

@@ -4,6 +4,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     os::fd::AsRawFd,
+    panic::AssertUnwindSafe,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -12,6 +13,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use futures_util::FutureExt;
 use nix::{
     errno::Errno,
     sys::socket::{MsgFlags, recv},
@@ -28,6 +30,7 @@ use tracing::debug;
 use crate::{
     cli::Options,
     conduit::ConduitPool,
+    fault,
     leg::{self, LegConfig},
     link::{Link, Links},
     metrics::{Event, Metrics},
@@ -69,6 +72,9 @@ pub enum CloseReason {
     /// The server leg could not be made here.
     #[error("local failure")]
     LocalFailure,
+    /// Its task panicked, which is an error in pepsal.
+    #[error("panicked")]
+    Panicked,
     /// Nothing moved for too long.
     #[error("idle timeout")]
     IdleTimeout,
@@ -93,6 +99,7 @@ impl CloseReason {
         Self::ConnectTimeout,
         Self::PendingTooLong,
         Self::LocalFailure,
+        Self::Panicked,
         Self::IdleTimeout,
         Self::Shutdown,
         Self::Administrative,
@@ -194,7 +201,7 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
     // What connecting takes is on the heap and given back after it: a flow is open for most of its life, and there are
     // many of them.
     let connected = Box::pin(connect(stream, flow, record, &settings, &shared));
-    let reason = async {
+    let serving = async {
         let [client, server] = match connected.await {
             Ok(ends) => ends,
             Err(reason) => return reason,
@@ -209,9 +216,10 @@ pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, sh
         client.learn(&flow.progress.down, &shared.paths);
         server.learn(&flow.progress.up, &shared.paths);
         reason
-    }
-    .await;
-    let reason = match reason {
+    };
+    // Unwinding has dropped the legs, which resets them; the other flows are not to hear of it.
+    let reason = AssertUnwindSafe(serving).catch_unwind().await;
+    let reason = match reason.unwrap_or(CloseReason::Panicked) {
         CloseReason::Shutdown if flow.is_closed() => CloseReason::Administrative,
         reason => reason,
     };
@@ -319,6 +327,7 @@ async fn connect(
     let leg = Leg::new(stream, Side::Server);
     let server_end = End::start(leg, flow, &record, legs, shared);
     flow.set_open();
+    fault::at("flow", server);
     shared
         .metrics
         .connect

@@ -28,6 +28,7 @@ pub mod cli;
 pub mod conduit;
 pub mod config;
 pub mod ctl;
+mod fault;
 pub mod flow;
 pub mod instance;
 pub mod keeper;
@@ -582,6 +583,7 @@ async fn accept_from(listener: &TcpListener, shared: &Arc<Shared>, flows: &TaskT
                 refuse(&stream);
             }
             Ok((server, stream, client)) => {
+                fault::at("accept", server);
                 pause = Duration::from_millis(5);
                 flows.spawn(flow::serve(stream, client, server, shared.clone()));
             }

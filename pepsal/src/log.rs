@@ -1,9 +1,24 @@
-//! The log: to standard error, at a level that can be changed while the daemon runs.
+//! The log: to standard error, at a level that can be changed while the daemon runs, and with so many lines a second at
+//! most, so that nobody outside can fill a disk with it.
 
-use std::io::{IsTerminal, stderr};
+use std::{
+    io::{IsTerminal, stderr},
+    panic,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
-use tracing_subscriber::{EnvFilter, Registry, fmt, layer::SubscriberExt, reload, util::SubscriberInitExt};
+use tracing::{Event, Level, Metadata, error};
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry, fmt,
+    layer::{Context as LayerContext, Filter, SubscriberExt},
+    reload,
+    util::SubscriberInitExt,
+};
 
 use crate::cli::LogLevel;
 
@@ -29,12 +44,17 @@ impl Log {
         };
         let (chosen, filter) = reload::Layer::new(chosen);
         let lines = fmt::layer().with_writer(stderr).with_ansi(stderr().is_terminal());
+        let lines = lines.with_filter(Bounded::default());
         // With it comes what libraries and eBPF programs log through the `log` crate.
         tracing_subscriber::registry()
             .with(chosen)
             .with(lines)
             .try_init()
             .context("cannot set the log up")?;
+        panic::set_hook(Box::new(|panic| {
+            let panic = panic.to_string().replace('\n', " ");
+            error!("error in pepsal: {panic}");
+        }));
         Ok(Self { filter, is_fixed })
     }
 
@@ -48,9 +68,73 @@ impl Log {
     }
 }
 
+/// The most lines in a second.
+const LINES_PER_SECOND: u64 = 100;
+
+static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
+
+/// How many lines were left out.
+pub fn suppressed() -> u64 {
+    SUPPRESSED.load(Ordering::Relaxed)
+}
+
+/// Leaves out what is too much. Who asked for debug has asked for all of it.
+#[derive(Default)]
+struct Bounded(Mutex<Option<Window>>);
+
+struct Window {
+    since: Instant,
+    lines: u64,
+}
+
+impl Bounded {
+    /// Whether one more line has its place.
+    fn admit(&self, now: Instant) -> bool {
+        let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *window {
+            Some(window) if now.duration_since(window.since) < Duration::from_secs(1) => {
+                window.lines += 1;
+                window.lines <= LINES_PER_SECOND
+            }
+            window => {
+                *window = Some(Window { since: now, lines: 1 });
+                true
+            }
+        }
+    }
+}
+
+impl<S> Filter<S> for Bounded {
+    fn enabled(&self, _: &Metadata<'_>, _: &LayerContext<'_, S>) -> bool {
+        true
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, _: &LayerContext<'_, S>) -> bool {
+        if *event.metadata().level() > Level::INFO || self.admit(Instant::now()) {
+            return true;
+        }
+        SUPPRESSED.fetch_add(1, Ordering::Relaxed);
+        false
+    }
+}
+
 /// The libraries' own debug is of no use to who looks for a flow.
 fn of_level(level: LogLevel) -> EnvFilter {
     let others = level.min(LogLevel::Warn);
     let programs = level.min(LogLevel::Info);
     EnvFilter::new(format!("{others},pepsal={level},pepsal_ebpf={programs}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_has_so_many_lines_and_the_next_as_many_again() {
+        let (log, start) = (Bounded::default(), Instant::now());
+        let admitted = |now| (0..1000).filter(|_| log.admit(now)).count() as u64;
+        assert_eq!(admitted(start), LINES_PER_SECOND);
+        assert_eq!(admitted(start + Duration::from_millis(999)), 0);
+        assert_eq!(admitted(start + Duration::from_secs(1)), LINES_PER_SECOND);
+    }
 }

@@ -255,6 +255,11 @@ impl FlowTable {
         self.lock().values().cloned().collect()
     }
 
+    /// How many flows the kernel's map has, open ones among them.
+    pub fn entries(&self) -> usize {
+        self.kernel.keys().len()
+    }
+
     /// How many connections the kernel has admitted that are not accepted yet.
     pub fn pending(&self) -> usize {
         let open = self.lock();

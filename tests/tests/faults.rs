@@ -1,8 +1,10 @@
 //! What becomes of connections when something around the daemon breaks. The table is in docs/reliability.md.
 
-use std::io::{Read, Write};
+use std::fs;
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Command;
+use std::path::PathBuf;
+use std::process::{self, Command};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -149,6 +151,149 @@ fn without_descriptors_new_flows_wait_and_open_ones_go_on() -> Result<()> {
     };
     assert!(late.is_split());
     late.exchange()
+}
+
+/// Has debug builds panic at a place when a connection to the listener comes by.
+fn start_to_panic_at(topology: &Topology, place: &str, listener: &Listener) -> Result<Daemon> {
+    let mut command = Daemon::command(&topology.gateway, &BOTH)?;
+    command.env("PEPSAL_PANIC", format!("{place}:{}", listener.port()));
+    Daemon::start_command(command)
+}
+
+#[test]
+fn panic_of_a_flow_resets_that_one_and_is_counted() -> Result<()> {
+    let topology = Topology::new()?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let daemon = start_to_panic_at(&topology, "flow", &listener)?;
+    let mut other = Connection::open(&topology, Family::V4)?;
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    for _ in 0..3 {
+        let client = Connector::default().connect(&topology.client, address)?;
+        let server = listener.accept(patience(PATIENCE))?;
+        for mut end in [&client, &server.stream] {
+            let read = end.read(&mut [0]);
+            let error = read.expect_err("neither an end nor data");
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+        }
+    }
+    other.exchange()?;
+    assert!(is_next_split(&topology, Family::V6)?);
+    drop(other);
+    let exit = daemon.terminate()?;
+    assert_eq!(exit.code(), Some(0), "{}", exit.log);
+    assert!(exit.log.contains("panicked=3"), "{}", exit.log);
+    assert_eq!(exit.log.matches("error in pepsal").count(), 3, "{}", exit.log);
+    Ok(())
+}
+
+#[test]
+fn panic_of_the_daemon_ends_it_and_new_connections_pass() -> Result<()> {
+    let topology = Topology::new()?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let daemon = start_to_panic_at(&topology, "accept", &listener)?;
+    let mut open = Connection::open(&topology, Family::V4)?;
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let client = Connector::default().connect(&topology.client, address)?;
+    let exit = daemon.wait()?;
+    assert_eq!(exit.code(), Some(101), "{}", exit.log);
+    for end in [&mut (&client), &mut (&open.client), &mut (&open.server.stream)] {
+        let error = end.read(&mut [0]).expect_err("neither an end nor data");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+    }
+    open = Connection::open(&topology, Family::V4)?;
+    open.exchange()?;
+    assert!(!open.is_split());
+    Ok(())
+}
+
+/// A control group whose memory can be limited, of either version; empty again, it is removed.
+struct MemoryGroup {
+    path: PathBuf,
+    is_v2: bool,
+}
+
+impl MemoryGroup {
+    fn new() -> Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        let mount = |is_wanted: fn(&str, &str) -> bool| {
+            mounts
+                .lines()
+                .find_map(|line| match line.split(' ').collect::<Vec<_>>()[..] {
+                    [_, mount, kind, options, ..] if is_wanted(kind, options) => Some(PathBuf::from(mount)),
+                    _ => None,
+                })
+        };
+        let v1 = mount(|kind, options| kind == "cgroup" && options.split(',').any(|one| one == "memory"));
+        let is_v2 = v1.is_none();
+        let root = v1.or_else(|| mount(|kind, _| kind == "cgroup2"));
+        let root = root.context("no control groups are mounted")?;
+        if is_v2 {
+            fs::write(root.join("cgroup.subtree_control"), "+memory").context("memory control")?;
+        }
+        let path = root.join(format!("pepsal-test-{}", process::id()));
+        fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self { path, is_v2 })
+    }
+
+    /// Starts a daemon in it.
+    fn start(&self, topology: &Topology, arguments: &[&str]) -> Result<Daemon> {
+        let daemon = Daemon::command(&topology.gateway, arguments)?;
+        let mut command = topology.gateway.command("sh");
+        command
+            .args(["-c", "echo 0 >\"$0\" && exec \"$@\""])
+            .arg(self.path.join("cgroup.procs"))
+            .arg(daemon.get_program())
+            .args(daemon.get_args());
+        Daemon::start_command(command)
+    }
+
+    /// Allows so many bytes more than are used now.
+    fn limit_to_now_and(&self, more: u64) -> Result<()> {
+        let (used, limit) = match self.is_v2 {
+            true => ("memory.current", "memory.max"),
+            false => ("memory.usage_in_bytes", "memory.limit_in_bytes"),
+        };
+        let used: u64 = fs::read_to_string(self.path.join(used))?.trim().parse()?;
+        fs::write(self.path.join(limit), (used + more).to_string()).context("limit of memory")
+    }
+}
+
+impl Drop for MemoryGroup {
+    fn drop(&mut self) {
+        // What has just been killed may still be leaving.
+        eventually(PATIENCE, || fs::remove_dir(&self.path).is_ok());
+    }
+}
+
+#[test]
+fn without_memory_the_daemon_is_killed_and_new_connections_pass() -> Result<()> {
+    let topology = Topology::new()?;
+    let group = MemoryGroup::new()?;
+    let daemon = group.start(&topology, &BOTH)?;
+    let downloading = Connection::open(&topology, Family::V4)?;
+    let server = downloading.server.stream.try_clone()?;
+    let sender = thread::spawn(move || while (&server).write_all(&[7; 65_536]).is_ok() {});
+    group.limit_to_now_and(1 << 20)?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let mut open = vec![downloading.client];
+    loop {
+        // The kernel answers, and then the daemon has to have memory for it.
+        open.push(Connector::default().connect(&topology.client, address)?);
+        match listener.accept(patience(Duration::from_secs(1))) {
+            Ok(accepted) if accepted.syn.ttl() == 64 => {}
+            _ => break,
+        }
+        ensure!(open.len() < 2000, "a MiB holds more than {} flows", open.len());
+    }
+    let exit = daemon.wait()?;
+    assert_eq!(exit.signal(), Some(Signal::SIGKILL as i32), "{}", exit.log);
+    assert!(!is_next_split(&topology, Family::V4)?);
+    // All that has come, and then no end.
+    let end = io::copy(&mut open[0], &mut io::sink());
+    assert_eq!(end.expect_err("a reset").kind(), ErrorKind::ConnectionReset);
+    sender.join().expect("no panic");
+    Ok(())
 }
 
 #[test]

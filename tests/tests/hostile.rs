@@ -1,14 +1,16 @@
 //! Packets and peers that mean no good, or that are merely unusual.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::libc;
 use pepsal_tests::{
-    Connector, Daemon, Exit, Family, Listener, Namespace, Server, Topology, Transfer, eventually, patience,
+    Connector, Daemon, Exit, Family, Link, LinkProfile, Listener, Namespace, Server, Topology, Transfer,
+    eventually, patience,
 };
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
@@ -19,6 +21,7 @@ const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
 
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
 const RST_ACK: u8 = 0x14;
 
 /// Sends raw IPv4 segments, whatever they say they come from.
@@ -37,29 +40,30 @@ impl Forger {
         flags: u8,
         sequence: u32,
     ) -> Result<()> {
-        let mut tcp = [0; 20];
-        tcp[0..2].copy_from_slice(&source.1.to_be_bytes());
-        tcp[2..4].copy_from_slice(&destination.1.to_be_bytes());
-        tcp[4..8].copy_from_slice(&sequence.to_be_bytes());
-        tcp[12] = 5 << 4;
-        tcp[13] = flags;
-        tcp[14..16].copy_from_slice(&64_000_u16.to_be_bytes());
-        let pseudo = [
-            &source.0.octets()[..],
-            &destination.0.octets(),
-            &[0, 6, 0, 20],
-            &tcp,
-        ]
-        .concat();
-        tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+        let segment = segment(source, destination, flags, sequence, &[]);
+        self.send_fragment(source.0, destination.0, 0, 0, false, &segment)
+    }
+
+    /// Sends a part of a packet, which begins `at` bytes after its header.
+    fn send_fragment(
+        &self,
+        source: Ipv4Addr,
+        destination: Ipv4Addr,
+        id: u16,
+        at: u16,
+        more: bool,
+        bytes: &[u8],
+    ) -> Result<()> {
         let mut ip = [0; 20];
         ip[0] = 0x45;
+        ip[4..6].copy_from_slice(&id.to_be_bytes());
+        ip[6..8].copy_from_slice(&((u16::from(more) << 13) | (at / 8)).to_be_bytes());
         ip[8] = 64;
         ip[9] = 6;
-        ip[12..16].copy_from_slice(&source.0.octets());
-        ip[16..20].copy_from_slice(&destination.0.octets());
-        let packet = [&ip[..], &tcp].concat();
-        let to = SocketAddr::from(destination);
+        ip[12..16].copy_from_slice(&source.octets());
+        ip[16..20].copy_from_slice(&destination.octets());
+        let packet = [&ip[..], bytes].concat();
+        let to = SocketAddr::from((destination, 0));
         loop {
             match self.0.send_to(&packet, &to.into()) {
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => thread::yield_now(),
@@ -67,6 +71,32 @@ impl Forger {
             }
         }
     }
+}
+
+/// A TCP header without options, and data.
+fn segment(
+    source: (Ipv4Addr, u16),
+    destination: (Ipv4Addr, u16),
+    flags: u8,
+    sequence: u32,
+    data: &[u8],
+) -> Vec<u8> {
+    let mut tcp = [&[0; 20][..], data].concat();
+    tcp[0..2].copy_from_slice(&source.1.to_be_bytes());
+    tcp[2..4].copy_from_slice(&destination.1.to_be_bytes());
+    tcp[4..8].copy_from_slice(&sequence.to_be_bytes());
+    tcp[12] = 5 << 4;
+    tcp[13] = flags;
+    tcp[14..16].copy_from_slice(&64_000_u16.to_be_bytes());
+    let pseudo = [
+        &source.0.octets()[..],
+        &destination.0.octets(),
+        &[0, 6, 0, tcp.len() as u8],
+        &tcp,
+    ]
+    .concat();
+    tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
+    tcp
 }
 
 /// RFC 1071.
@@ -267,6 +297,19 @@ fn tiny_window_gets_every_byte() -> Result<()> {
     })
 }
 
+/// Connects as soon as the client's own kernel has done with the connection before.
+fn connect_again(connector: &Connector, topology: &Topology, address: SocketAddr) -> io::Result<TcpStream> {
+    let mut connected = connector.connect(&topology.client, address);
+    eventually(PATIENCE, || match &connected {
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+            connected = connector.connect(&topology.client, address);
+            false
+        }
+        _ => true,
+    });
+    connected
+}
+
 #[test]
 fn client_port_used_again_at_once_gets_a_flow_every_time() -> Result<()> {
     let topology = Topology::new()?;
@@ -278,9 +321,8 @@ fn client_port_used_again_at_once_gets_a_flow_every_time() -> Result<()> {
         ..Connector::default()
     };
     for round in 0..100 {
-        let client = connector
-            .connect(&topology.client, address)
-            .with_context(|| format!("round {round}"))?;
+        let client =
+            connect_again(&connector, &topology, address).with_context(|| format!("round {round}"))?;
         let accepted = listener.accept(patience(PATIENCE))?;
         exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
         // Who ends first stays in TIME_WAIT: the server, so that the client's port is free again.
@@ -304,4 +346,215 @@ fn one_client_port_serves_connections_to_many_servers() -> Result<()> {
     flows
         .iter()
         .try_for_each(|(client, server)| exchange(client, server))
+}
+
+#[test]
+fn clients_may_use_any_source_port() -> Result<()> {
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    // Privileged ones, the last, and that of pepsal's own listeners.
+    for port in [1, 22, 80, 1023, 5000, 65_535] {
+        for family in Family::BOTH {
+            let listener = Listener::bind_any(&topology.server, family.server())?;
+            let connector = Connector {
+                source: Some((family.client(), port).into()),
+                ..Connector::default()
+            };
+            let address = SocketAddr::new(family.server(), listener.port());
+            let client = connector
+                .connect(&topology.client, address)
+                .with_context(|| format!("{family:?} port {port}"))?;
+            let accepted = listener.accept(patience(PATIENCE))?;
+            assert_eq!(accepted.syn.ttl(), 64, "{family:?} port {port} is not split");
+            assert_eq!(accepted.peer, client.local_addr()?);
+            exchange(&client, &accepted.stream)?;
+        }
+    }
+    Ok(())
+}
+
+/// The receiver takes nothing for a while, until its window is closed and nothing can be sent.
+fn window_stays_closed_for(time: Duration) -> Result<()> {
+    const BYTES: usize = 20_000_000;
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let (client, server) = flow(&topology, &Connector::default())?;
+    client.set_write_timeout(Some(time + PATIENCE))?;
+    let payload: Vec<u8> = (0..BYTES).map(|i| (i % 251) as u8).collect();
+    thread::scope(|scope| -> Result<()> {
+        let writer = scope.spawn(|| {
+            (&client).write_all(&payload)?;
+            client.shutdown(Shutdown::Write)
+        });
+        // It is closed when no more comes.
+        let (mut before, mut unread) = (0, vec![0; BYTES]);
+        eventually(PATIENCE, || {
+            let now = server.peek(&mut unread).unwrap_or_default();
+            let is_closed = now == before;
+            before = now;
+            thread::sleep(Duration::from_millis(100));
+            is_closed
+        });
+        thread::sleep(time);
+        ensure!(!writer.is_finished(), "{BYTES} bytes fit without being read");
+        let mut received = Vec::new();
+        (&server).read_to_end(&mut received)?;
+        ensure!(received == payload, "what arrives is not what was sent");
+        Ok(writer.join().expect("no panic")?)
+    })
+}
+
+#[test]
+fn zero_window_gets_every_byte_when_it_opens() -> Result<()> {
+    window_stays_closed_for(Duration::from_secs(3))
+}
+
+#[test]
+#[ignore = "takes five minutes"]
+fn zero_window_of_minutes_gets_every_byte_when_it_opens() -> Result<()> {
+    window_stays_closed_for(Duration::from_secs(300))
+}
+
+#[test]
+fn overlapping_fragments_disturb_nothing() -> Result<()> {
+    let topology = Topology::new()?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let (client, server) = flow(&topology, &Connector::default())?;
+    let forger = Forger::new(&topology.client)?;
+    let (near, far) = (client.local_addr()?, client.peer_addr()?);
+    let (near, far) = ((v4(near.ip()), near.port()), (v4(far.ip()), far.port()));
+    for id in 1..500 {
+        let segment = segment(near, far, ACK, u32::from(id) * 8_589_934, &[b'x'; 64]);
+        // The second says otherwise of what the first had, and so does the last of all that.
+        for (range, at, more) in [
+            (0..48, 0, true),
+            (0..48, 24, true),
+            (24..84, 24, false),
+            (0..84, 0, true),
+        ] {
+            forger.send_fragment(near.0, far.0, id, at, more, &segment[range])?;
+        }
+    }
+    exchange(&client, &server)?;
+    assert!(flow(&topology, &Connector::default()).is_ok());
+    Ok(())
+}
+
+#[test]
+fn ports_in_time_wait_get_a_flow_every_time_they_are_used_again() -> Result<()> {
+    let topology = Topology::new()?;
+    // Who ends first stays in TIME_WAIT, here the client, and its leg towards the server.
+    topology.client.sysctl("net.ipv4.tcp_tw_reuse", 1)?;
+    topology.client.sysctl("net.ipv4.tcp_tw_reuse_delay", 1)?;
+    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    for round in 0..300 {
+        let connector = Connector {
+            source: Some((Family::V4.client(), 40_000 + round % 3).into()),
+            ..Connector::default()
+        };
+        let client =
+            connect_again(&connector, &topology, address).with_context(|| format!("round {round}"))?;
+        let accepted = listener.accept(patience(PATIENCE))?;
+        ensure!(accepted.syn.ttl() == 64, "round {round} is not split");
+        exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
+        client.shutdown(Shutdown::Write)?;
+        ensure!((&accepted.stream).read(&mut [0])? == 0);
+        drop(accepted);
+        ensure!((&client).read(&mut [0])? == 0);
+    }
+    Ok(())
+}
+
+#[test]
+fn two_ends_that_open_the_same_connection_at_once_get_one() -> Result<()> {
+    let far_away = LinkProfile {
+        rtt: Duration::from_millis(400),
+        ..LinkProfile::UNIMPAIRED
+    };
+    let topology = Topology::builder().link(Link::Tun(far_away)).build()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let (near, far) = (
+        SocketAddr::new(Family::V4.client(), 40_000),
+        SocketAddr::new(Family::V4.server(), 50_000),
+    );
+    let connect = |namespace, source, to| {
+        let connector = Connector {
+            source: Some(source),
+            ..Connector::default()
+        };
+        connector.connect(namespace, to)
+    };
+    let (at_client, at_server) = thread::scope(|scope| -> Result<_> {
+        let at_server = scope.spawn(|| connect(&topology.server, far, near));
+        // Between the far end's SYN and the end of its handshake with the gateway.
+        thread::sleep(far_away.rtt * 3 / 4);
+        let at_client = connect(&topology.client, near, far).context("the client")?;
+        let at_server = at_server.join().expect("no panic").context("the server")?;
+        Ok((at_client, at_server))
+    })?;
+    exchange(&at_client, &at_server)?;
+    drop((at_client, at_server));
+    let exit = daemon.terminate()?;
+    assert!(count(&exit, "simultaneous") > 0, "{}", exit.log);
+    Ok(())
+}
+
+#[test]
+fn log_has_so_many_lines_a_second_at_most() -> Result<()> {
+    const FLOWS: usize = 400;
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let flows = (0..FLOWS)
+        .map(|_| flow(&topology, &Connector::default()))
+        .collect::<Result<Vec<_>>>()?;
+    // Each of them is worth a line.
+    let mut admin = UnixStream::connect(daemon.admin_socket())?;
+    writeln!(
+        admin,
+        r#"{{"version":1,"request":"close","flow":"{}"}}"#,
+        Family::V4.client()
+    )?;
+    let mut reply = [0];
+    admin.read_exact(&mut reply)?;
+    drop(flows);
+    let metrics = topology
+        .gateway
+        .command("curl")
+        .args(["-s", "http://127.0.0.1:9300/metrics"])
+        .output()?;
+    let metrics = String::from_utf8(metrics.stdout)?;
+    let suppressed = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("pepsal_log_lines_suppressed_total "))
+        .context("the metric")?;
+    let lines = daemon.log().matches("closed by the operator").count();
+    assert!(lines <= 200, "{lines} lines");
+    assert!(
+        suppressed.parse::<usize>()? >= FLOWS - 200,
+        "{suppressed} of {FLOWS} left out, {lines} written"
+    );
+    Ok(())
+}
+
+#[test]
+fn nobody_outside_reaches_what_the_daemon_serves() -> Result<()> {
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    daemon.wait_for_log("metrics at=127.0.0.1:9300")?;
+    for (namespace, near) in [
+        (&topology.client, Family::gateway as fn(Family) -> IpAddr),
+        (&topology.server, Family::server_next_hop),
+    ] {
+        for family in Family::BOTH {
+            for port in [5000, 9300] {
+                let address = SocketAddr::new(near(family), port);
+                let refusal = Connector::default().connect(namespace, address);
+                let refusal = refusal.expect_err("nothing listens there").kind();
+                assert_eq!(refusal, io::ErrorKind::ConnectionRefused, "{address}");
+            }
+        }
+    }
+    Ok(())
 }

@@ -12,6 +12,7 @@ mod dashboard;
 mod deb;
 mod debian;
 mod demo;
+mod fuzz;
 mod linker;
 mod progress;
 mod quantity;
@@ -23,6 +24,7 @@ mod signals;
 mod soak;
 mod table;
 mod test;
+mod tool;
 mod toolchain;
 mod vm;
 
@@ -68,6 +70,8 @@ enum Xtask {
     Test(test::Options),
     /// Check dependencies for known vulnerabilities, licences and sources.
     Audit,
+    /// Fuzz what reads bytes that others made: packets, the relay's ends, configuration files, requests.
+    Fuzz(fuzz::Options),
     /// Make flows of every kind over a lossy link, while the daemon and the gateway are ill-treated, and check every byte.
     Soak(soak::Options),
     /// Run the end-to-end tests on other kernels, in virtual machines without hardware support.
@@ -94,6 +98,7 @@ impl Xtask {
             Self::Bench(bench) => return bench::run(&bench),
             Self::Test(options) => return Ok(test::run(&options)),
             Self::Audit => audit::run()?,
+            Self::Fuzz(options) => fuzz::run(&options)?,
             Self::Soak(options) => return soak::run(&options),
             Self::VmTest(options) => return vm::run(&options),
         }

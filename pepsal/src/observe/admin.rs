@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    fs, io,
+    fmt, fs, io,
     net::{IpAddr, SocketAddr},
     os::unix::fs::PermissionsExt,
     path::Path,
@@ -141,35 +141,67 @@ async fn read_line(read: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Line> {
 }
 
 async fn answer(line: &[u8], view: &Arc<View>) -> Answer {
-    let answered = match serde_json::from_slice::<Request>(line) {
-        Err(error) => Err(format!("no request of this protocol: {error}")),
-        Ok(Request { version, .. }) if version != VERSION => Err(format!(
-            "version {version} of the protocol is not spoken here: {VERSION} is"
-        )),
-        Ok(Request { question, .. }) => match question {
-            Question::Status => Ok(Answer::Status(Box::new(Status::of(view).await))),
-            Question::Flows(question) => flows(question, view).await.map(Answer::Flows),
-            Question::Close { flow } => close(&flow, view).map(Answer::Closed),
-        },
+    let answered = match Asked::parse(line) {
+        Err(refusal) => Err(refusal),
+        Ok(Asked::Status) => Ok(Answer::Status(Box::new(Status::of(view).await))),
+        Ok(Asked::Flows(question, filter)) => flows(question, filter, view).await.map(Answer::Flows),
+        Ok(Asked::Close(target)) => close(&target, view).map(Answer::Closed),
     };
     answered.unwrap_or_else(Answer::Error)
 }
 
-async fn flows(question: FlowsQuestion, view: &Arc<View>) -> Result<Flows, String> {
-    let filter = Filter::parse(&question)?;
+/// A request that makes sense.
+#[derive(Debug)]
+pub enum Asked {
+    /// How the daemon is.
+    Status,
+    /// The flows that a filter takes.
+    Flows(FlowsQuestion, Filter),
+    /// The end of some.
+    Close(Target),
+}
+
+impl Asked {
+    /// Understands a line.
+    ///
+    /// # Errors
+    /// Says in one line why it does not.
+    pub fn parse(line: &[u8]) -> Result<Self, String> {
+        // What is wrong is repeated, and may be anything.
+        Self::understand(line).map_err(|refusal| refusal.replace(char::is_control, " "))
+    }
+
+    fn understand(line: &[u8]) -> Result<Self, String> {
+        let request: Request =
+            serde_json::from_slice(line).map_err(|error| format!("no request of this protocol: {error}"))?;
+        if request.version != VERSION {
+            let version = request.version;
+            return Err(format!(
+                "version {version} of the protocol is not spoken here: {VERSION} is"
+            ));
+        }
+        Ok(match request.question {
+            Question::Status => Self::Status,
+            Question::Flows(question) => {
+                let (ms, most) = (question.interval_ms, INTERVAL_MAX.as_millis());
+                if u128::from(ms) > most {
+                    return Err(format!("interval_ms {ms} is more than {most}"));
+                }
+                let filter = Filter::parse(&question)?;
+                Self::Flows(question, filter)
+            }
+            Question::Close { flow } => Self::Close(Target::parse(&flow)?),
+        })
+    }
+}
+
+async fn flows(question: FlowsQuestion, filter: Filter, view: &Arc<View>) -> Result<Flows, String> {
     let before = match question.interval_ms {
         0 => None,
         ms => {
-            let interval = Duration::from_millis(ms);
-            if interval > INTERVAL_MAX {
-                return Err(format!(
-                    "interval_ms {ms} is more than {}",
-                    INTERVAL_MAX.as_millis()
-                ));
-            }
             let since = Instant::now();
             let carried = view.shared.table.snapshot().iter().map(carried).collect();
-            sleep(interval).await;
+            sleep(Duration::from_millis(ms)).await;
             Some((since, carried))
         }
     };
@@ -221,7 +253,9 @@ fn look(
     }
 }
 
-struct Filter {
+/// Which flows to show.
+#[derive(Debug)]
+pub struct Filter {
     client: Option<IpNet>,
     server: Option<IpNet>,
     port: Option<u16>,
@@ -267,9 +301,12 @@ fn prefix(text: &str) -> Result<IpNet, String> {
 
 /// Which flows to end.
 #[derive(Debug, PartialEq, Eq)]
-enum Target {
+pub enum Target {
+    /// That of a number.
     Id(u64),
+    /// All of a client.
     Client(IpAddr),
+    /// Those of a client's port.
     ClientPort(SocketAddr),
 }
 
@@ -292,8 +329,7 @@ impl Target {
     }
 }
 
-fn close(which: &str, view: &View) -> Result<Vec<Ends>, String> {
-    let target = Target::parse(which)?;
+fn close(target: &Target, view: &View) -> Result<Vec<Ends>, String> {
     let flows = view.shared.table.snapshot();
     let closed: Vec<Ends> = flows
         .iter()
@@ -309,8 +345,18 @@ fn close(which: &str, view: &View) -> Result<Vec<Ends>, String> {
         })
         .collect();
     match closed.is_empty() {
-        true => Err(format!("there is no flow {which}")),
+        true => Err(format!("there is no flow {target}")),
         false => Ok(closed),
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => id.fmt(f),
+            Self::Client(address) => address.fmt(f),
+            Self::ClientPort(address) => address.fmt(f),
+        }
     }
 }
 

@@ -17,9 +17,10 @@ use prometheus_client::{
 };
 use tokio::task::spawn_blocking;
 
-use super::View;
+use super::{View, process::Process};
 use crate::{
     flow::CloseReason,
+    log,
     metrics::Event,
     table::{LegObservation, State},
 };
@@ -49,6 +50,9 @@ struct Snapshot {
     limit: u32,
     pending: u64,
     open: u64,
+    map_entries: u64,
+    process: Process,
+    lines_suppressed: u64,
     bytes: [u64; 2],
     closed: Vec<(String, u64)>,
     events: Vec<(&'static str, u64)>,
@@ -122,6 +126,9 @@ impl Snapshot {
             limit: view.limit,
             pending,
             open,
+            map_entries: shared.table.entries() as u64,
+            process: Process::now(),
+            lines_suppressed: log::suppressed(),
             bytes: [up, down],
             closed: CloseReason::ALL
                 .iter()
@@ -191,6 +198,7 @@ impl Collector for Snapshot {
             single(started.as_secs_f64()),
         )?;
         self.encode_flows(&mut out)?;
+        self.encode_process(&mut out)?;
         self.encode_steering(&mut out)?;
         self.encode_interfaces(&mut out)?;
         self.encode_links(&mut out)
@@ -248,6 +256,44 @@ impl Snapshot {
             "What happened to connections besides their end",
             &["event"],
             events,
+        )
+    }
+
+    fn encode_process(&self, out: &mut Families<'_>) -> fmt::Result {
+        let Process {
+            memory_bytes,
+            descriptors,
+            descriptors_limit,
+        } = &self.process;
+        for (name, help, value) in [
+            (
+                "flow_map_entries",
+                "Flows in the kernel's map, those included whose handshake is under way",
+                &Some(self.map_entries),
+            ),
+            (
+                "memory_bytes",
+                "Memory that the daemon occupies, without its sockets' buffers",
+                memory_bytes,
+            ),
+            (
+                "descriptors_open",
+                "Descriptors that the daemon has open",
+                descriptors,
+            ),
+            (
+                "descriptors_limit",
+                "The most descriptors that the daemon may have open",
+                descriptors_limit,
+            ),
+        ] {
+            out.gauge(name, help, &[], value.map(|value| ([], value as f64)))?;
+        }
+        out.counter(
+            "log_lines_suppressed",
+            "Lines left out of the log, as there were too many in a second",
+            &[],
+            [([], self.lines_suppressed)],
         )
     }
 

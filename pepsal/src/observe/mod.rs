@@ -12,6 +12,7 @@
 pub mod admin;
 pub mod exposition;
 pub mod http;
+mod process;
 pub mod protocol;
 mod sample;
 mod socket_file;

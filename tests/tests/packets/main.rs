@@ -3,435 +3,28 @@
 //! The programs pass every packet on, so what they decide shows in the mark, in the one counter that each packet moves
 //! and in the map of flows.
 
-use std::env;
-use std::fs::File;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use aya::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie};
-use aya::programs::tc::qdisc_add_clsact;
-use aya::programs::{SchedClassifier, SkLookup, TcAttachType, TestRun, TestRunOptions};
-use aya::{Ebpf, EbpfLoader};
+use aya::maps::{Array, HashMap, SockMap};
 use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::time::{ClockId, clock_gettime};
-use pepsal_ebpf::{
-    Counter, EXTENSION_MAX, FlowKey, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey, SynRecord, listener_v4,
-    listener_v6, map_addr,
-};
-use pepsal_tests::{Connector, Family, Listener, Topology, eventually};
+use pepsal_ebpf::{Counter, EXTENSION_MAX, NO_LINK, PORT_SET_BYTES, PortSet, listener_v4, listener_v6};
+use pepsal_tests::{Connector, Family, Listener, eventually};
 
-const PATIENCE: Duration = Duration::from_secs(10);
+use gateway::{Gateway, HEARTBEAT_BOUND, LIMIT, PATIENCE, REPLIES, STEER, ethernet};
+use segment::*;
 
-/// Intercepts and recognises.
-const STEER: &str = "pepsal_steer";
-/// Recognises only.
-const REPLIES: &str = "pepsal_replies";
+mod differential;
+mod gateway;
+mod generator;
+mod oracle;
+mod segment;
 
-/// Gives the listeners what is recorded.
-const LISTENER: &str = "pepsal_listener";
-
-/// `TCX_NEXT` and `TC_ACT_UNSPEC`: whatever comes next sees the packet.
-const NEXT: u32 = u32::MAX;
-
-const MARK: u32 = 0x40;
-const MARK_MASK: u32 = 0xc0;
-/// What others have set, with both bits of ours wrong.
-const OTHERS: u32 = 0xdead_be80;
-const STEERED: u32 = OTHERS & !MARK_MASK | MARK;
-
-const LIMIT: u32 = 4;
-const HEARTBEAT_BOUND: Duration = Duration::from_secs(60);
-
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
-const CLIENT_PORT: u16 = 40_000;
-const SERVER_PORT: u16 = 80;
-
-/// The loaded programs on a gateway with routes, listeners and a daemon that is alive.
-struct Gateway {
-    topology: Topology,
-    ebpf: Ebpf,
-    lan0: u32,
-    _listeners: [TcpListener; 2],
-}
-
-impl Gateway {
-    fn new() -> Result<Self> {
-        let topology = Topology::new()?;
-        let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
-        let mut ebpf = EbpfLoader::new()
-            .override_global("MARK", &MARK, true)
-            .override_global("MARK_MASK", &MARK_MASK, true)
-            .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
-            .override_global("FOLLOW_FRAGMENTS", &1_u8, true)
-            .map_max_entries("FLOWS", LIMIT)
-            .load_file(object()?)?;
-        for name in [STEER, REPLIES] {
-            program(&mut ebpf, name)?.load()?;
-        }
-        let (lan0, listeners) = topology.gateway.run(|| -> Result<_> {
-            let listeners = [
-                TcpListener::bind("127.0.0.1:5000")?,
-                TcpListener::bind("[::1]:5000")?,
-            ];
-            Ok((if_nametoindex("lan0")?, listeners))
-        })?;
-        let mut slots: SockMap<_> = ebpf.map_mut("LISTENERS").context("LISTENERS")?.try_into()?;
-        for (slot, listener) in [listener_v4(NO_LINK), listener_v6(NO_LINK)]
-            .into_iter()
-            .zip(&listeners)
-        {
-            slots.set(slot, &listener.as_raw_fd(), 0)?;
-        }
-        let lookup: &mut SkLookup = ebpf
-            .program_mut(LISTENER)
-            .context("no such program")?
-            .try_into()?;
-        lookup.load()?;
-        topology
-            .gateway
-            .run(|| -> Result<_> { Ok(lookup.attach(File::open("/proc/thread-self/ns/net")?)?) })?;
-        let mut gateway = Self {
-            topology,
-            ebpf,
-            lan0,
-            _listeners: listeners,
-        };
-        gateway.beat(Duration::ZERO)?;
-        let mut sets: HashMap<_, u32, PortSet> = gateway
-            .ebpf
-            .map_mut("PORT_SETS")
-            .context("PORT_SETS")?
-            .try_into()?;
-        sets.insert(0, [0; PORT_SET_BYTES], 0)?;
-        sets.insert(1, [0xff; PORT_SET_BYTES], 0)?;
-        for family in Family::BOTH {
-            gateway.select("DESTINATIONS", family, true)?;
-            gateway.select("SOURCES", family, true)?;
-        }
-        Ok(gateway)
-    }
-
-    /// Lets the daemon's last sign of life be so old.
-    fn beat(&mut self, age: Duration) -> Result<()> {
-        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
-        let beat = now.saturating_sub(age).as_nanos() as u64;
-        let mut heartbeat: Array<_, u64> = self.ebpf.map_mut("HEARTBEAT").context("HEARTBEAT")?.try_into()?;
-        Ok(heartbeat.set(0, beat, 0)?)
-    }
-
-    /// Selects all or nothing of a family.
-    fn select(&mut self, trie: &str, family: Family, all: bool) -> Result<()> {
-        self.select_in(0, trie, family, all)
-    }
-
-    /// The same in a generation of rules.
-    fn select_in(&mut self, generation: u32, trie: &str, family: Family, all: bool) -> Result<()> {
-        let (prefix, len) = match family {
-            Family::V4 => (map_addr(Ipv4Addr::UNSPECIFIED.into()), 96),
-            Family::V6 => ([0; 16], 0),
-        };
-        let mut trie: LpmTrie<_, PrefixKey, u32> = self.ebpf.map_mut(trie).context("a trie")?.try_into()?;
-        let prefix = PrefixKey::new(generation, prefix);
-        let key = lpm_trie::Key::new(PrefixKey::GENERATION_BITS + len, prefix);
-        Ok(trie.insert(&key, u32::from(all), 0)?)
-    }
-
-    fn count(&self, counter: Counter) -> Result<u64> {
-        let counters: PerCpuArray<_, u64> = self.ebpf.map("COUNTERS").context("COUNTERS")?.try_into()?;
-        Ok(counters.get(&(counter as u32), 0)?.iter().sum())
-    }
-
-    fn flows(&self) -> Result<Vec<(FlowKey, SynRecord)>> {
-        let flows: HashMap<_, FlowKey, SynRecord> = self.ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
-        Ok(flows.iter().collect::<Result<_, _>>()?)
-    }
-
-    fn forget_flows(&mut self) -> Result<()> {
-        let keys: Vec<FlowKey> = self.flows()?.into_iter().map(|(key, _)| key).collect();
-        let mut flows: HashMap<_, FlowKey, SynRecord> =
-            self.ebpf.map_mut("FLOWS").context("FLOWS")?.try_into()?;
-        Ok(keys.iter().try_for_each(|key| flows.remove(key))?)
-    }
-
-    /// Runs a program on a frame that has arrived on `lan0`, and returns what it counted. Checks the verdict, that one
-    /// thing is counted, and that the mark is set or left as it was.
-    fn run(&mut self, name: &str, frame: &[u8]) -> Result<Counter> {
-        let counts = |gateway: &Self| {
-            Counter::ALL
-                .iter()
-                .map(|counter| gateway.count(*counter))
-                .collect::<Result<Vec<_>>>()
-        };
-        let before = counts(self)?;
-        let mut context = [0; SK_BUFF_LEN];
-        context[8..12].copy_from_slice(&OTHERS.to_ne_bytes());
-        context[40..44].copy_from_slice(&self.lan0.to_ne_bytes());
-        let mut context_out = [0; SK_BUFF_LEN];
-        let mut frame_out = vec![0; frame.len() + 64];
-        let program: &SchedClassifier = program(&mut self.ebpf, name)?;
-        let result = self.topology.gateway.run(|| {
-            program.test_run(TestRunOptions {
-                data_in: Some(frame),
-                data_out: Some(&mut frame_out),
-                ctx_in: Some(&context),
-                ctx_out: Some(&mut context_out),
-                ..TestRunOptions::default()
-            })
-        })?;
-        ensure!(
-            result.return_value == NEXT,
-            "verdict {}",
-            result.return_value as i32
-        );
-        ensure!(
-            &frame_out[..result.data_size_out as usize] == frame,
-            "the packet is changed"
-        );
-        let counted: Vec<Counter> = Counter::ALL
-            .iter()
-            .zip(before.iter().zip(counts(self)?))
-            .filter(|(_, (before, after))| after > before)
-            .map(|(counter, _)| *counter)
-            // The look-up of a socket, which is part of the decision, counts for itself.
-            .filter(|counter| *counter != Counter::Assigned)
-            .collect();
-        ensure!(counted.len() == 1, "counted as {counted:?}");
-        let mark = u32::from_ne_bytes([context_out[8], context_out[9], context_out[10], context_out[11]]);
-        let expected = if is_steered(counted[0]) { STEERED } else { OTHERS };
-        ensure!(mark == expected, "{:?} with mark {mark:#x}", counted[0]);
-        Ok(counted[0])
-    }
-
-    /// What the intercepting program counts a packet as, from its IP header on.
-    fn steer(&mut self, packet: &[u8]) -> Result<Counter> {
-        self.run(STEER, &ethernet(packet))
-    }
-
-    /// Attaches the intercepting program to `lan0`, for frames that the client sends.
-    fn attach(&mut self) -> Result<()> {
-        let program = program(&mut self.ebpf, STEER)?;
-        self.topology.gateway.run(|| -> Result<_> {
-            // Where there is no tcx.
-            qdisc_add_clsact("lan0")?;
-            Ok(program.attach("lan0", TcAttachType::Ingress)?)
-        })?;
-        Ok(())
-    }
-
-    /// A connection of the gateway's own, as a segment that comes in for it names it.
-    fn leg(&self, family: Family) -> Result<(Tcp, [TcpStream; 2])> {
-        let listener = Listener::bind_any(&self.topology.client, family.client())?;
-        let to = SocketAddr::new(family.client(), listener.port());
-        let near = Connector::default().connect(&self.topology.gateway, to)?;
-        let tcp = Tcp {
-            source: to,
-            destination: near.local_addr()?,
-            flags: ACK,
-            ..Tcp::syn(family)
-        };
-        Ok((tcp, [near, listener.accept(PATIENCE)?.stream]))
-    }
-}
-
-fn is_steered(counter: Counter) -> bool {
-    use Counter::{IcmpError, Intercepted, Pending, Retransmitted, Steered};
-    matches!(
-        counter,
-        Intercepted | Retransmitted | Steered | Pending | IcmpError
-    )
-}
-
-/// `struct __sk_buff` of `uapi/linux/bpf.h`: mark at 8, ifindex at 40.
-const SK_BUFF_LEN: usize = 192;
-
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
-    Ok(ebpf.program_mut(name).context("no such program")?.try_into()?)
-}
-
-/// The eBPF object: `PEPSAL_EBPF_OBJECT`, or the workspace's.
-fn object() -> Result<PathBuf> {
-    let built = "../target/ebpf/bpfel-unknown-none/release/pepsal-ebpf";
-    let path = env::var_os("PEPSAL_EBPF_OBJECT").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join(built),
-        PathBuf::from,
-    );
-    ensure!(
-        path.is_file(),
-        "no eBPF object at {}: run `cargo xtask build` first",
-        path.display()
-    );
-    Ok(path)
-}
-
-/// Puts an Ethernet header before a packet, with the type that its version asks for.
-fn ethernet(packet: &[u8]) -> Vec<u8> {
-    let ethertype = if packet[0] >> 4 == 6 {
-        [0x86, 0xdd]
-    } else {
-        [0x08, 0x00]
-    };
-    [&[0; 12][..], &ethertype, packet].concat()
-}
-
-/// A TCP segment to be made.
-#[derive(Clone, Debug)]
-struct Tcp {
-    source: SocketAddr,
-    destination: SocketAddr,
-    flags: u8,
-    traffic_class: u8,
-    ttl: u8,
-    flow_label: u32,
-    ip_options: Vec<u8>,
-    /// IPv6 extension headers: protocol number, and all of the header but its next-header byte.
-    extensions: Vec<(u8, Vec<u8>)>,
-    tcp_options: Vec<u8>,
-}
-
-impl Tcp {
-    /// The client's plain SYN to the server.
-    fn syn(family: Family) -> Self {
-        Self {
-            source: (family.client(), CLIENT_PORT).into(),
-            destination: (family.server(), SERVER_PORT).into(),
-            flags: SYN,
-            traffic_class: 0,
-            ttl: 64,
-            flow_label: 0,
-            ip_options: Vec::new(),
-            extensions: Vec::new(),
-            tcp_options: Vec::new(),
-        }
-    }
-
-    fn with_flags(family: Family, flags: u8) -> Self {
-        Self {
-            flags,
-            ..Self::syn(family)
-        }
-    }
-
-    fn with_extensions(extensions: &[(u8, &[u8])]) -> Self {
-        let extensions = extensions
-            .iter()
-            .map(|(protocol, rest)| (*protocol, rest.to_vec()))
-            .collect();
-        Self {
-            extensions,
-            ..Self::syn(Family::V6)
-        }
-    }
-
-    fn key(&self) -> FlowKey {
-        FlowKey::between(self.source, self.destination)
-    }
-
-    /// From the IP header on, without checksums, which are not steering's to check.
-    fn packet(&self) -> Vec<u8> {
-        let mut tcp = [
-            self.source.port().to_be_bytes(),
-            self.destination.port().to_be_bytes(),
-        ]
-        .concat();
-        tcp.extend([0; 8]);
-        tcp.push((((20 + self.tcp_options.len()) / 4) << 4) as u8);
-        tcp.extend([self.flags, 0xff, 0xff, 0, 0, 0, 0]);
-        tcp.extend(&self.tcp_options);
-        self.ip(6, &tcp)
-    }
-
-    /// The same IP header before another payload.
-    fn ip(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
-        match (self.source.ip(), self.destination.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                let header_len = 20 + self.ip_options.len();
-                let total_len = (header_len + payload.len()) as u16;
-                let mut packet = vec![0x40 | (header_len / 4) as u8, self.traffic_class];
-                packet.extend(total_len.to_be_bytes());
-                packet.extend([0, 1, 0x40, 0, self.ttl, protocol, 0, 0]);
-                packet.extend(source.octets());
-                packet.extend(destination.octets());
-                packet.extend(&self.ip_options);
-                packet.extend(payload);
-                packet
-            }
-            (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                let following = self
-                    .extensions
-                    .iter()
-                    .map(|(protocol, _)| *protocol)
-                    .chain([protocol]);
-                let mut chain = Vec::new();
-                for (next, (_, rest)) in following.clone().skip(1).zip(&self.extensions) {
-                    chain.push(next);
-                    chain.extend(rest);
-                }
-                let first = following.clone().next().expect("at least the payload's");
-                let word = 0x6000_0000 | u32::from(self.traffic_class) << 20 | self.flow_label;
-                let mut packet = word.to_be_bytes().to_vec();
-                packet.extend(((chain.len() + payload.len()) as u16).to_be_bytes());
-                packet.extend([first, self.ttl]);
-                packet.extend(source.octets());
-                packet.extend(destination.octets());
-                packet.extend(chain);
-                packet.extend(payload);
-                packet
-            }
-            _ => panic!("both ends are of one family"),
-        }
-    }
-
-    /// What this segment's sender is told when it could not be forwarded: the first bytes of it behind an ICMP header.
-    fn icmp_error(&self, icmp_type: u8, quoted_bytes: usize) -> Vec<u8> {
-        let packet = self.packet();
-        let mut message = vec![icmp_type, 4, 0, 0, 0, 0, 0x05, 0x78];
-        message.extend(&packet[..quoted_bytes.min(packet.len())]);
-        let router = Self {
-            source: self.destination,
-            destination: self.source,
-            extensions: Vec::new(),
-            ..self.clone()
-        };
-        router.ip(icmp_protocol(self.source.ip()), &message)
-    }
-
-    fn swapped(&self) -> Self {
-        Self {
-            source: self.destination,
-            destination: self.source,
-            ..self.clone()
-        }
-    }
-}
-
-/// Without options and extension headers.
-fn ip_header_len(tcp: &Tcp) -> usize {
-    if tcp.source.is_ipv4() { 20 } else { 40 }
-}
-
-fn icmp_protocol(address: IpAddr) -> u8 {
-    if address.is_ipv4() { 1 } else { 58 }
-}
-
-const HOP_BY_HOP: u8 = 0;
-const ROUTING: u8 = 43;
-const FRAGMENT: u8 = 44;
-const ESP: u8 = 50;
-const AUTHENTICATION: u8 = 51;
-const DESTINATION: u8 = 60;
-const MOBILITY: u8 = 135;
-
-/// Router alert, and padding of the header's rest.
-const ROUTER_ALERT: &[u8] = &[0, 5, 2, 0, 0, 1, 0];
-const PADDING: &[u8] = &[0, 1, 4, 0, 0, 0, 0];
-/// Type 4 without segments left.
-const ROUTED: &[u8] = &[0, 4, 0, 0, 0, 0, 0];
 const MSS_AND_MORE: [u8; 20] = [2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
 
 #[test]
@@ -718,6 +311,24 @@ fn fragments_go_where_the_first_of_their_packet_went() -> Result<()> {
     assert_eq!(gateway.steer(&fragment([0, 1], 7))?, Counter::Steered);
     assert_eq!(gateway.steer(&fragment([0, 9], 7))?, Counter::Steered);
     assert_eq!(gateway.steer(&fragment([0, 8], 8))?, Counter::Fragment);
+    Ok(())
+}
+
+#[test]
+fn flood_of_fragments_fills_its_map_and_no_more() -> Result<()> {
+    const MOST: usize = 4096;
+    let mut gateway = Gateway::new()?;
+    let (leg, _streams) = gateway.leg(Family::V4)?;
+    for id in 0..5000_u16 {
+        let mut first = leg.packet();
+        first[4..6].copy_from_slice(&id.to_be_bytes());
+        first[6..8].copy_from_slice(&[0x20, 0x00]);
+        assert_eq!(gateway.steer(&first)?, Counter::Steered, "{id}");
+    }
+    let fragments = gateway.ebpf.map("FRAGMENTS").context("FRAGMENTS")?;
+    let fragments: HashMap<_, [u8; 40], u8> = fragments.try_into()?;
+    let known = fragments.keys().count();
+    assert!((MOST / 2..=MOST).contains(&known), "{known} packets");
     Ok(())
 }
 
@@ -1086,7 +697,7 @@ fn without_a_listener_of_its_family_a_syn_passes() -> Result<()> {
 #[test]
 fn slot_of_a_listener_that_is_closed_is_empty() -> Result<()> {
     let mut gateway = Gateway::new()?;
-    gateway._listeners = gateway.topology.gateway.run(|| -> io::Result<_> {
+    gateway.listeners = gateway.topology.gateway.run(|| -> io::Result<_> {
         Ok([
             TcpListener::bind("127.0.0.1:5001")?,
             TcpListener::bind("[::1]:5001")?,

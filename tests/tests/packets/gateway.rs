@@ -1,0 +1,286 @@
+//! The loaded programs, and what they make of a frame.
+
+use std::env;
+use std::fs::File;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use aya::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie};
+use aya::programs::tc::qdisc_add_clsact;
+use aya::programs::{SchedClassifier, SkLookup, TcAttachType, TestRun, TestRunOptions};
+use aya::{Ebpf, EbpfLoader};
+use nix::net::if_::if_nametoindex;
+use nix::time::{ClockId, clock_gettime};
+use pepsal_ebpf::{
+    Counter, FlowKey, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey, SynRecord, listener_v4, listener_v6,
+    map_addr,
+};
+use pepsal_tests::{Connector, Family, Listener, Topology};
+
+use crate::segment::{ACK, Tcp};
+
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Intercepts and recognises.
+pub const STEER: &str = "pepsal_steer";
+/// Recognises only.
+pub const REPLIES: &str = "pepsal_replies";
+
+/// Gives the listeners what is recorded.
+const LISTENER: &str = "pepsal_listener";
+
+/// `TCX_NEXT` and `TC_ACT_UNSPEC`: whatever comes next sees the packet.
+pub const NEXT: u32 = u32::MAX;
+
+pub const MARK: u32 = 0x40;
+pub const MARK_MASK: u32 = 0xc0;
+/// What others have set, with both bits of ours wrong.
+pub const OTHERS: u32 = 0xdead_be80;
+pub const STEERED: u32 = OTHERS & !MARK_MASK | MARK;
+
+pub const LIMIT: u32 = 4;
+pub const HEARTBEAT_BOUND: Duration = Duration::from_secs(60);
+
+/// The loaded programs on a gateway with routes, listeners and a daemon that is alive.
+pub struct Gateway {
+    pub topology: Topology,
+    pub ebpf: Ebpf,
+    pub lan0: u32,
+    pub listeners: [TcpListener; 2],
+}
+
+impl Gateway {
+    pub fn new() -> Result<Self> {
+        let topology = Topology::new()?;
+        let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
+        let mut ebpf = EbpfLoader::new()
+            .override_global("MARK", &MARK, true)
+            .override_global("MARK_MASK", &MARK_MASK, true)
+            .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+            .override_global("FOLLOW_FRAGMENTS", &1_u8, true)
+            .map_max_entries("FLOWS", LIMIT)
+            .load_file(object()?)?;
+        for name in [STEER, REPLIES] {
+            program(&mut ebpf, name)?.load()?;
+        }
+        let (lan0, listeners) = topology.gateway.run(|| -> Result<_> {
+            let listeners = [
+                TcpListener::bind("127.0.0.1:5000")?,
+                TcpListener::bind("[::1]:5000")?,
+            ];
+            Ok((if_nametoindex("lan0")?, listeners))
+        })?;
+        let mut slots: SockMap<_> = ebpf.map_mut("LISTENERS").context("LISTENERS")?.try_into()?;
+        for (slot, listener) in [listener_v4(NO_LINK), listener_v6(NO_LINK)]
+            .into_iter()
+            .zip(&listeners)
+        {
+            slots.set(slot, &listener.as_raw_fd(), 0)?;
+        }
+        let lookup: &mut SkLookup = ebpf
+            .program_mut(LISTENER)
+            .context("no such program")?
+            .try_into()?;
+        lookup.load()?;
+        topology
+            .gateway
+            .run(|| -> Result<_> { Ok(lookup.attach(File::open("/proc/thread-self/ns/net")?)?) })?;
+        let mut gateway = Self {
+            topology,
+            ebpf,
+            lan0,
+            listeners,
+        };
+        gateway.beat(Duration::ZERO)?;
+        let mut sets: HashMap<_, u32, PortSet> = gateway
+            .ebpf
+            .map_mut("PORT_SETS")
+            .context("PORT_SETS")?
+            .try_into()?;
+        sets.insert(0, [0; PORT_SET_BYTES], 0)?;
+        sets.insert(1, [0xff; PORT_SET_BYTES], 0)?;
+        for family in Family::BOTH {
+            gateway.select("DESTINATIONS", family, true)?;
+            gateway.select("SOURCES", family, true)?;
+        }
+        Ok(gateway)
+    }
+
+    /// Lets the daemon's last sign of life be so old.
+    pub fn beat(&mut self, age: Duration) -> Result<()> {
+        let now = Duration::from(clock_gettime(ClockId::CLOCK_MONOTONIC)?);
+        let beat = now.saturating_sub(age).as_nanos() as u64;
+        let mut heartbeat: Array<_, u64> = self.ebpf.map_mut("HEARTBEAT").context("HEARTBEAT")?.try_into()?;
+        Ok(heartbeat.set(0, beat, 0)?)
+    }
+
+    /// Selects all or nothing of a family.
+    pub fn select(&mut self, trie: &str, family: Family, all: bool) -> Result<()> {
+        self.select_in(0, trie, family, all)
+    }
+
+    /// The same in a generation of rules.
+    pub fn select_in(&mut self, generation: u32, trie: &str, family: Family, all: bool) -> Result<()> {
+        let (prefix, len) = match family {
+            Family::V4 => (map_addr(Ipv4Addr::UNSPECIFIED.into()), 96),
+            Family::V6 => ([0; 16], 0),
+        };
+        let mut trie: LpmTrie<_, PrefixKey, u32> = self.ebpf.map_mut(trie).context("a trie")?.try_into()?;
+        let prefix = PrefixKey::new(generation, prefix);
+        let key = lpm_trie::Key::new(PrefixKey::GENERATION_BITS + len, prefix);
+        Ok(trie.insert(&key, u32::from(all), 0)?)
+    }
+
+    pub fn count(&self, counter: Counter) -> Result<u64> {
+        count(&self.ebpf, counter)
+    }
+
+    pub fn flows(&self) -> Result<Vec<(FlowKey, SynRecord)>> {
+        let flows: HashMap<_, FlowKey, SynRecord> = self.ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
+        Ok(flows.iter().collect::<Result<_, _>>()?)
+    }
+
+    pub fn forget_flows(&mut self) -> Result<()> {
+        let keys: Vec<FlowKey> = self.flows()?.into_iter().map(|(key, _)| key).collect();
+        let mut flows: HashMap<_, FlowKey, SynRecord> =
+            self.ebpf.map_mut("FLOWS").context("FLOWS")?.try_into()?;
+        Ok(keys.iter().try_for_each(|key| flows.remove(key))?)
+    }
+
+    /// Runs a program on a frame that has arrived on `lan0`, and returns what it counted. Checks the verdict, that one
+    /// thing is counted, and that the mark is set or left as it was.
+    pub fn run(&mut self, name: &str, frame: &[u8]) -> Result<Counter> {
+        let counts = |gateway: &Self| {
+            Counter::ALL
+                .iter()
+                .map(|counter| gateway.count(*counter))
+                .collect::<Result<Vec<_>>>()
+        };
+        let before = counts(self)?;
+        let lan0 = self.lan0;
+        let program = program(&mut self.ebpf, name)?;
+        let mark = self.topology.gateway.run(|| test_run(program, frame, lan0))?;
+        let counted: Vec<Counter> = Counter::ALL
+            .iter()
+            .zip(before.iter().zip(counts(self)?))
+            .filter(|(_, (before, after))| after > before)
+            .map(|(counter, _)| *counter)
+            // The look-up of a socket, which is part of the decision, counts for itself.
+            .filter(|counter| *counter != Counter::Assigned)
+            .collect();
+        ensure!(counted.len() == 1, "counted as {counted:?}");
+        ensure!(
+            mark == mark_of(counted[0]),
+            "{:?} with mark {mark:#x}",
+            counted[0]
+        );
+        Ok(counted[0])
+    }
+
+    /// What the intercepting program counts a packet as, from its IP header on.
+    pub fn steer(&mut self, packet: &[u8]) -> Result<Counter> {
+        self.run(STEER, &ethernet(packet))
+    }
+
+    /// Attaches the intercepting program to `lan0`, for frames that the client sends.
+    pub fn attach(&mut self) -> Result<()> {
+        let program = program(&mut self.ebpf, STEER)?;
+        self.topology.gateway.run(|| -> Result<_> {
+            // Where there is no tcx.
+            qdisc_add_clsact("lan0")?;
+            Ok(program.attach("lan0", TcAttachType::Ingress)?)
+        })?;
+        Ok(())
+    }
+
+    /// A connection of the gateway's own, as a segment that comes in for it names it.
+    pub fn leg(&self, family: Family) -> Result<(Tcp, [TcpStream; 2])> {
+        let listener = Listener::bind_any(&self.topology.client, family.client())?;
+        let to = SocketAddr::new(family.client(), listener.port());
+        let near = Connector::default().connect(&self.topology.gateway, to)?;
+        let tcp = Tcp {
+            source: to,
+            destination: near.local_addr()?,
+            flags: ACK,
+            ..Tcp::syn(family)
+        };
+        Ok((tcp, [near, listener.accept(PATIENCE)?.stream]))
+    }
+}
+
+/// The mark of a packet that is counted so.
+pub fn mark_of(counter: Counter) -> u32 {
+    use Counter::{IcmpError, Intercepted, Pending, Retransmitted, Steered};
+    match counter {
+        Intercepted | Retransmitted | Steered | Pending | IcmpError => STEERED,
+        _ => OTHERS,
+    }
+}
+
+/// How many packets are counted so.
+pub fn count(ebpf: &Ebpf, counter: Counter) -> Result<u64> {
+    let counters: PerCpuArray<_, u64> = ebpf.map("COUNTERS").context("COUNTERS")?.try_into()?;
+    Ok(counters.get(&(counter as u32), 0)?.iter().sum())
+}
+
+/// Runs a program, in the namespace of the calling thread, on a frame that has arrived on an interface. Checks that the
+/// verdict is to go on and the frame as it was, and returns the mark.
+pub fn test_run(program: &SchedClassifier, frame: &[u8], ifindex: u32) -> Result<u32> {
+    let mut context = [0; SK_BUFF_LEN];
+    context[8..12].copy_from_slice(&OTHERS.to_ne_bytes());
+    context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
+    let mut context_out = [0; SK_BUFF_LEN];
+    let mut frame_out = vec![0; frame.len() + 64];
+    let result = program.test_run(TestRunOptions {
+        data_in: Some(frame),
+        data_out: Some(&mut frame_out),
+        ctx_in: Some(&context),
+        ctx_out: Some(&mut context_out),
+        ..TestRunOptions::default()
+    })?;
+    let verdict = result.return_value;
+    ensure!(verdict == NEXT, "verdict {}", verdict as i32);
+    ensure!(
+        &frame_out[..result.data_size_out as usize] == frame,
+        "the packet is changed"
+    );
+    let [.., a, b, c, d] = context_out[..12] else {
+        unreachable!("it is longer")
+    };
+    Ok(u32::from_ne_bytes([a, b, c, d]))
+}
+
+/// `struct __sk_buff` of `uapi/linux/bpf.h`: mark at 8, ifindex at 40.
+pub const SK_BUFF_LEN: usize = 192;
+
+pub fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut SchedClassifier> {
+    Ok(ebpf.program_mut(name).context("no such program")?.try_into()?)
+}
+
+/// The eBPF object: `PEPSAL_EBPF_OBJECT`, or the workspace's.
+pub fn object() -> Result<PathBuf> {
+    let built = "../target/ebpf/bpfel-unknown-none/release/pepsal-ebpf";
+    let path = env::var_os("PEPSAL_EBPF_OBJECT").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join(built),
+        PathBuf::from,
+    );
+    ensure!(
+        path.is_file(),
+        "no eBPF object at {}: run `cargo xtask build` first",
+        path.display()
+    );
+    Ok(path)
+}
+
+/// Puts an Ethernet header before a packet, with the type that its version asks for.
+pub fn ethernet(packet: &[u8]) -> Vec<u8> {
+    let ethertype = if packet[0] >> 4 == 6 {
+        [0x86, 0xdd]
+    } else {
+        [0x08, 0x00]
+    };
+    [&[0; 12][..], &ethertype, packet].concat()
+}

@@ -1,0 +1,119 @@
+//! Coverage-guided fuzzing of what reads bytes that others made.
+
+use std::{fs, path::PathBuf, process::Command};
+
+use anyhow::{Context as _, Result};
+use clap::ValueEnum;
+
+use crate::{build, setup, shell, tool::Tool};
+
+const CARGO_FUZZ: Tool = Tool {
+    name: "cargo-fuzz",
+    version: "^0.13",
+};
+
+/// What to fuzz, and for how long.
+#[derive(clap::Args)]
+pub struct Options {
+    /// What to exercise; all in turn, if none is given.
+    #[arg(value_enum)]
+    targets: Vec<Target>,
+    /// How long each target is exercised.
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+    /// Have every access to memory checked as well, which takes longer.
+    #[arg(long)]
+    address_sanitizer: bool,
+    /// Add to the corpus in the repository what covers something that nothing in it does.
+    #[arg(long)]
+    keep: bool,
+}
+
+/// The binaries in `fuzz/`.
+#[derive(Clone, Copy, ValueEnum)]
+enum Target {
+    /// The packet parser, beside etherparse.
+    Packet,
+    /// The relay, between two ends that do what a script says.
+    Relay,
+    /// The configuration file.
+    Configuration,
+    /// A line of the admin socket.
+    Request,
+}
+
+impl Target {
+    fn name(self) -> String {
+        let value = self.to_possible_value().expect("no target is hidden");
+        value.get_name().to_owned()
+    }
+
+    /// The longest input in bytes that says something new.
+    fn max_len(self) -> u32 {
+        match self {
+            Self::Relay => 202,
+            Self::Packet => 600,
+            Self::Configuration | Self::Request => 4096,
+        }
+    }
+}
+
+/// Fuzzes each target for its time. What makes one fail is kept in `fuzz/artifacts`.
+pub fn run(options: &Options) -> Result<()> {
+    setup::offer(&[("c++", "g++")])?;
+    let program = CARGO_FUZZ.install()?;
+    let all = Target::value_variants();
+    let targets = if options.targets.is_empty() {
+        all
+    } else {
+        &options.targets
+    };
+    for target in targets {
+        let name = target.name();
+        let found = found(&name);
+        fs::create_dir_all(&found).with_context(|| format!("cannot make {}", found.display()))?;
+        let corpus = corpus(&name);
+        let fuzz = |folders: [&PathBuf; 2], arguments: String| {
+            let mut command = cargo_fuzz(&program, options.address_sanitizer);
+            command.arg(&name).args(folders).arg("--");
+            command
+                .arg(format!("-max_len={}", target.max_len()))
+                .args(arguments.split(' '));
+            shell::run(&mut command)
+        };
+        shell::heading(&format!("{name}, for {} s", options.seconds));
+        let seconds = options.seconds;
+        // The limit is on one input, so that a hang is found.
+        fuzz(
+            [&found, &corpus],
+            format!("-max_total_time={seconds} -timeout=30 -print_final_stats=1"),
+        )?;
+        if options.keep {
+            fuzz([&corpus, &found], "-set_cover_merge=1 -use_counters=0".into())?;
+        }
+    }
+    Ok(())
+}
+
+/// Where new inputs go.
+fn found(target: &str) -> PathBuf {
+    build::target_dir().join("fuzz/found").join(target)
+}
+
+/// The inputs in the repository.
+fn corpus(target: &str) -> PathBuf {
+    build::root().join("fuzz/corpus").join(target)
+}
+
+fn cargo_fuzz(program: &PathBuf, address_sanitizer: bool) -> Command {
+    let mut command = Command::new(program);
+    command.args(["run", "--release", "--sanitizer"]);
+    command.arg(if address_sanitizer { "address" } else { "none" });
+    command
+        .arg("--target-dir")
+        .arg(build::target_dir().join("fuzz"))
+        .current_dir(build::root().join("fuzz"))
+        // Unlocks what libFuzzer needs in a stable compiler.
+        .env("RUSTC_BOOTSTRAP", "1");
+    command
+}
