@@ -6,7 +6,6 @@
 
 use crate::{
     Counter, EXTENSION_MAX, FlowKey, FragmentKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TCP_OPTIONS_MAX,
-    map_v4,
 };
 
 /// A packet, from its network header on.
@@ -132,8 +131,8 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
                 return None;
             }
             Some(FragmentKey::new(
-                map_v4([header[12], header[13], header[14], header[15]]),
-                map_v4([header[16], header[17], header[18], header[19]]),
+                MappedAddr::v4([header[12], header[13], header[14], header[15]]),
+                MappedAddr::v4([header[16], header[17], header[18], header[19]]),
                 [header[4], header[5], 0, 0],
                 header[9],
             ))
@@ -145,21 +144,26 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
             }
             let header: [u8; 8] = packet.read(40)?;
             let id = [header[4], header[5], header[6], header[7]];
-            Some(FragmentKey::new(packet.read(8)?, packet.read(24)?, id, header[0]))
+            Some(FragmentKey::new(
+                MappedAddr::v6(packet.read(8)?),
+                MappedAddr::v6(packet.read(24)?),
+                id,
+                header[0],
+            ))
         }
     }
 }
 
-/// The segment whose first fragment this is, of which the ports are needed. It is read apart from [`parse`], since the
-/// verifiers of older kernels cannot follow both in one.
+/// The segment whose first fragment this is, of which the ports are needed. It is read apart from [`parse`], which the
+/// verifier would otherwise have to go through once more.
 #[inline(always)]
 pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, Counter> {
     let (source, destination, protocol, offset, tcp_at) = match family {
         Family::V4 => {
             let header: [u8; 20] = packet.read(0).ok_or(Counter::Malformed)?;
             (
-                map_v4([header[12], header[13], header[14], header[15]]),
-                map_v4([header[16], header[17], header[18], header[19]]),
+                MappedAddr::v4([header[12], header[13], header[14], header[15]]),
+                MappedAddr::v4([header[16], header[17], header[18], header[19]]),
                 header[9],
                 [header[6] & 0x1f, header[7]],
                 u32::from(header[0] & 0x0f) * 4,
@@ -169,7 +173,13 @@ pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, C
             let header: [u8; 4] = packet.read(40).ok_or(Counter::Malformed)?;
             let source = packet.read(8).ok_or(Counter::Malformed)?;
             let destination = packet.read(24).ok_or(Counter::Malformed)?;
-            (source, destination, header[0], [header[2], header[3] & 0xf8], 48)
+            (
+                MappedAddr::v6(source),
+                MappedAddr::v6(destination),
+                header[0],
+                [header[2], header[3] & 0xf8],
+                48,
+            )
         }
     };
     if protocol != PROTO_TCP || offset != [0, 0] {
@@ -227,8 +237,8 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         return Err(Counter::Fragment);
     }
     Ok(Ip {
-        source: map_v4([header[12], header[13], header[14], header[15]]),
-        destination: map_v4([header[16], header[17], header[18], header[19]]),
+        source: MappedAddr::v4([header[12], header[13], header[14], header[15]]),
+        destination: MappedAddr::v4([header[16], header[17], header[18], header[19]]),
         protocol: header[9],
         payload: Span {
             offset: at + header_len,
@@ -252,8 +262,8 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         return Err(Counter::Malformed);
     }
     let mut ip = Ip {
-        source,
-        destination,
+        source: MappedAddr::v6(source),
+        destination: MappedAddr::v6(destination),
         protocol: fixed[6],
         payload: Span {
             offset: at + 40,

@@ -299,7 +299,7 @@ mod tests {
     /// What the kernel does with the tables.
     fn lookup(selection: &Selection, source: IpAddr, destination: IpAddr, port: u16) -> bool {
         let find = |table: &[(MappedAddr, u32, u32)], addr: IpAddr| {
-            let addr = u128::from_be_bytes(map_addr(addr));
+            let addr = u128::from_be_bytes(map_addr(addr).octets());
             let (.., index) = table
                 .iter()
                 .filter(|(prefix, len, _)| {
