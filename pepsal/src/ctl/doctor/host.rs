@@ -17,11 +17,7 @@ const LEG_MEMORY: u64 = 32 << 10;
 const WINDOW: u64 = 4 << 20;
 
 /// Features that a kernel may lack, with the version that brought them.
-const FEATURES: [((u32, u32), &str); 5] = [
-    (
-        (5, 15),
-        "initial windows of a link's legs; the kernel's own take their place",
-    ),
+const FEATURES: [((u32, u32), &str); 4] = [
     (
         (6, 4),
         "pepsal's own congestion control, for --link; BBR takes its place",
