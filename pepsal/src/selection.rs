@@ -304,7 +304,7 @@ mod tests {
                 .iter()
                 .filter(|(prefix, len, _)| {
                     let shift = 128 - len;
-                    let prefix = u128::from_be_bytes(*prefix);
+                    let prefix = u128::from_be_bytes(prefix.octets());
                     addr.checked_shr(shift).unwrap_or(0) == prefix.checked_shr(shift).unwrap_or(0)
                 })
                 .max_by_key(|(_, len, _)| *len)
