@@ -1094,10 +1094,14 @@ fn slot_of_a_listener_that_is_closed_is_empty() -> Result<()> {
 
 #[test]
 fn hung_daemon_is_passed_by() -> Result<()> {
-    // Shorter than any machine has been up by now, whose clock starts with it.
     let bound = Duration::from_secs(10);
+    let too_long = bound + Duration::from_secs(1);
+    // The clock starts with the machine, which may have booted a moment ago.
+    eventually(2 * bound, || {
+        clock_gettime(ClockId::CLOCK_MONOTONIC).is_ok_and(|now| Duration::from(now) > too_long)
+    });
     let mut gateway = Gateway::with_heartbeat_bound(bound)?;
-    gateway.beat(bound + Duration::from_secs(1))?;
+    gateway.beat(too_long)?;
     assert_eq!(
         gateway.steer(&Tcp::syn(Family::V4).packet())?,
         Counter::Unresponsive
@@ -1109,7 +1113,7 @@ fn hung_daemon_is_passed_by() -> Result<()> {
         Counter::Intercepted
     );
     // What has begun goes on.
-    gateway.beat(bound + Duration::from_secs(1))?;
+    gateway.beat(too_long)?;
     assert_eq!(
         gateway.steer(&Tcp::with_flags(Family::V4, ACK).packet())?,
         Counter::Pending
