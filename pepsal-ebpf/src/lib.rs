@@ -12,7 +12,57 @@ use crate::packet::TcpOptions;
 use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// An IP address of either family as it lies in a map: network order, IPv4 as `::ffff:a.b.c.d`.
-pub type MappedAddr = [u8; 16];
+///
+/// It is kept by the word, so that the programs move four words and not sixteen bytes.
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MappedAddr([u32; 4]);
+
+impl MappedAddr {
+    /// An IPv4 address.
+    #[inline(always)]
+    pub const fn v4(octets: [u8; 4]) -> Self {
+        Self([0, 0, 0xffff_u32.to_be(), u32::from_ne_bytes(octets)])
+    }
+
+    /// An IPv6 address.
+    #[inline(always)]
+    pub const fn v6(o: [u8; 16]) -> Self {
+        Self::from_words([
+            u32::from_ne_bytes([o[0], o[1], o[2], o[3]]),
+            u32::from_ne_bytes([o[4], o[5], o[6], o[7]]),
+            u32::from_ne_bytes([o[8], o[9], o[10], o[11]]),
+            u32::from_ne_bytes([o[12], o[13], o[14], o[15]]),
+        ])
+    }
+
+    /// From four words in network order.
+    #[inline(always)]
+    pub const fn from_words(words: [u32; 4]) -> Self {
+        Self(words)
+    }
+
+    /// Four words in network order; that of an IPv4 address is the last.
+    #[inline(always)]
+    pub const fn words(self) -> [u32; 4] {
+        self.0
+    }
+
+    /// Whether it stands for an IPv4 address.
+    #[inline(always)]
+    pub const fn is_v4(self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0xffff_u32.to_be()
+    }
+
+    /// Sixteen octets in network order.
+    pub fn octets(self) -> [u8; 16] {
+        let mut octets = [0; 16];
+        for (to, word) in octets.chunks_exact_mut(4).zip(self.0) {
+            to.copy_from_slice(&word.to_ne_bytes());
+        }
+        octets
+    }
+}
 
 /// The longest IPv6 hop-by-hop or destination options header that a [`SynRecord`] holds, in bytes.
 pub const EXTENSION_MAX: usize = 128;
@@ -82,25 +132,17 @@ pub const fn listener_v6(link: u32) -> u32 {
 /// of TCP: a `u32` of segments. A program on the daemon's cgroup answers it, with the window that only eBPF can set.
 pub const TCP_INITIAL_WINDOW: i32 = 0x5045;
 
-/// The mapped form of an IPv4 address.
-#[inline(always)]
-pub const fn map_v4(v4: [u8; 4]) -> MappedAddr {
-    [
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, v4[0], v4[1], v4[2], v4[3],
-    ]
-}
-
 /// The mapped form of an address of either family.
 pub fn map_addr(addr: IpAddr) -> MappedAddr {
     match addr {
-        IpAddr::V4(v4) => map_v4(v4.octets()),
-        IpAddr::V6(v6) => v6.octets(),
+        IpAddr::V4(v4) => MappedAddr::v4(v4.octets()),
+        IpAddr::V6(v6) => MappedAddr::v6(v6.octets()),
     }
 }
 
 /// The address that a mapped form stands for.
 pub fn unmap_addr(addr: MappedAddr) -> IpAddr {
-    let v6 = Ipv6Addr::from(addr);
+    let v6 = Ipv6Addr::from(addr.octets());
     match v6.to_ipv4_mapped() {
         Some(v4) => IpAddr::V4(Ipv4Addr::from(v4.octets())),
         None => IpAddr::V6(v6),

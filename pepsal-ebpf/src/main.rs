@@ -17,6 +17,7 @@
 
 use core::{
     ffi::c_void,
+    hint::black_box,
     mem::MaybeUninit,
     ptr::{addr_of, read_volatile},
 };
@@ -38,7 +39,7 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use pepsal_ebpf::{
     Counter, FlowKey, FragmentKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PORT_SETS_MAX,
-    PREFIXES_MAX, PortSet, PrefixKey, SynRecord, TCP_INITIAL_WINDOW, listener_v4, listener_v6, map_v4,
+    PREFIXES_MAX, PortSet, PrefixKey, SynRecord, TCP_INITIAL_WINDOW, listener_v4, listener_v6,
     packet::{Family, Packet, Parsed, Segment, first_fragment, fragment_key, parse, record_syn},
 };
 
@@ -51,10 +52,6 @@ static MARK_MASK: u32 = 0;
 /// Nanoseconds without a heartbeat after which the daemon counts as hung.
 #[unsafe(no_mangle)]
 static HEARTBEAT_BOUND_NS: u64 = 0;
-/// Non-zero: fragments are led to their flow. The verifiers of older kernels give up on that; where it is zero they leave
-/// it out, as they know the value.
-#[unsafe(no_mangle)]
-static FOLLOW_FRAGMENTS: u8 = 0;
 /// Non-zero: every intercepted SYN is logged.
 #[unsafe(no_mangle)]
 static LOG_SYNS: u8 = 0;
@@ -102,9 +99,14 @@ static FRAGMENTS: LruHashMap<FragmentKey, u8> = LruHashMap::with_max_entries(FRA
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
 
-/// Where a record is put together: it does not fit the stack.
+/// Where a SYN is looked at: its record does not fit the stack.
 #[map]
-static SCRATCH: PerCpuArray<SynRecord> = PerCpuArray::with_max_entries(1, 0);
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+struct Scratch {
+    syn: Segment,
+    record: SynRecord,
+}
 
 const FRAGMENTED_MAX: u32 = 4096;
 const BPF_F_NO_PREALLOC: u32 = 1;
@@ -159,10 +161,8 @@ fn count(counter: Counter) {
 
 #[inline(always)]
 fn classify(ctx: &TcContext, intercept: bool) -> Counter {
-    // SAFETY: a static that the loader sets.
-    let follow = unsafe { read_volatile(&FOLLOW_FRAGMENTS) } != 0;
     let decided = match try_classify(ctx, intercept) {
-        Err(Counter::Fragment) if follow => classify_fragment(ctx.skb.skb),
+        Err(Counter::Fragment) => classify_fragment(ctx.skb.skb),
         decided => decided,
     };
     match decided {
@@ -223,7 +223,7 @@ fn try_classify(ctx: &TcContext, intercept: bool) -> Result<Counter, Counter> {
             Found::Leg(TCP_NEW_SYN_RECV) if segment.is_syn() => Ok(Counter::Retransmitted),
             // A SYN may take over the ports of a connection in TIME_WAIT: it opens a flow of its own.
             Found::Leg(TCP_TIME_WAIT) | Found::Listener | Found::Nothing if segment.is_syn() => {
-                intercept_syn(ctx, &packet, &segment, intercept)
+                intercept_syn(ctx, &packet, segment, intercept)
             }
             Found::Leg(_) => Ok(Counter::Steered),
             // With SYN cookies there is no socket until the handshake is over. `pepsal_listener` takes part in every
@@ -254,10 +254,17 @@ fn mark(ctx: &TcContext) {
 
 /// Decides about a connection that is not there yet. The cheap questions come first.
 #[inline(always)]
-fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: &Segment, intercept: bool) -> Result<Counter, Counter> {
+fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: Segment, intercept: bool) -> Result<Counter, Counter> {
     if !intercept {
         return Err(Counter::NotIntercepted);
     }
+    let scratch = SCRATCH.get_ptr_mut(0).ok_or(Counter::RecordFailed)?;
+    // SAFETY: the element is this CPU's own, and programs are not preempted by themselves.
+    let scratch = unsafe { &mut *scratch };
+    scratch.syn = syn;
+    // What is read from a map again is any number to the verifier. Else older ones (seen up to Linux 6.1) would check the
+    // rest once for each way through the headers that leads here, and that takes them seconds.
+    let Scratch { syn, record } = black_box(scratch);
     if !selected(syn) {
         return Err(Counter::Unselected);
     }
@@ -285,9 +292,6 @@ fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: &Segment, intercept: bool) 
         return Err(Counter::Unresponsive);
     }
 
-    let record = SCRATCH.get_ptr_mut(0).ok_or(Counter::RecordFailed)?;
-    // SAFETY: the element is this CPU's own, and programs are not preempted by themselves.
-    let record = unsafe { &mut *record };
     record_syn(packet, syn, record)?;
     record.time_ns = now;
     record.ingress_ifindex = ingress_ifindex;
@@ -320,9 +324,9 @@ fn log_syn(ctx: &TcContext, syn: &Segment, record: &SynRecord) {
     info!(
         ctx,
         "intercepted {:i}:{} -> {:i}:{} ifindex={} tclass={}",
-        syn.source,
+        syn.source.octets(),
         sport,
-        syn.destination,
+        syn.destination.octets(),
         dport,
         ifindex,
         tclass
@@ -402,8 +406,8 @@ struct FibLookup {
     tot_len: u16,
     ifindex: u32,
     tos_or_flowinfo: u32,
-    source: [u8; 16],
-    destination: [u8; 16],
+    source: [u32; 4],
+    destination: [u32; 4],
     vlan: [u16; 2],
     macs: [u8; 12],
 }
@@ -422,16 +426,16 @@ fn forwarded_to(ctx: &TcContext, syn: &Segment, ingress_ifindex: u32) -> Option<
         tot_len: 0,
         ifindex: ingress_ifindex,
         tos_or_flowinfo: 0,
-        source: syn.source,
-        destination: syn.destination,
+        source: syn.source.words(),
+        destination: syn.destination.words(),
         vlan: [0; 2],
         macs: [0; 12],
     };
     if syn.family == Family::V4 {
-        let (s, d) = (syn.source, syn.destination);
+        let ([.., s], [.., d]) = (syn.source.words(), syn.destination.words());
         lookup.family = AF_INET;
-        lookup.source = [s[12], s[13], s[14], s[15], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        lookup.destination = [d[12], d[13], d[14], d[15], 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        lookup.source = [s, 0, 0, 0];
+        lookup.destination = [d, 0, 0, 0];
     }
     // SAFETY: the helper reads and writes the struct, whose size it is told.
     let result = unsafe {
@@ -464,15 +468,15 @@ enum Found {
 fn look_up(skb: *mut __sk_buff, segment: &Segment) -> Found {
     #[repr(C)]
     struct TupleV4 {
-        source: [u8; 4],
-        destination: [u8; 4],
+        source: u32,
+        destination: u32,
         source_port: [u8; 2],
         destination_port: [u8; 2],
     }
     #[repr(C)]
     struct TupleV6 {
-        source: [u8; 16],
-        destination: [u8; 16],
+        source: [u32; 4],
+        destination: [u32; 4],
         source_port: [u8; 2],
         destination_port: [u8; 2],
     }
@@ -484,10 +488,10 @@ fn look_up(skb: *mut __sk_buff, segment: &Segment) -> Found {
     unsafe {
         let socket = match segment.family {
             Family::V4 => {
-                let (s, d) = (segment.source, segment.destination);
+                let ([.., source], [.., destination]) = (segment.source.words(), segment.destination.words());
                 let mut tuple = TupleV4 {
-                    source: [s[12], s[13], s[14], s[15]],
-                    destination: [d[12], d[13], d[14], d[15]],
+                    source,
+                    destination,
                     source_port,
                     destination_port,
                 };
@@ -496,8 +500,8 @@ fn look_up(skb: *mut __sk_buff, segment: &Segment) -> Found {
             }
             Family::V6 => {
                 let mut tuple = TupleV6 {
-                    source: segment.source,
-                    destination: segment.destination,
+                    source: segment.source.words(),
+                    destination: segment.destination.words(),
                     source_port,
                     destination_port,
                 };
@@ -565,22 +569,17 @@ fn looked_up_flow(lookup: *mut bpf_sk_lookup) -> Option<(Family, FlowKey)> {
     let (family, client, server) = match (protocol, family) {
         (IPPROTO_TCP, AF_INET) => (
             Family::V4,
-            map_v4(client_v4.to_ne_bytes()),
-            map_v4(server_v4.to_ne_bytes()),
+            MappedAddr::v4(client_v4.to_ne_bytes()),
+            MappedAddr::v4(server_v4.to_ne_bytes()),
         ),
-        (IPPROTO_TCP, AF_INET6) => (Family::V6, words(client_v6), words(server_v6)),
+        (IPPROTO_TCP, AF_INET6) => (
+            Family::V6,
+            MappedAddr::from_words(client_v6),
+            MappedAddr::from_words(server_v6),
+        ),
         _ => return None,
     };
     Some((family, FlowKey::new(client, server, client_port, server_port)))
-}
-
-/// Four words in network order as one address.
-#[inline(always)]
-fn words(words: [u32; 4]) -> MappedAddr {
-    let [a, b, c, d] = words.map(u32::to_ne_bytes);
-    [
-        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2], d[3],
-    ]
 }
 
 const SOL_TCP: i32 = 6;
@@ -619,17 +618,21 @@ struct Skb(*mut __sk_buff);
 impl Packet for Skb {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        /// Aligned, the bytes are looked at by the word and not one by one.
+        #[repr(align(8))]
+        struct Words<const N: usize>([u8; N]);
+
+        let mut words = MaybeUninit::<Words<N>>::uninit();
         // SAFETY: the helper writes N bytes or says that it did not.
         unsafe {
             let read = bpf_skb_load_bytes_relative(
                 self.0.cast(),
                 offset,
-                bytes.as_mut_ptr().cast(),
+                words.as_mut_ptr().cast(),
                 N as u32,
                 BPF_HDR_START_NET,
             );
-            (read == 0).then(|| bytes.assume_init())
+            (read == 0).then(|| words.assume_init().0)
         }
     }
 

@@ -6,7 +6,6 @@
 
 use crate::{
     Counter, EXTENSION_MAX, FlowKey, FragmentKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TCP_OPTIONS_MAX,
-    map_v4,
 };
 
 /// A packet, from its network header on.
@@ -154,8 +153,8 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
             // All of the header has to be there.
             let [_]: [u8; 1] = packet.read((u32::from(header[0] & 0x0f) * 4).saturating_sub(1))?;
             Some(FragmentKey::new(
-                map_v4([header[12], header[13], header[14], header[15]]),
-                map_v4([header[16], header[17], header[18], header[19]]),
+                MappedAddr::v4([header[12], header[13], header[14], header[15]]),
+                MappedAddr::v4([header[16], header[17], header[18], header[19]]),
                 [header[4], header[5], 0, 0],
                 header[9],
             ))
@@ -167,21 +166,26 @@ pub fn fragment_key(packet: &impl Packet, family: Family) -> Option<FragmentKey>
             }
             let header: [u8; 8] = packet.read(40)?;
             let id = [header[4], header[5], header[6], header[7]];
-            Some(FragmentKey::new(packet.read(8)?, packet.read(24)?, id, header[0]))
+            Some(FragmentKey::new(
+                MappedAddr::v6(packet.read(8)?),
+                MappedAddr::v6(packet.read(24)?),
+                id,
+                header[0],
+            ))
         }
     }
 }
 
-/// The segment whose first fragment this is, of which the ports are needed. It is read apart from [`parse`], since the
-/// verifiers of older kernels cannot follow both in one.
+/// The segment whose first fragment this is, of which the ports are needed. It is read apart from [`parse`], which the
+/// verifier would otherwise have to go through once more.
 #[inline(always)]
 pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, Counter> {
     let (source, destination, protocol, offset, tcp_at, end) = match family {
         Family::V4 => {
             let header: [u8; 20] = packet.read(0).ok_or(Counter::Malformed)?;
             (
-                map_v4([header[12], header[13], header[14], header[15]]),
-                map_v4([header[16], header[17], header[18], header[19]]),
+                MappedAddr::v4([header[12], header[13], header[14], header[15]]),
+                MappedAddr::v4([header[16], header[17], header[18], header[19]]),
                 header[9],
                 [header[6] & 0x1f, header[7]],
                 u32::from(header[0] & 0x0f) * 4,
@@ -195,8 +199,8 @@ pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, C
             let source = packet.read(8).ok_or(Counter::Malformed)?;
             let destination = packet.read(24).ok_or(Counter::Malformed)?;
             (
-                source,
-                destination,
+                MappedAddr::v6(source),
+                MappedAddr::v6(destination),
                 header[0],
                 [header[2], header[3] & 0xf8],
                 48,
@@ -262,8 +266,8 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         return Err(Counter::Fragment);
     }
     Ok(Ip {
-        source: map_v4([header[12], header[13], header[14], header[15]]),
-        destination: map_v4([header[16], header[17], header[18], header[19]]),
+        source: MappedAddr::v4([header[12], header[13], header[14], header[15]]),
+        destination: MappedAddr::v4([header[16], header[17], header[18], header[19]]),
         protocol: header[9],
         payload: Span {
             offset: at + header_len,
@@ -281,10 +285,10 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
 #[inline(always)]
 fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
     let fixed: [u8; 8] = packet.read(at).ok_or(Counter::Malformed)?;
-    let source: [u8; 16] = packet.read(at + 8).ok_or(Counter::Malformed)?;
-    let destination: [u8; 16] = packet.read(at + 24).ok_or(Counter::Malformed)?;
+    let source = MappedAddr::v6(packet.read(at + 8).ok_or(Counter::Malformed)?);
+    let destination = MappedAddr::v6(packet.read(at + 24).ok_or(Counter::Malformed)?);
     // A mapped address is not for the wire (RFC 4942, 2.2), and would stand for a flow of IPv4 in the maps.
-    if fixed[0] >> 4 != 6 || is_mapped(&source) || is_mapped(&destination) {
+    if fixed[0] >> 4 != 6 || source.is_v4() || destination.is_v4() {
         return Err(Counter::Malformed);
     }
     let mut ip = Ip {
@@ -331,12 +335,6 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         PROTO_TCP | PROTO_ICMPV6 => Ok(ip),
         _ => Err(Counter::NotTcp),
     }
-}
-
-/// Whether it stands for an IPv4 address.
-#[inline(always)]
-fn is_mapped(addr: &MappedAddr) -> bool {
-    addr[..12] == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]
 }
 
 #[inline(always)]

@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use pepsal_ebpf::{MappedAddr, map_addr};
+use pepsal_ebpf::map_addr;
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep},
@@ -33,7 +33,7 @@ pub const ENOUGH: u64 = 256 << 10;
 const SHORT: Duration = Duration::from_millis(10);
 
 /// The interface and the network that a path leads to.
-type Path = (u32, MappedAddr);
+type Path = (u32, [u8; 16]);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Memory {
@@ -140,7 +140,7 @@ fn lift_pacing(stream: &TcpStream) {
 }
 
 fn path(ifindex: u32, peer: IpAddr) -> Path {
-    let mut network = map_addr(peer.to_canonical());
+    let mut network = map_addr(peer.to_canonical()).octets();
     let kept = if peer.to_canonical().is_ipv4() { 15 } else { 6 };
     network[kept..].fill(0);
     (ifindex, network)

@@ -9,7 +9,7 @@ use tracing::{debug, warn};
 use crate::{cli::Source, nat, socket};
 
 /// The oldest kernel whose features suffice.
-const OLDEST_KERNEL: (u32, u32) = (6, 12);
+const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// Descriptors that are not a flow's: the runtime's, the maps', the listeners', netlink's, the log's.
 const OTHER_DESCRIPTORS: u64 = 256;
@@ -193,10 +193,10 @@ mod tests {
     #[test]
     fn kernels_are_compared_by_number() {
         assert!(check_kernel("6.18.44-custom\n").is_ok());
-        assert!(check_kernel("6.12.0").is_ok());
+        assert!(check_kernel("6.1.0-50-amd64").is_ok());
         assert_eq!(
-            check_kernel("5.4.0-42-generic").unwrap_err().to_string(),
-            "kernel 5.4.0-42-generic is too old: 6.12 or newer is needed"
+            check_kernel("5.10.0-32-amd64").unwrap_err().to_string(),
+            "kernel 5.10.0-32-amd64 is too old: 6.1 or newer is needed"
         );
     }
 

@@ -299,12 +299,12 @@ mod tests {
     /// What the kernel does with the tables.
     fn lookup(selection: &Selection, source: IpAddr, destination: IpAddr, port: u16) -> bool {
         let find = |table: &[(MappedAddr, u32, u32)], addr: IpAddr| {
-            let addr = u128::from_be_bytes(map_addr(addr));
+            let addr = u128::from_be_bytes(map_addr(addr).octets());
             let (.., index) = table
                 .iter()
                 .filter(|(prefix, len, _)| {
                     let shift = 128 - len;
-                    let prefix = u128::from_be_bytes(*prefix);
+                    let prefix = u128::from_be_bytes(prefix.octets());
                     addr.checked_shr(shift).unwrap_or(0) == prefix.checked_shr(shift).unwrap_or(0)
                 })
                 .max_by_key(|(_, len, _)| *len)

@@ -95,15 +95,21 @@ impl Steering {
         if OBJECT.is_empty() {
             bail!("this binary was built without its eBPF programs: build it with `cargo xtask build`");
         }
-        let mut ebpf = match load_classifiers(config, true) {
-            Ok(ebpf) => ebpf,
-            // Verifiers of older kernels do not follow all of it; without, the program is much shorter.
-            Err(error) => {
-                let ebpf = load_classifiers(config, false)?;
-                info!("fragments do not reach their flow on this kernel: {error:#}");
-                ebpf
-            }
-        };
+        let (mark, mask) = (config.mark.value, config.mark.mask);
+        let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
+        let log_syns = u8::from(config.log_syns);
+        let mut ebpf = EbpfLoader::new()
+            .override_global("MARK", &mark, true)
+            .override_global("MARK_MASK", &mask, true)
+            .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+            .override_global("LOG_SYNS", &log_syns, true)
+            .map_max_entries("FLOWS", config.limit)
+            .load(OBJECT)
+            .context("the kernel refuses the eBPF maps")?;
+        for name in [STEER, REPLIES] {
+            let program: &mut SchedClassifier = program(&mut ebpf, name)?;
+            program.load().map_err(|error| refused(name, error))?;
+        }
         let lookup: &mut SkLookup = program(&mut ebpf, LISTENER)?;
         lookup.load().map_err(|error| refused(LISTENER, error))?;
         // From here on the programs hold the maps, which are taken out of the object one by one.
@@ -349,27 +355,6 @@ impl Counters {
             .get(&(counter as u32), 0)
             .map_or(0, |values| values.iter().sum())
     }
-}
-
-/// The object with its maps, and the programs on TC loaded.
-fn load_classifiers(config: &Config<'_>, follow_fragments: bool) -> Result<Ebpf> {
-    let (mark, mask) = (config.mark.value, config.mark.mask);
-    let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
-    let (log_syns, follow_fragments) = (u8::from(config.log_syns), u8::from(follow_fragments));
-    let mut ebpf = EbpfLoader::new()
-        .override_global("MARK", &mark, true)
-        .override_global("MARK_MASK", &mask, true)
-        .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
-        .override_global("FOLLOW_FRAGMENTS", &follow_fragments, true)
-        .override_global("LOG_SYNS", &log_syns, true)
-        .map_max_entries("FLOWS", config.limit)
-        .load(OBJECT)
-        .context("the kernel refuses the eBPF maps")?;
-    for name in [STEER, REPLIES] {
-        let program: &mut SchedClassifier = program(&mut ebpf, name)?;
-        program.load().map_err(|error| refused(name, error))?;
-    }
-    Ok(ebpf)
 }
 
 /// Attached filters outlive a killed process on kernels without tcx. None found, or no qdisc, is as good.

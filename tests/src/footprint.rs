@@ -37,7 +37,10 @@ impl Footprint {
                 output => output.with_context(|| command.to_owned())?,
             };
             let text = String::from_utf8_lossy(&output.stdout);
-            let shown = text.lines().map(str::trim_end).filter(|line| !is_volatile(line));
+            let shown = text
+                .lines()
+                .map(str::trim_end)
+                .filter(|line| !is_volatile(line) && !may_stay(line));
             lines.extend(shown.map(|line| format!("{command}: {line}")));
         }
         lines.sort();
@@ -56,6 +59,11 @@ impl Footprint {
 /// Link-local and multicast routes, and those to IPv6 addresses of the host's own, come when the kernel finds the time.
 fn is_volatile(line: &str) -> bool {
     line.contains("fe80::") || line.contains("ff00::") || line.contains("table local proto kernel")
+}
+
+/// Where there is no tcx, filters need this qdisc. Others may use it by the time the daemon ends, so that it is left.
+fn may_stay(line: &str) -> bool {
+    line.starts_with("qdisc clsact ")
 }
 
 impl fmt::Display for Footprint {

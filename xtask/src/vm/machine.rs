@@ -104,6 +104,7 @@ impl Machine<'_> {
         })
     }
 
+    /// TUN's device file comes with its module, which nobody loads on demand there.
     fn script(&self, program: &Path, output: &Path, status: &Path) -> String {
         let filter: Vec<String> = self
             .filter
@@ -114,6 +115,7 @@ impl Machine<'_> {
             "cd '{}'\n\
              export PEPSAL_BIN='{}' {OBJECT_VARIABLE}='{}' PEPSAL_TEST_SLOWNESS={SLOWNESS}\n\
              ulimit -n 20000\n\
+             modprobe --quiet tun\n\
              '{}' --test-threads 2 {} >'{}' 2>&1\n\
              echo $? >'{}'\n",
             concat!(env!("CARGO_MANIFEST_DIR"), "/../tests"),
