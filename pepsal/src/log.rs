@@ -118,11 +118,14 @@ impl<S> Filter<S> for Bounded {
     }
 }
 
-/// The libraries' own debug is of no use to who looks for a flow.
+/// The libraries' own debug is of no use to who looks for a flow. netlink_proto warns of answers that come when nobody
+/// waits for them any more, as at an end.
 fn of_level(level: LogLevel) -> EnvFilter {
     let others = level.min(LogLevel::Warn);
     let programs = level.min(LogLevel::Info);
-    EnvFilter::new(format!("{others},pepsal={level},pepsal_ebpf={programs}"))
+    EnvFilter::new(format!(
+        "{others},netlink_proto=error,pepsal={level},pepsal_ebpf={programs}"
+    ))
 }
 
 #[cfg(test)]

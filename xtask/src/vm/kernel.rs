@@ -29,8 +29,8 @@ pub enum Release {
 }
 
 impl Release {
-    /// From old to new.
-    pub const ALL: [Self; 4] = [Self::Bullseye, Self::Bookworm, Self::Trixie, Self::Backports];
+    /// Those that pepsal promises to run on, from old to new.
+    pub const PROMISED: [Self; 3] = [Self::Bookworm, Self::Trixie, Self::Backports];
 
     fn suite(self) -> &'static str {
         match self {

@@ -87,16 +87,17 @@ impl Machine<'_> {
             folder.display(),
             script.display()
         );
-        // virtme-ng wants a terminal.
-        let child = Command::new("script")
-            .args(["--quiet", "--return", "--command", &vng, "/dev/null"])
+        // virtme-ng wants a terminal, which makes it a session of its own. A process namespace ends all of it at once.
+        let child = Command::new("unshare")
+            .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
+            .args(["script", "--quiet", "--return", "--command", &vng, "/dev/null"])
             .env("PATH", path)
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(console.try_clone()?)
             .stderr(console)
             .spawn()
-            .context("cannot run `script` (Debian's package bsdutils)")?;
+            .context("cannot run `unshare` and `script` (Debian's packages util-linux and bsdutils)")?;
         Ok(Run {
             child,
             output,
@@ -155,7 +156,7 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // The group: `script` has started virtme-ng, which has started QEMU. It may all be gone already.
+        // The namespace, with the virtme-ng and the QEMU that `script` has started. It may all be gone already.
         let _ = killpg(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
         let _ = self.child.wait();
     }
