@@ -34,9 +34,14 @@ impl Site {
             namespace.sysctl("net.ipv4.conf.all.forwarding", 1)?;
             namespace.sysctl("net.ipv6.conf.all.forwarding", 1)?;
         }
-        // Ports count, and both directions of a connection have the same hash.
-        site.router.sysctl("net.ipv4.fib_multipath_hash_policy", 1)?;
-        site.router.sysctl("net.ipv6.fib_multipath_hash_policy", 1)?;
+        // Addresses, protocol and ports count, and both directions of a connection have the same hash. Policy 1 would
+        // take a hash that a packet brings along, which here its sender has drawn.
+        for family in ["ipv4", "ipv6"] {
+            site.router
+                .sysctl(&format!("net.{family}.fib_multipath_hash_policy"), 3)?;
+            site.router
+                .sysctl(&format!("net.{family}.fib_multipath_hash_fields"), 0x37)?;
+        }
         let router = &site.router;
         join(router, "lan", &site.client, "eth0", "10.1.0", "fd01:")?;
         join(router, "wan", &site.server, "eth0", "10.2.0", "fd02:")?;
