@@ -450,9 +450,8 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
     Ok(())
 }
 
-/// Options that are looked at: more than any system sends. A SYN with more of them passes. Each costs the verifiers of
-/// some kernels (6.12) much more than the one before.
-const OPTIONS_WALKED: usize = 12;
+/// Options that are looked at: so many that a signature behind them would not fit. A SYN with more of them passes.
+const OPTIONS_WALKED: usize = 24;
 
 /// Whether there is an option, of IPv4 (RFC 791) or TCP (RFC 9293), of which `is_wanted` says yes to its kind, its length
 /// and the byte after that.

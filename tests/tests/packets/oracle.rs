@@ -78,7 +78,7 @@ impl Segment {
 
     /// Whether it has more options, of either protocol, than anybody needs.
     pub fn is_padded(&self) -> bool {
-        let is_full = |bytes: &[u8]| options(bytes).filter(|option| option.left >= 3).count() >= 12;
+        let is_full = |bytes: &[u8]| options(bytes).filter(|option| option.left >= 3).count() >= 24;
         is_full(&self.ip_options) || is_full(&self.tcp_options)
     }
 
