@@ -87,10 +87,14 @@ impl Machine<'_> {
             folder.display(),
             script.display()
         );
-        // virtme-ng wants a terminal, which makes it a session of its own. A process namespace ends all of it at once.
+        // virtme-ng wants a terminal, which makes it a session of its own. A process namespace ends all of it at once;
+        // its first process is a shell, since `script` does not know what to make of orphans.
         let child = Command::new("unshare")
-            .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
-            .args(["script", "--quiet", "--return", "--command", &vng, "/dev/null"])
+            .args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"])
+            .args([
+                "script --quiet --return --command \"$0\" /dev/null; exit $?",
+                &vng,
+            ])
             .env("PATH", path)
             .process_group(0)
             .stdin(Stdio::null())
