@@ -4,6 +4,8 @@
 //! is of a fixed size at a computed offset and is refused past the packet's end, which is all that the verifier asks.
 //! The packet starts at its network header.
 
+use core::array;
+
 use crate::{
     Counter, EXTENSION_MAX, FlowKey, FragmentKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TCP_OPTIONS_MAX,
 };
@@ -284,20 +286,20 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
 
 #[inline(always)]
 fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
-    let fixed: [u8; 8] = packet.read(at).ok_or(Counter::Malformed)?;
-    let source = MappedAddr::v6(packet.read(at + 8).ok_or(Counter::Malformed)?);
-    let destination = MappedAddr::v6(packet.read(at + 24).ok_or(Counter::Malformed)?);
+    let header: [u8; 40] = packet.read(at).ok_or(Counter::Malformed)?;
+    let address = |at: usize| MappedAddr::v6(array::from_fn(|byte| header[at + byte]));
+    let (source, destination) = (address(8), address(24));
     // A mapped address is not for the wire (RFC 4942, 2.2), and would stand for a flow of IPv4 in the maps.
-    if fixed[0] >> 4 != 6 || source.is_v4() || destination.is_v4() {
+    if header[0] >> 4 != 6 || source.is_v4() || destination.is_v4() {
         return Err(Counter::Malformed);
     }
     let mut ip = Ip {
         source,
         destination,
-        protocol: fixed[6],
+        protocol: header[6],
         payload: Span {
             offset: at + 40,
-            len: u32::from(u16::from_be_bytes([fixed[4], fixed[5]])),
+            len: u32::from(u16::from_be_bytes([header[4], header[5]])),
         },
         options: Span::default(),
         hop_by_hop: Span::default(),
