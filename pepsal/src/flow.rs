@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::{self, IpAddr, SocketAddr},
     os::fd::AsRawFd,
     panic::AssertUnwindSafe,
     sync::{
@@ -25,7 +25,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::{
     cli::Options,
@@ -191,11 +191,23 @@ impl Collector {
 }
 
 /// Serves an accepted connection until its end. Whatever goes wrong here resets the client: dropping a [`Leg`] does.
-pub async fn serve(stream: TcpStream, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
+///
+/// It stays on the worker that polls it first, whose runtime the connection is registered with.
+pub async fn serve(accepted: net::TcpStream, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
     let (place, record) = shared
         .table
         .enter(client, server, shared.stop.child_token(), &shared.metrics);
     shared.metrics.count(Event::Accepted);
+    let stream = match TcpStream::from_std(accepted) {
+        Ok(stream) => stream,
+        Err(error) => {
+            warn!(%client, %server, "cannot watch a connection: {error}");
+            shared
+                .metrics
+                .close(CloseReason::LocalFailure, place.flow.progress.started().elapsed());
+            return;
+        }
+    };
     let settings = shared.settings.load_full();
     let flow = &place.flow;
     // What connecting takes is on the heap and given back after it: a flow is open for most of its life, and there are

@@ -18,7 +18,7 @@ use pepsal_ebpf::Counter;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::{flow::Shared, metrics::Event, notify::ServiceManager, steer::Steering};
+use crate::{flow::Shared, metrics::Event, notify::ServiceManager, steer::Steering, workers::Workers};
 
 /// How often the keeper makes its round; the programs take a daemon for hung that misses six of them.
 pub const ROUND: Duration = Duration::from_millis(500);
@@ -77,11 +77,15 @@ impl Keeper {
     }
 
     /// One round.
-    pub fn round(&mut self, steering: &mut Steering, shared: &Arc<Shared>) {
-        if let Err(error) = steering.beat() {
-            warn!("{error:#}");
+    ///
+    /// There is no sign of life while a worker is stuck: connections that it would be given were lost.
+    pub fn round(&mut self, steering: &mut Steering, shared: &Arc<Shared>, workers: &Workers) {
+        if workers.are_alive() {
+            if let Err(error) = steering.beat() {
+                warn!("{error:#}");
+            }
+            self.service_manager.alive(shared.table.count());
         }
-        self.service_manager.alive(shared.table.count());
         self.expire(steering, shared);
         self.watch_limit(steering.count(Counter::LimitReached), shared.table.count() as u64);
         if Instant::now() >= self.next_table {

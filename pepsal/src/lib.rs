@@ -5,7 +5,7 @@
 //! 1. [`steer`]: the client's SYN enters an interface; an eBPF program finds it selected ([`selection`], in the tables of
 //!    [`selection_maps`]), records what it says and marks it. [`route`]'s rules deliver marked packets locally, and a second
 //!    program gives the connection to
-//! 2. [`listener`], where it is accepted.
+//! 2. [`listener`], where it is accepted, and given to one of the [`workers`].
 //! 3. [`flow`] enters it in the [`table`], and makes
 //! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options. Both legs get the
 //!    profile of the [`link`] that they leave through and their share of its [`budget`], which [`rate_control`] sends at
@@ -53,6 +53,7 @@ pub mod socket;
 pub mod steer;
 pub mod table;
 pub mod units;
+pub mod workers;
 
 use std::{
     future::pending,
@@ -61,20 +62,24 @@ use std::{
     panic::resume_unwind,
     pin::pin,
     sync::{Arc, atomic::AtomicBool},
+    thread,
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use arc_swap::ArcSwap;
 use futures_util::future::join_all;
+use nix::libc::{SOCK_CLOEXEC, SOCK_NONBLOCK};
 use pepsal_ebpf::{Counter, LINKS_MAX};
+use socket2::Socket;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    io::Interest,
+    runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
@@ -87,7 +92,7 @@ use crate::{
     keeper::Keeper,
     leg::LegConfig,
     link::{Link, LinkProfile, Links},
-    listener::{Listeners, Pair, Place},
+    listener::{Listener, Listeners, Pair, Place},
     log::Log,
     metrics::{Event, Metrics},
     observe::{AttachedNow, Observatory, View},
@@ -97,6 +102,7 @@ use crate::{
     selection::Selection,
     steer::Steering,
     table::FlowTable,
+    workers::Workers,
 };
 
 /// Runs the proxy until it is told to stop. `cgroup` is the control group of this process, for initial windows, or why
@@ -176,7 +182,7 @@ struct Proxy {
     changes: Changes,
     keeper: Keeper,
     shared: Arc<Shared>,
-    flows: TaskTracker,
+    workers: Arc<Workers>,
     accepting: CancellationToken,
     attendants: JoinSet<()>,
 }
@@ -206,6 +212,11 @@ impl Proxy {
         let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
         profiles.iter().for_each(announce);
         let links = Arc::new(Links::new(profiles));
+        let threads = options.threads.map_or_else(
+            || thread::available_parallelism().map_or(1, usize::from),
+            usize::from,
+        );
+        let workers = Workers::start(threads).context("cannot start the worker threads")?;
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
@@ -227,7 +238,10 @@ impl Proxy {
             port: options.port.get(),
             shared: predecessor.is_some(),
         };
-        let listeners = Listeners::bind(place, &options.tcp, &legs, &links)?;
+        let listeners = {
+            let _entered = workers.acceptor().enter();
+            Listeners::bind(place, &options.tcp, &legs, &links)?
+        };
         let changes = Changes::subscribe()?;
         let mut routes = match predecessor {
             Some(_) => Routes::beside(mark, table),
@@ -298,7 +312,7 @@ impl Proxy {
             changes,
             keeper,
             shared,
-            flows: TaskTracker::new(),
+            workers: Arc::new(workers),
             accepting: CancellationToken::new(),
             attendants: JoinSet::new(),
         })
@@ -321,7 +335,7 @@ impl Proxy {
             tokio::select! {
                 () = &mut stop => return None,
                 successor = &mut successor => return Some(successor),
-                _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared),
+                _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared, &self.workers),
                 () = self.changes.next() => self.adapt().await,
                 _ = hangup.recv(), if reloader.is_idle() => {
                     self.keeper.service_manager.reloading();
@@ -343,24 +357,28 @@ impl Proxy {
 
     fn accept_from(&mut self, pairs: &[Arc<Pair>]) {
         for pair in pairs {
-            self.attend(accept(pair.clone(), self.shared.clone(), self.flows.clone()));
+            let accept = accept(pair.clone(), self.shared.clone(), self.workers.clone());
+            self.attend(&self.workers.acceptor().clone(), accept);
         }
     }
 
     fn keep_budgets(&mut self, links: &[Arc<Link>]) {
         for link in links {
             let budget = link.budget.clone();
-            self.attend(async move { budget.keep().await });
+            self.attend(&Handle::current(), async move { budget.keep().await });
         }
     }
 
     /// Runs what all flows need beside what this task does itself. A daemon that no longer accepts, but shows that it is
     /// alive, would swallow every new connection: so a panic there is the daemon's own, whose death lets them pass.
-    fn attend(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+    fn attend(&mut self, runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) {
         let task = self.accepting.clone().run_until_cancelled_owned(task);
-        self.attendants.spawn(async move {
-            task.await;
-        });
+        self.attendants.spawn_on(
+            async move {
+                task.await;
+            },
+            runtime,
+        );
     }
 
     /// Puts back what others removed, and follows interfaces that come and go.
@@ -415,14 +433,13 @@ impl Proxy {
 
     /// Lets open flows come to their end, those too whose handshake is completed within `handshakes`.
     async fn finish(&self, handshakes: Duration) {
-        self.flows.close();
         let _ = timeout(handshakes, async {
             while self.shared.table.pending() > 0 {
                 sleep(Duration::from_millis(10)).await;
             }
         })
         .await;
-        self.flows.wait().await;
+        self.workers.finished().await;
     }
 
     /// Has new connections pass, lets open flows come to their end, and ends at `deadline` those that have not.
@@ -435,7 +452,7 @@ impl Proxy {
                 "resetting the flows that are still open"
             );
             self.shared.stop.cancel();
-            let _ = timeout(Duration::from_secs(2), self.flows.wait()).await;
+            let _ = timeout(Duration::from_secs(2), self.workers.finished()).await;
         }
         self.accepting.cancel();
     }
@@ -565,27 +582,35 @@ pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Res
 }
 
 /// Accepts for as long as it is polled.
-async fn accept(pair: Arc<Pair>, shared: Arc<Shared>, flows: TaskTracker) {
-    join_all(pair.iter().map(|listener| accept_from(listener, &shared, &flows))).await;
+async fn accept(pair: Arc<Pair>, shared: Arc<Shared>, workers: Arc<Workers>) {
+    join_all(
+        pair.iter()
+            .map(|listener| accept_from(listener, &shared, &workers)),
+    )
+    .await;
 }
 
-async fn accept_from(listener: &TcpListener, shared: &Arc<Shared>, flows: &TaskTracker) {
-    let own = listener.local_addr().ok();
+async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Workers) {
+    let own = listener.get_ref().local_addr().ok();
+    let accept = |listener: &Socket| {
+        let (socket, client) = listener.accept4(SOCK_NONBLOCK | SOCK_CLOEXEC)?;
+        Ok((socket.local_addr()?, socket, client))
+    };
     let mut pause = Duration::from_millis(5);
     loop {
-        match listener
-            .accept()
-            .await
-            .and_then(|(stream, client)| Ok((stream.local_addr()?, stream, client)))
-        {
-            Ok((server, stream, _)) if Some(server) == own => {
+        match listener.async_io(Interest::READABLE, accept).await {
+            Ok((server, socket, _)) if Some(&server) == own.as_ref() => {
                 shared.metrics.count(Event::DirectRefused);
-                refuse(&stream);
+                refuse(&socket);
             }
-            Ok((server, stream, client)) => {
+            Ok((server, socket, client)) => {
+                // Others are not accepted from such listeners.
+                let (Some(server), Some(client)) = (server.as_socket(), client.as_socket()) else {
+                    continue;
+                };
                 fault::at("accept", server);
                 pause = Duration::from_millis(5);
-                flows.spawn(flow::serve(stream, client, server, shared.clone()));
+                workers.spawn(flow::serve(socket.into(), client, server, shared.clone()));
             }
             // The client was faster to leave.
             Err(error) if is_of_connection(&error) => {}
@@ -599,9 +624,9 @@ async fn accept_from(listener: &TcpListener, shared: &Arc<Shared>, flows: &TaskT
     }
 }
 
-fn refuse(stream: &TcpStream) {
+fn refuse(accepted: &Socket) {
     // Dropped right after, it is closed one way or the other.
-    let _ = socket::reset_on_close(stream.as_fd(), true);
+    let _ = socket::reset_on_close(accepted.as_fd(), true);
 }
 
 fn is_of_connection(error: &io::Error) -> bool {

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use socket2::{Domain, Socket, Type};
-use tokio::net::TcpListener;
+use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
 
 use crate::{
@@ -28,19 +28,22 @@ const BACKLOG: i32 = 65_535;
 /// SYNs with data that may wait to be acknowledged.
 const FASTOPEN_QUEUE: i32 = 1024;
 
+/// Where connections are accepted. What it accepts is not yet registered with anybody's runtime.
+pub type Listener = AsyncFd<Socket>;
+
 /// A link's listeners, one for each family. One for both would be bound to the wildcard address, and would take the
 /// listening port away from clients that use it as their source.
 #[derive(Debug)]
 pub struct Pair {
     /// On 127.0.0.1.
-    pub v4: TcpListener,
+    pub v4: Listener,
     /// On ::1, where the host has IPv6.
-    pub v6: Option<TcpListener>,
+    pub v6: Option<Listener>,
 }
 
 impl Pair {
     /// Both.
-    pub fn iter(&self) -> impl Iterator<Item = &TcpListener> {
+    pub fn iter(&self) -> impl Iterator<Item = &Listener> {
         [Some(&self.v4), self.v6.as_ref()].into_iter().flatten()
     }
 }
@@ -134,7 +137,7 @@ fn bind(
     tcp: &TcpArgs,
     legs: &LegConfig,
     link: Option<&Arc<Link>>,
-) -> io::Result<TcpListener> {
+) -> io::Result<Listener> {
     let addr = SocketAddr::new(addr, place.port);
     let listener = Socket::new(
         Domain::for_address(addr),
@@ -154,7 +157,8 @@ fn bind(
     // Only now, so that a port that is in use is refused; for the instance that takes over.
     listener.set_reuse_port(true)?;
     listener.listen(BACKLOG)?;
-    TcpListener::from_std(listener.into())
+    // SAFETY: a socket owns its descriptor, and nothing replaces it.
+    Ok(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?)
 }
 
 /// What connections get from the listener that they are accepted from. Everything is set, so that a listener that is in

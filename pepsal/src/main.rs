@@ -6,7 +6,6 @@ use std::{
     fs::File,
     io::{IsTerminal, Read, Write, stderr},
     process::{self, ExitCode},
-    thread,
 };
 
 use anyhow::{Context, Result};
@@ -67,13 +66,8 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     // Where cgroup v2 is hidden, it has to be mounted; and sockets belong to the group that their process was in.
     let cgroup = OwnCgroup::enter();
     privileges::drop(options.user.as_deref())?;
-    let threads = options.threads.map_or_else(
-        || thread::available_parallelism().map_or(1, usize::from),
-        usize::from,
-    );
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(threads)
-        .thread_name("pepsal")
+    // Flows have threads and runtimes of their own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;

@@ -24,7 +24,7 @@ use std::{
 use tokio::{
     io::Interest,
     net::TcpStream,
-    task::coop::consume_budget,
+    task::yield_now,
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -252,6 +252,9 @@ pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Lim
     reason
 }
 
+/// How many conduits' worth a flow may move before the others on its worker have their turn.
+const TURN: u32 = 4;
+
 /// One way through a flow.
 struct Direction<'a> {
     from: &'a Leg,
@@ -272,6 +275,7 @@ impl Direction<'_> {
                 .await
                 .map_err(|error| from.broke(error))?;
             let mut conduit = self.pool.take();
+            let mut turn = 0;
             loop {
                 match from
                     .stream
@@ -291,8 +295,11 @@ impl Direction<'_> {
                         .await
                         .map_err(|error| to.broke(error))?;
                 }
-                // One fast flow must not keep its worker from the others.
-                consume_budget().await;
+                turn += 1;
+                if turn == TURN {
+                    turn = 0;
+                    yield_now().await;
+                }
             }
         }
     }

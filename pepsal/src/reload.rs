@@ -134,7 +134,10 @@ impl Proxy {
             );
         }
         let new = next.links[known.len()..].to_vec();
-        let pairs = listener::bind_links(&options.tcp, &legs, &new)?;
+        let pairs = {
+            let _entered = self.workers.acceptor().enter();
+            listener::bind_links(&options.tcp, &legs, &new)?
+        };
         // A pair that is not kept leaves its slot empty.
         self.steering
             .register(self.listeners.pairs.len() as u32, &pairs)?;

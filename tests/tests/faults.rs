@@ -155,9 +155,37 @@ fn without_descriptors_new_flows_wait_and_open_ones_go_on() -> Result<()> {
 
 /// Has debug builds panic at a place when a connection to the listener comes by.
 fn start_to_panic_at(topology: &Topology, place: &str, listener: &Listener) -> Result<Daemon> {
+    start_with_fault(topology, "PEPSAL_PANIC", place, listener)
+}
+
+fn start_with_fault(topology: &Topology, fault: &str, place: &str, listener: &Listener) -> Result<Daemon> {
     let mut command = Daemon::command(&topology.gateway, &BOTH)?;
-    command.env("PEPSAL_PANIC", format!("{place}:{}", listener.port()));
+    command.env(fault, format!("{place}:{}", listener.port()));
     Daemon::start_command(command)
+}
+
+#[test]
+fn hung_worker_lets_new_connections_pass() -> Result<()> {
+    let topology = Topology::new()?;
+    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let daemon = start_with_fault(&topology, "PEPSAL_HANG", "flow", &listener)?;
+    assert!(is_next_split(&topology, Family::V4)?);
+    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let mut stuck = Vec::new();
+    eventually(PATIENCE, || {
+        stuck.push(
+            Connector::default()
+                .connect(&topology.client, address)
+                .expect("nothing is refused"),
+        );
+        // Every connection to this port hangs the worker that gets it, until they pass.
+        listener
+            .accept(Duration::from_millis(250))
+            .is_ok_and(|accepted| accepted.syn.ttl() != 64)
+    });
+    daemon.signal(Signal::SIGKILL)?;
+    daemon.wait()?;
+    Ok(())
 }
 
 #[test]
