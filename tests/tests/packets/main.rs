@@ -3,8 +3,8 @@
 //! The programs pass every packet on, so what they decide shows in the mark, in the one counter that each packet moves
 //! and in the map of flows.
 
-use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::io::{self, Read};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -800,10 +800,12 @@ fn syn_takes_over_ports_of_a_connection_in_time_wait() -> Result<()> {
             destination: near.local_addr()?,
             ..Tcp::syn(family)
         };
-        let far = listener.accept(PATIENCE)?.stream;
+        let mut far = listener.accept(PATIENCE)?.stream;
         let near_end = near.local_addr()?;
-        drop(near);
-        drop(far);
+        // Dropping it would leave the order to the processes that tests start meanwhile, which have it for a moment, too.
+        near.shutdown(Shutdown::Write)?;
+        assert_eq!(far.read(&mut [0])?, 0);
+        far.shutdown(Shutdown::Write)?;
         // Its last acknowledgements need the address.
         eventually(PATIENCE, || {
             let ss = host.command("ss").args(["-tnH", "state", "time-wait"]).output();
