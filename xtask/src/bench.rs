@@ -1,7 +1,7 @@
 //! Benchmarks.
 
 use std::{
-    env,
+    env, fs,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -42,6 +42,12 @@ pub fn run(bench: &Bench) -> Result<ExitCode> {
         Bench::Relay(options) => relay::run(options),
         Bench::RelayEnd(end) => end.run(),
     }
+}
+
+/// Writes a file of results.
+fn save(folder: &Path, name: &str, text: String) -> Result<()> {
+    let file = folder.join(name);
+    fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// The daemon to measure: the given one, or one that is built, optimised, after installing what a benchmark needs.

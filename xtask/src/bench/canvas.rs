@@ -4,9 +4,12 @@ use std::{error::Error, path::Path, sync::Once};
 
 use anyhow::{Result, anyhow};
 use plotters::{
-    coord::Shift,
-    prelude::{BitMapBackend, DrawingArea, DrawingBackend, IntoDrawingArea as _, RGBColor, SVGBackend},
-    style::{FontStyle, register_font},
+    chart::{ChartContext, SeriesLabelPosition},
+    coord::{CoordTranslate, Shift},
+    prelude::{
+        BLACK, BitMapBackend, DrawingArea, DrawingBackend, IntoDrawingArea as _, RGBColor, SVGBackend, WHITE,
+    },
+    style::{Color as _, FontStyle, register_font},
 };
 
 const SIZE: (u32, u32) = (1000, 560);
@@ -51,6 +54,27 @@ pub fn save(picture: &impl Picture, folder: &Path, name: &str) -> Result<()> {
     picture
         .draw(&BitMapBackend::new(&png, SIZE).into_drawing_area())
         .map_err(|error| anyhow!("cannot draw {}: {error}", png.display()))
+}
+
+/// Says what the chart's series are.
+///
+/// # Errors
+/// When the backend cannot draw.
+pub fn legend<'a, 'b, B: DrawingBackend + 'b, C: CoordTranslate>(
+    chart: &mut ChartContext<'a, B, C>,
+) -> Result<(), Box<dyn Error + 'b>>
+where
+    'b: 'a,
+    B::ErrorType: 'b,
+{
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .label_font((FONT, 15))
+        .background_style(WHITE.mix(0.85))
+        .border_style(BLACK)
+        .draw()?;
+    Ok(())
 }
 
 /// Makes charts independent of the system's fonts.

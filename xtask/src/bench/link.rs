@@ -39,7 +39,7 @@ use self::{
     report::{Report, Run},
     schedule::Schedule,
 };
-use super::{canvas, goal as goals, machine::Machine, statistic};
+use super::{canvas, goal as goals, machine::Machine, save, statistic};
 use crate::{build, quantity, setup::Needs, shell, signals::Signals};
 
 /// By default what pepsal's goals are about, in under three minutes.

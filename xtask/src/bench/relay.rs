@@ -38,7 +38,7 @@ use self::{
     observation::Observations,
     report::{Report, Run},
 };
-use super::{canvas, goal as goals, machine, machine::Machine, statistic};
+use super::{canvas, goal as goals, machine, machine::Machine, save, statistic};
 use crate::{build, progress::Progress, setup, setup::Needs, shell, signals::Signals};
 
 /// By default what pepsal's goals are about, in under two minutes.
@@ -54,7 +54,7 @@ pub struct Options {
     #[arg(
         long,
         value_delimiter = ',',
-        default_value = "bulk,connections,flows,steering"
+        default_value = "flows,bulk,connections,steering"
     )]
     rows: Vec<Rows>,
     /// Count the system calls that a connection takes, with strace, which slows everything down: a run of its own is best
@@ -63,6 +63,9 @@ pub struct Options {
     /// How often everything is measured [default: 3, with --full 5]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
+    /// Congestion control of the ends and of the gateway [default: the kernel's]
+    #[arg(long, value_name = "ALGORITHM")]
+    congestion: Option<String>,
     /// Give the daemon this argument too
     #[arg(long = "pepsal-arg", value_name = "ARGUMENT", allow_hyphen_values = true)]
     arguments: Vec<String>,
@@ -126,6 +129,10 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let equipment = Equipment {
         daemon,
         arguments: options.arguments.clone(),
+        congestion: match &options.congestion {
+            Some(name) => name.clone(),
+            None => own_congestion()?,
+        },
         most_flows: most_flows()?,
         signals: &signals,
     };
@@ -151,6 +158,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         versions: versions(&contenders, &equipment)?,
         absent,
         daemon_arguments: options.arguments.clone(),
+        congestion: equipment.congestion.clone(),
         rounds: amounts.rounds,
         bulk_bytes: amounts.bulk_bytes,
         minutes: start.elapsed().as_secs_f64() / 60.0,
@@ -170,7 +178,7 @@ impl Options {
         let (rounds, bulk_bytes, seconds, exchanges, packets, frames) = if self.full {
             (5, 4_000_000_000, 5, 50_000, 5_000_000, 500_000)
         } else {
-            (3, 500_000_000, 1, 40_000, 500_000, 50_000)
+            (3, 800_000_000, 1, 15_000, 500_000, 50_000)
         };
         Amounts {
             rounds: self.rounds.unwrap_or(rounds),
@@ -233,6 +241,12 @@ fn most_flows() -> Result<usize> {
     let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
         .context("cannot tell the limit of descriptors")?;
     Ok((hard.saturating_sub(OTHERS) / 2).clamp(100, MOST) as usize)
+}
+
+fn own_congestion() -> Result<String> {
+    let name = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")
+        .context("cannot tell the kernel's congestion control")?;
+    Ok(name.trim().to_owned())
 }
 
 fn versions(contenders: &[Contender], equipment: &Equipment<'_>) -> Result<Vec<String>> {

@@ -5,9 +5,7 @@ use std::{collections::BTreeMap, error::Error, path::Path as FilePath};
 use anyhow::Result;
 use plotters::{
     coord::Shift,
-    prelude::{
-        BLACK, ChartBuilder, DrawingArea, DrawingBackend, LineSeries, PathElement, SeriesLabelPosition, WHITE,
-    },
+    prelude::{ChartBuilder, DrawingArea, DrawingBackend, LineSeries, PathElement, WHITE},
     style::Color as _,
 };
 
@@ -89,13 +87,7 @@ impl Picture for Chart<'_> {
                 .label(line.cell.place.to_string())
                 .legend(|(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3)));
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .label_font((FONT, 15))
-            .background_style(WHITE.mix(0.85))
-            .border_style(BLACK)
-            .draw()?;
+        canvas::legend(&mut chart)?;
         area.present()?;
         Ok(())
     }

@@ -1,14 +1,15 @@
 //! Results as tables for people, and as JSON and CSV for programs.
 
-use std::{fs, path::Path as FilePath};
+use std::path::Path as FilePath;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::{
     Machine,
     goals::{self, Goal},
     observation::{LATE_MS, Metric, Observations, Series, State, Summary},
+    save,
 };
 use crate::table::{
     self,
@@ -103,10 +104,6 @@ impl Report<'_> {
     /// # Errors
     /// When a file cannot be written.
     pub fn write(&self, folder: &FilePath) -> Result<()> {
-        let save = |name: &str, text: String| {
-            let file = folder.join(name);
-            fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
-        };
         let json = serde_json::to_string_pretty(&Json {
             run: &self.run,
             goals: &self.goals,
@@ -114,9 +111,9 @@ impl Report<'_> {
             samples: &self.found.samples,
             series: &self.found.series,
         })?;
-        save("results.json", json + "\n")?;
-        save("results.csv", self.csv())?;
-        save("results.md", self.markdown())
+        save(folder, "results.json", json + "\n")?;
+        save(folder, "results.csv", self.csv())?;
+        save(folder, "results.md", self.markdown())
     }
 
     fn csv(&self) -> String {

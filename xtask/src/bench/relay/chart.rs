@@ -4,11 +4,10 @@ use std::{error::Error, path::Path};
 
 use anyhow::Result;
 use plotters::{
-    chart::{ChartContext, SeriesLabelPosition},
-    coord::{Shift, cartesian::Cartesian2d, types::RangedCoordf64},
+    coord::Shift,
     prelude::{
-        BLACK, ChartBuilder, Circle, DrawingArea, DrawingBackend, LineSeries, PathElement, RGBColor,
-        Rectangle, WHITE,
+        ChartBuilder, Circle, DrawingArea, DrawingBackend, LineSeries, PathElement, RGBColor, Rectangle,
+        WHITE,
     },
     style::Color as _,
 };
@@ -168,7 +167,7 @@ impl Picture for Bars<'_> {
                     });
             }
         }
-        legend(&mut chart)?;
+        canvas::legend(&mut chart)?;
         area.present()?;
         Ok(())
     }
@@ -212,27 +211,8 @@ impl Picture for Lines<'_> {
                 .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], colour.stroke_width(3)));
             chart.draw_series(points.iter().map(|point| Circle::new(*point, 4, colour.filled())))?;
         }
-        legend(&mut chart)?;
+        canvas::legend(&mut chart)?;
         area.present()?;
         Ok(())
     }
-}
-
-type Plane = Cartesian2d<RangedCoordf64, RangedCoordf64>;
-
-fn legend<'a, 'b, B: DrawingBackend + 'b>(
-    chart: &mut ChartContext<'a, B, Plane>,
-) -> Result<(), Box<dyn Error + 'b>>
-where
-    'b: 'a,
-    B::ErrorType: 'b,
-{
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .label_font((FONT, 15))
-        .background_style(WHITE.mix(0.85))
-        .border_style(BLACK)
-        .draw()?;
-    Ok(())
 }

@@ -28,6 +28,8 @@ pub struct Equipment<'a> {
     pub daemon: PathBuf,
     /// Further arguments of the daemon.
     pub arguments: Vec<String>,
+    /// Congestion control of ends and gateway.
+    pub congestion: String,
     /// What every proxy has to take.
     pub most_flows: usize,
     pub signals: &'a Signals,
@@ -60,8 +62,7 @@ impl<'a> Lane<'a> {
     pub fn new(contender: Contender, equipment: &Equipment<'a>) -> Result<Self> {
         let topology = Topology::new()?;
         for namespace in [&topology.client, &topology.gateway, &topology.server] {
-            // BBR would pace the ends, and measure its own timer.
-            namespace.sysctl("net.ipv4.tcp_congestion_control", "cubic")?;
+            namespace.sysctl("net.ipv4.tcp_congestion_control", &equipment.congestion)?;
             namespace.sysctl("net.ipv4.ip_local_port_range", "1024 65535")?;
         }
         let signals = equipment.signals;

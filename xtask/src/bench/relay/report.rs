@@ -1,8 +1,8 @@
 //! Results as tables for people, and as JSON for programs.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 
 use super::{
@@ -10,6 +10,7 @@ use super::{
     goals::{self, Goal},
     machine::Machine,
     observation::{Metric, Observation, Observations, Summary},
+    save,
 };
 use crate::table::{
     self,
@@ -27,6 +28,8 @@ pub struct Run {
     pub absent: Option<String>,
     /// Further arguments of the daemon.
     pub daemon_arguments: Vec<String>,
+    /// Congestion control of ends and gateway, but where a proxy chooses its own.
+    pub congestion: String,
     pub rounds: u32,
     /// Payload of each bulk transfer.
     pub bulk_bytes: u64,
@@ -62,12 +65,13 @@ impl Report<'_> {
             machine: Machine { kernel, cpus },
             versions,
             absent,
+            congestion,
             rounds,
             minutes,
             ..
         } = &self.run;
         let mut text = format!(
-            "{}, Linux {kernel}, {cpus} processors; rounds: {rounds}; {minutes:.1} minutes.\n\n",
+            "{}, Linux {kernel}, {cpus} processors; ends use {congestion}; rounds: {rounds}; {minutes:.1} minutes.\n\n",
             versions.join(", ")
         );
         if self.goals.iter().any(|goal| goal.met.is_some()) {
@@ -160,10 +164,6 @@ impl Report<'_> {
     /// # Errors
     /// When a file cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let save = |name: &str, text: String| {
-            let file = folder.join(name);
-            fs::write(&file, text).with_context(|| format!("cannot write {}", file.display()))
-        };
         let json = serde_json::to_string_pretty(&Json {
             run: &self.run,
             goals: &self.goals,
@@ -171,8 +171,8 @@ impl Report<'_> {
             samples: &self.found.samples,
             syscalls: &self.found.syscalls,
         })?;
-        save("results.json", json + "\n")?;
-        save("results.md", self.markdown())
+        save(folder, "results.json", json + "\n")?;
+        save(folder, "results.md", self.markdown())
     }
 }
 
@@ -187,8 +187,7 @@ struct Json<'a> {
 
 const NOTES: &str = "\
 Medians, with the least and the most in parentheses; the last columns are pepsal's median over the others'. Processor \
-time and memory are the whole machine's, ends included, while nothing else of the benchmark runs. All TCP but the \
-proxies' own choice is CUBIC.";
+time and memory are the whole machine's, ends included, while nothing else of the benchmark runs.";
 
 fn spread(summary: Summary) -> String {
     let shown = |value| number(summary.metric, value);
@@ -223,6 +222,7 @@ mod tests {
             versions: vec!["pepsal 1".into()],
             absent: absent.map(str::to_owned),
             daemon_arguments: Vec::new(),
+            congestion: "cubic".to_owned(),
             rounds: 1,
             bulk_bytes: 1,
             minutes: 1.0,
