@@ -255,12 +255,18 @@ struct End {
 
 impl End {
     /// Lets a leg that has not sent anything yet start the way that suits its path.
-    fn start(mut leg: Leg, flow: &Flow, record: &SynRecord, legs: &LegConfig, shared: &Shared) -> Self {
+    fn start(
+        mut leg: Leg,
+        link: Option<Arc<Link>>,
+        flow: &Flow,
+        record: &SynRecord,
+        legs: &LegConfig,
+        shared: &Shared,
+    ) -> Self {
         let (peer, ifindex) = match leg.side() {
             Side::Client => (flow.client.ip(), record.ingress_ifindex),
             Side::Server => (flow.server.ip(), record.egress_ifindex),
         };
-        let link = shared.links.of(ifindex);
         flow.watch(leg.side(), leg.stream(), ifindex, &shared.metrics);
         match &link {
             Some(link) => {
@@ -287,6 +293,7 @@ impl End {
         }
     }
 }
+
 /// Makes the server leg of an accepted connection, and both legs ready to be relayed.
 async fn connect(
     stream: TcpStream,
@@ -299,7 +306,8 @@ async fn connect(
     let (client, server, progress) = (flow.client, flow.server, &flow.progress);
     let leg = Leg::new(stream, Side::Client);
     legs.tune_client(leg.stream(), client, &record);
-    let client_end = End::start(leg, flow, &record, legs, shared);
+    let link = shared.links.of(record.ingress_ifindex);
+    let client_end = End::start(leg, link, flow, &record, legs, shared);
     let client_leg = &client_end.leg;
     let link = shared.links.of(record.egress_ifindex);
     if let Some(patience) = legs.early_data_patience(link.as_deref()) {
@@ -337,7 +345,7 @@ async fn connect(
         CloseReason::of_connect(&error)
     })?;
     let leg = Leg::new(stream, Side::Server);
-    let server_end = End::start(leg, flow, &record, legs, shared);
+    let server_end = End::start(leg, link, flow, &record, legs, shared);
     flow.set_open();
     fault::at("flow", server);
     shared

@@ -16,10 +16,10 @@
 //!
 //! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
 //!
-//! Around them: [`nat`] knows who translates addresses, [`cli`] and the file of [`config`] say what is wanted, at start and at each reload, [`cgroup`] is the
-//! daemon's own, [`privileges`] gives up what is not needed, [`preflight`] says whether it all can be had, [`instance`]
-//! that nobody else has it, [`log`] tells, [`keeper`] looks after what needs looking after, [`notify`] tells the service
-//! manager, and [`run`] holds it all.
+//! Around them: [`nat`] knows who translates addresses, [`cli`] and the file of [`config`] say what is wanted, at start and
+//! at each reload, [`cgroup`] is the daemon's own, [`privileges`] gives up what is not needed, [`preflight`] says whether
+//! it all can be had, [`instance`] that nobody else has it, [`log`] tells, [`keeper`] looks after what needs looking after,
+//! [`notify`] tells the service manager, and [`run`] holds it all.
 
 pub mod btf;
 pub mod budget;
