@@ -17,6 +17,8 @@ use nix::{
     unistd::pipe2,
 };
 
+use crate::socket;
+
 /// Bytes that a pipe is asked to hold: the size from which one flow over veth is as fast as plain forwarding.
 const PIPE_BYTES: usize = 256 << 10;
 
@@ -127,6 +129,9 @@ impl Conduit<'_> {
 
     /// Takes what the socket has, as much as fits an empty conduit. Zero is the end of the stream.
     ///
+    /// It goes no further than to an urgent byte (RFC 9293, 3.8.5). Right before one, it says that there is nothing, or that
+    /// the stream is at its end.
+    ///
     /// # Errors
     /// `WouldBlock` when the socket has nothing; the conduit is empty, so it cannot be the pipe.
     pub fn fill(&mut self, from: BorrowedFd<'_>) -> io::Result<usize> {
@@ -135,6 +140,10 @@ impl Conduit<'_> {
             Some(Way::Pipe(pipe)) => move_bytes(from, pipe.write.as_fd(), pipe.capacity)?,
             Some(Way::Buffer { bytes, start }) => {
                 *start = 0;
+                // As splice does by itself.
+                if socket::is_at_mark(from)? {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
                 recv(from.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT)?
             }
             None => 0,
@@ -231,6 +240,30 @@ mod tests {
             pthread_kill(moving.as_pthread_t(), Signal::SIGUSR1).unwrap();
         }
         moving.join().unwrap();
+    }
+
+    #[test]
+    fn neither_way_crosses_an_urgent_byte() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        for most_pipes in [1, 0] {
+            let mut from = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let (mut to, _) = listener.accept().unwrap();
+            socket2::SockRef::from(&to).set_out_of_band_inline(true).unwrap();
+            to.set_nonblocking(true).unwrap();
+            from.write_all(b"ab").unwrap();
+            send(from.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+            from.write_all(b"cde").unwrap();
+            while !matches!(to.peek(&mut [0; 9]), Ok(2..)) {}
+            let pool = ConduitPool::new(most_pipes);
+            assert_eq!(pool.take().fill(to.as_fd()).unwrap(), 2, "{most_pipes} pipes");
+            let refused = pool.take().fill(to.as_fd()).unwrap_err();
+            assert_eq!(refused.kind(), io::ErrorKind::WouldBlock, "{most_pipes} pipes");
+            assert!(socket::is_at_mark(&to).unwrap());
+            let mut urgent = [0];
+            to.read_exact(&mut urgent).unwrap();
+            assert_eq!(&urgent, b"!");
+            assert_eq!(pool.take().fill(to.as_fd()).unwrap(), 3, "{most_pipes} pipes");
+        }
     }
 
     #[test]

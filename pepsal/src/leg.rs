@@ -254,6 +254,8 @@ impl LegConfig {
             idle = profile.keepalive.value;
         }
         tried("keepalive", socket::set_keepalive(socket, idle));
+        // Else a leg is not readable for an urgent byte alone, and reading leaves it out.
+        tried("urgent data inline", sock.set_out_of_band_inline(true));
     }
 
     /// Before `connect`, so that it is on the SYN.
@@ -310,11 +312,15 @@ pub async fn open(server: &TcpStream, client: &TcpStream) -> io::Result<usize> {
         return Ok(0);
     }
     let mut data = [0; SYN_DATA_MAX];
-    let peeked = recv(
-        client.as_raw_fd(),
-        &mut data,
-        MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT,
-    )?;
+    // An urgent byte is for the relay.
+    let peeked = match socket::is_at_mark(client)? {
+        true => 0,
+        false => recv(
+            client.as_raw_fd(),
+            &mut data,
+            MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT,
+        )?,
+    };
     let sent = match send(server.as_raw_fd(), &data[..peeked], MsgFlags::MSG_NOSIGNAL) {
         // The cookie is gone; the SYN goes without data.
         Err(Errno::EINPROGRESS) => 0,

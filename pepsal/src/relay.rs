@@ -12,7 +12,7 @@ use std::{
     future::{Future, pending, poll_fn},
     io,
     net::Shutdown,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -21,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::socket::{MsgFlags, recv, send};
 use tokio::{
     io::Interest,
     net::TcpStream,
@@ -255,6 +256,16 @@ pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Lim
 /// How many conduits' worth a flow may move before the others on its worker have their turn.
 const TURN: u32 = 4;
 
+/// What there was to be had of a leg.
+enum Read {
+    /// Some bytes are in the conduit.
+    Bytes,
+    /// A byte that is urgent (RFC 9293, 3.8.5).
+    Urgent(u8),
+    /// There will be no more.
+    End,
+}
+
 /// One way through a flow.
 struct Direction<'a> {
     from: &'a Leg,
@@ -277,16 +288,14 @@ impl Direction<'_> {
             let mut conduit = self.pool.take();
             let mut turn = 0;
             loop {
-                match from
-                    .stream
-                    .try_io(Interest::READABLE, || conduit.fill(from.stream.as_fd()))
-                {
+                match self.read(&mut conduit) {
                     // After an error that the other direction took, the kernel says end of stream too.
-                    Ok(0) if from.is_broken() => {
+                    Ok(Read::End) if from.is_broken() => {
                         return Err(from.broke(io::ErrorKind::ConnectionReset.into()));
                     }
-                    Ok(0) => return to.finish(),
-                    Ok(_) => {}
+                    Ok(Read::End) => return to.finish(),
+                    Ok(Read::Urgent(byte)) => self.pass_urgent(byte).await?,
+                    Ok(Read::Bytes) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                     Err(error) => return Err(from.broke(error)),
                 }
@@ -304,6 +313,58 @@ impl Direction<'_> {
         }
     }
 
+    /// Takes what `from` has.
+    ///
+    /// # Errors
+    /// `WouldBlock` when it has nothing.
+    fn read(&self, conduit: &mut Conduit<'_>) -> io::Result<Read> {
+        let stream = &self.from.stream;
+        stream.try_io(Interest::READABLE, || match conduit.fill(stream.as_fd()) {
+            Ok(1..) => Ok(Read::Bytes),
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            nothing if !socket::is_at_mark(stream)? => nothing.map(|_| Read::End),
+            _ => {
+                let mut byte = [0];
+                Ok(
+                    match recv(stream.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT)? {
+                        0 => Read::End,
+                        _ => Read::Urgent(byte[0]),
+                    },
+                )
+            }
+        })
+    }
+
+    /// Passes an urgent byte on as what it is.
+    async fn pass_urgent(&self, byte: u8) -> Result<(), Broken> {
+        let to = self.to;
+        let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+        loop {
+            let sent = to.stream.try_io(Interest::WRITABLE, || {
+                Ok(send(to.stream.as_raw_fd(), &[byte], flags)?)
+            });
+            match sent {
+                Ok(bytes) => {
+                    self.wrote(bytes);
+                    return Ok(());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    poll_fn(|context| to.stream.poll_write_ready(context))
+                        .await
+                        .map_err(|error| to.broke(error))?;
+                }
+                Err(error) => return Err(to.broke(error)),
+            }
+        }
+    }
+
+    fn wrote(&self, bytes: usize) {
+        self.progress.add(self.to.side, bytes);
+        if let Some(membership) = &self.to.membership {
+            membership.wrote(bytes);
+        }
+    }
+
     /// Gives `to` what it takes, and tells whether there is more.
     fn drain(&self, conduit: &mut Conduit<'_>) -> Result<bool, Broken> {
         let to = self.to;
@@ -312,12 +373,7 @@ impl Direction<'_> {
                 .stream
                 .try_io(Interest::WRITABLE, || conduit.drain(to.stream.as_fd()))
             {
-                Ok(bytes) => {
-                    self.progress.add(to.side, bytes);
-                    if let Some(membership) = &to.membership {
-                        membership.wrote(bytes);
-                    }
-                }
+                Ok(bytes) => self.wrote(bytes),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
                 Err(error) => return Err(to.broke(error)),
             }

@@ -242,6 +242,14 @@ pub fn unacknowledged(socket: impl AsFd) -> io::Result<u64> {
     queued(socket, libc::TIOCOUTQ)
 }
 
+/// `SIOCATMARK` of the kernel's `asm-generic/sockios.h`.
+const AT_MARK: libc::c_ulong = 0x8905;
+
+/// Whether the next byte is an urgent one (RFC 9293, 3.8.5), or will be once it is there.
+pub fn is_at_mark(socket: impl AsFd) -> io::Result<bool> {
+    queued(socket, AT_MARK).map(|at_mark| at_mark > 0)
+}
+
 fn queued(socket: impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
     let mut bytes: c_int = 0;
     // SAFETY: these requests write one int.
