@@ -1,4 +1,4 @@
-//! Checks what the workspace depends on: known vulnerabilities, licences, sources (`deny.toml`).
+//! Checks what the workspace and the fuzzer depend on: known vulnerabilities, licences, sources (`deny.toml`).
 
 use std::process::Command;
 
@@ -14,9 +14,13 @@ const CARGO_DENY: Tool = Tool {
 /// Installs cargo-deny below the target folder, unless it is there, and runs it.
 pub fn run() -> Result<()> {
     let program = CARGO_DENY.install()?;
-    shell::heading("Checking dependencies");
-    let mut deny = Command::new(program);
-    deny.args("--workspace --locked check".split(' '))
-        .current_dir(build::root());
-    shell::run(&mut deny)
+    for workspace in ["Cargo.toml", "fuzz/Cargo.toml"] {
+        shell::heading(&format!("Checking dependencies of {workspace}"));
+        let mut deny = Command::new(&program);
+        deny.args(["--manifest-path", workspace, "--config", "deny.toml"])
+            .args("--workspace --locked check".split(' '))
+            .current_dir(build::root());
+        shell::run(&mut deny)?;
+    }
+    Ok(())
 }
