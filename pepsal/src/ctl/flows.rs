@@ -104,6 +104,7 @@ fn show(flows: &Flows) -> String {
         text::table(&headings, &rows, 7)
     };
     text.push_str(&match flows.total {
+        1 if shown == 1 => "1 flow\n".to_owned(),
         total if total == shown => format!("{total} flows\n"),
         total => format!("{shown} of {total} flows\n"),
     });
