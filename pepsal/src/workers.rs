@@ -97,3 +97,56 @@ impl Worker {
             .spawn(async move { came_round.store(true, Ordering::Relaxed) });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Duration};
+
+    use super::*;
+
+    fn eventually(mut condition: impl FnMut() -> bool) {
+        while !condition() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    #[test]
+    fn every_worker_has_its_share_of_flows() {
+        let workers = Workers::start(3).unwrap();
+        (0..9).for_each(|_| workers.spawn(pending()));
+        let shares: Vec<usize> = workers.0.iter().map(|worker| worker.flows.len()).collect();
+        assert_eq!(shares, [3, 3, 3]);
+    }
+
+    #[test]
+    fn flow_goes_to_the_worker_that_has_the_fewest() {
+        let workers = Workers::start(2).unwrap();
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        workers.spawn(async { drop(ended.await) });
+        workers.spawn(pending());
+        drop(end);
+        eventually(|| workers.0[0].flows.is_empty());
+        workers.spawn(pending());
+        assert_eq!(workers.0[0].flows.len(), 1);
+    }
+
+    #[test]
+    fn one_stuck_worker_is_told_from_idle_ones() {
+        let workers = Workers::start(2).unwrap();
+        for _ in 0..3 {
+            eventually(|| workers.are_alive());
+        }
+        let ((release, stuck), (begin, begun)) = (mpsc::channel::<()>(), mpsc::channel());
+        workers.spawn(async move {
+            begin.send(()).unwrap();
+            stuck.recv().unwrap_err();
+        });
+        begun.recv().unwrap();
+        // It may have come round just before.
+        let others_have = || workers.0[1].came_round.load(Ordering::Relaxed);
+        eventually(|| !workers.are_alive() && others_have());
+        assert!(!workers.are_alive());
+        drop(release);
+        eventually(|| workers.are_alive());
+    }
+}
