@@ -16,6 +16,7 @@ use pepsal::{
 };
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::{
+    io::Interest,
     net::{TcpListener, TcpSocket, TcpStream},
     runtime::{Builder, Runtime},
     task::yield_now,
@@ -75,6 +76,7 @@ async fn play(options: u8, operations: &[u8]) -> io::Result<()> {
                 2 | 3 => end.read(usize::from(how_much) * 257 + 1),
                 4 => end.shutdown(),
                 5 if how_much < 64 => end.reset(),
+                7 if how_much < 128 => end.write_urgent(),
                 6 if how_much > 240 => sleep(Duration::from_millis(1)).await,
                 _ => {
                     for _ in 0..how_much % 8 {
@@ -169,13 +171,26 @@ impl End {
 
     /// As much of it as the kernel takes.
     fn write(&mut self, bytes: usize) {
+        self.send(bytes, |stream, data| stream.try_write(data));
+    }
+
+    /// A byte that neither splice nor a read crosses.
+    fn write_urgent(&mut self) {
+        self.send(1, |stream, data| {
+            stream.try_io(Interest::WRITABLE, || {
+                SockRef::from(stream).send_out_of_band(data)
+            })
+        });
+    }
+
+    fn send(&mut self, bytes: usize, send: impl FnOnce(&TcpStream, &[u8]) -> io::Result<usize>) {
         let (Some(stream), false, None | Some(Saw::End)) = (&self.stream, self.is_shut, self.saw) else {
             return;
         };
         let data: Vec<u8> = (self.sent..self.sent + bytes as u64)
             .map(|at| byte(self.salt, at))
             .collect();
-        match stream.try_write(&data) {
+        match send(stream, &data) {
             Ok(written) => self.sent += written as u64,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => self.broke(&error),
@@ -265,6 +280,9 @@ async fn connection(options: u8) -> io::Result<(TcpStream, TcpStream)> {
     let peer = peer.connect(listener.local_addr()?).await?;
     let (leg, _) = listener.accept().await?;
     leg.set_nodelay(true)?;
+    for end in [&peer, &leg] {
+        SockRef::from(end).set_out_of_band_inline(true)?;
+    }
     // As legs have it until they have ended cleanly.
     socket::reset_on_close(leg.as_fd(), true)?;
     Ok((peer, leg))
