@@ -300,6 +300,8 @@ impl Proxy {
         };
         observatory.view.attached.set(steering.attachments());
         observatory.view.set_ready(true);
+        // All that may have taken long, on a busy machine, and the first round is still to come.
+        steering.beat()?;
         Ok(Self {
             observatory,
             steering,
