@@ -19,6 +19,10 @@ use futures_util::future::join_all;
 use tokio::runtime::{Builder, Handle};
 use tokio_util::task::TaskTracker;
 
+/// How many turns of flows that a worker has may come before it looks for a new one, or for the question whether it is
+/// alive: on a slow machine a turn takes many milliseconds.
+const NEWCOMERS_WAIT_FOR: u32 = 5;
+
 /// All workers. Their threads last as long as the process.
 pub struct Workers(Vec<Worker>);
 
@@ -78,7 +82,10 @@ impl Workers {
 
 impl Worker {
     fn start(number: usize) -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .global_queue_interval(NEWCOMERS_WAIT_FOR)
+            .build()?;
         let worker = Self {
             runtime: runtime.handle().clone(),
             flows: TaskTracker::new(),
