@@ -7,12 +7,13 @@
 
 use std::{
     collections::BTreeSet,
-    io,
+    fs, io,
     os::{
         fd::AsRawFd,
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener, UnixStream},
     },
+    process,
     time::Duration,
 };
 
@@ -173,6 +174,19 @@ impl Predecessor {
 /// Whether an instance that is alive uses a routing table.
 pub fn runs_table(table: u32) -> bool {
     owner(&table_name(table)).is_ok()
+}
+
+/// Whether this process is the only instance in its network namespace; false where that cannot be told.
+pub fn is_alone() -> bool {
+    let Ok(sockets) = fs::read_to_string("/proc/net/unix") else {
+        return false;
+    };
+    let mut tables = sockets.lines().filter_map(|line| {
+        let (_, table) = line.split_once(" @pepsal/table/")?;
+        table.parse().ok()
+    });
+    let own = process::id().cast_signed();
+    !tables.any(|table| owner(&table_name(table)).is_ok_and(|(_, process)| process != own))
 }
 
 fn interface_name(interface: &str) -> String {

@@ -527,12 +527,13 @@ fn link_profiles(
     interfaces: &Interfaces,
     rate_control: &mut Option<RateControl>,
 ) -> Result<Vec<LinkProfile>> {
-    let profiles = explain(options, rate_control)?;
-    for profile in &profiles {
-        let name = &profile.interface;
+    for name in options.links.iter().map(|link| &link.interface) {
         if !interfaces.values().any(|interface| interface == name) {
             bail!("--link {name}: there is no interface of that name");
         }
+    }
+    let profiles = explain(options, rate_control)?;
+    for profile in &profiles {
         preflight::check_congestion(&profile.congestion.value)?;
     }
     Ok(profiles)

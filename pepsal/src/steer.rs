@@ -30,6 +30,7 @@ use tracing::{debug, info, warn};
 use crate::{
     cgroup::OwnCgroup,
     cli::Mark,
+    instance,
     link::Links,
     listener::{Listeners, Pair},
     route::Interfaces,
@@ -272,7 +273,7 @@ impl Steering {
     }
 
     fn attach_one(&mut self, interface: &str, name: &str) -> Result<SchedClassifierLink> {
-        if !self.beside_another {
+        if !self.beside_another && instance::is_alone() {
             purge(interface);
         }
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
@@ -357,7 +358,7 @@ impl Counters {
     }
 }
 
-/// Attached filters outlive a killed process on kernels without tcx. None found, or no qdisc, is as good.
+/// Attached filters outlive a killed process on kernels without tcx; whose they are does not show. None found, or no qdisc, is as good.
 fn purge(interface: &str) {
     for name in [STEER, REPLIES] {
         while qdisc_detach_program(interface, TcAttachType::Ingress, name).is_ok() {
