@@ -188,7 +188,8 @@ fn urgent_bytes_keep_their_place_and_their_mark() -> Result<()> {
             let (mut received, mut marked) = (Vec::<u8>::new(), None);
             let mut buffer = vec![0; 64 * KIB];
             loop {
-                // Before the byte itself is there, its place is known already.
+                // Once it is there, it is known for what it is.
+                receiver.peek(&mut [0])?;
                 if is_at_mark(&receiver)? {
                     marked = Some(received.len());
                 }
