@@ -1,6 +1,7 @@
 //! The kernel side as the daemon sees it: loads the programs, fills their maps, attaches them.
 
 use std::{
+    cell::LazyCell,
     collections::BTreeMap,
     fs::File,
     io,
@@ -241,11 +242,15 @@ impl Steering {
                 .get(index)
                 .is_some_and(|name| intercepts(name) == attachment.intercepts)
         });
+        let is_alone = LazyCell::new(instance::is_alone);
         for (index, name) in interfaces {
             let intercepts = intercepts(name);
             if let Some(attachment) = self.attached.get_mut(index) {
                 attachment.name.clone_from(name);
                 continue;
+            }
+            if !self.beside_another && *is_alone {
+                purge(name);
             }
             match self.attach_one(name, if intercepts { STEER } else { REPLIES }) {
                 Ok(link) => {
@@ -273,9 +278,6 @@ impl Steering {
     }
 
     fn attach_one(&mut self, interface: &str, name: &str) -> Result<SchedClassifierLink> {
-        if !self.beside_another && instance::is_alone() {
-            purge(interface);
-        }
         let program: &mut SchedClassifier = program(&mut self.ebpf, name)?;
         let options = TcAttachOptions::TcxOrder(LinkOrder::default());
         let link = match program.attach_with_options(interface, TcAttachType::Ingress, options) {
@@ -358,7 +360,8 @@ impl Counters {
     }
 }
 
-/// Attached filters outlive a killed process on kernels without tcx; whose they are does not show. None found, or no qdisc, is as good.
+/// Attached filters outlive a killed process on kernels without tcx; whose they are does not show. None found, or no qdisc,
+/// is as good.
 fn purge(interface: &str) {
     for name in [STEER, REPLIES] {
         while qdisc_detach_program(interface, TcAttachType::Ingress, name).is_ok() {
