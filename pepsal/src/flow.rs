@@ -198,21 +198,11 @@ pub async fn serve(accepted: net::TcpStream, client: SocketAddr, server: SocketA
         .table
         .enter(client, server, shared.stop.child_token(), &shared.metrics);
     shared.metrics.count(Event::Accepted);
-    let stream = match TcpStream::from_std(accepted) {
-        Ok(stream) => stream,
-        Err(error) => {
-            warn!(%client, %server, "cannot watch a connection: {error}");
-            shared
-                .metrics
-                .close(CloseReason::LocalFailure, place.flow.progress.started().elapsed());
-            return;
-        }
-    };
     let settings = shared.settings.load_full();
     let flow = &place.flow;
     // What connecting takes is on the heap and given back after it: a flow is open for most of its life, and there are
     // many of them.
-    let connected = Box::pin(connect(stream, flow, record, &settings, &shared));
+    let connected = Box::pin(connect(accepted, flow, record, &settings, &shared));
     let serving = async {
         let [client, server] = match connected.await {
             Ok(ends) => ends,
@@ -296,7 +286,7 @@ impl End {
 
 /// Makes the server leg of an accepted connection, and both legs ready to be relayed.
 async fn connect(
-    stream: TcpStream,
+    accepted: net::TcpStream,
     flow: &Flow,
     record: SynRecord,
     settings: &Settings,
@@ -304,6 +294,10 @@ async fn connect(
 ) -> Result<[End; 2], CloseReason> {
     let legs = &settings.legs;
     let (client, server, progress) = (flow.client, flow.server, &flow.progress);
+    let stream = TcpStream::from_std(accepted).map_err(|error| {
+        warn!(%client, %server, "cannot watch a connection: {error}");
+        CloseReason::LocalFailure
+    })?;
     let leg = Leg::new(stream, Side::Client);
     legs.tune_client(leg.stream(), client, &record);
     let link = shared.links.of(record.ingress_ifindex);
