@@ -13,7 +13,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::netns::Namespace;
 use crate::syn::SavedSyn;
-use crate::wait::patience;
+use crate::wait::{eventually, patience};
 
 /// How a client connects. The default asks nothing of the kernel but a deadline.
 #[derive(Clone, Debug)]
@@ -193,6 +193,32 @@ impl Listener {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.accept_waiting()
+    }
+
+    /// Connects until a connection gets here that `passed` says was not split, and returns all of them. Those before it are
+    /// stuck: the kernel completes handshakes that a daemon which hangs then does not accept.
+    ///
+    /// # Panics
+    /// When none has passed within `timeout`, or when one is refused.
+    #[track_caller]
+    pub fn wait_until_passed(
+        &self,
+        client: &Namespace,
+        server: SocketAddr,
+        timeout: Duration,
+        passed: impl Fn(&Accepted) -> bool,
+    ) -> Vec<TcpStream> {
+        let mut stuck = Vec::new();
+        eventually(timeout, || {
+            stuck.push(
+                Connector::default()
+                    .connect(client, server)
+                    .expect("nothing is refused"),
+            );
+            self.accept(Duration::from_millis(250))
+                .is_ok_and(|accepted| passed(&accepted))
+        });
+        stuck
     }
 
     /// The next connection, if one is waiting; else [`io::ErrorKind::WouldBlock`].

@@ -153,11 +153,7 @@ fn without_descriptors_new_flows_wait_and_open_ones_go_on() -> Result<()> {
     late.exchange()
 }
 
-/// Has debug builds panic at a place when a connection to the listener comes by.
-fn start_to_panic_at(topology: &Topology, place: &str, listener: &Listener) -> Result<Daemon> {
-    start_with_fault(topology, "PEPSAL_PANIC", place, listener)
-}
-
+/// Has debug builds panic or hang at a place when a connection to the listener comes by.
 fn start_with_fault(topology: &Topology, fault: &str, place: &str, listener: &Listener) -> Result<Daemon> {
     let mut command = Daemon::command(&topology.gateway, &BOTH)?;
     command.env(fault, format!("{place}:{}", listener.port()));
@@ -171,18 +167,9 @@ fn hung_worker_lets_new_connections_pass() -> Result<()> {
     let daemon = start_with_fault(&topology, "PEPSAL_HANG", "flow", &listener)?;
     assert!(is_next_split(&topology, Family::V4)?);
     let address = SocketAddr::new(Family::V4.server(), listener.port());
-    let mut stuck = Vec::new();
-    eventually(PATIENCE, || {
-        stuck.push(
-            Connector::default()
-                .connect(&topology.client, address)
-                .expect("nothing is refused"),
-        );
-        // Every connection to this port hangs the worker that gets it, until they pass.
-        listener
-            .accept(Duration::from_millis(250))
-            .is_ok_and(|accepted| accepted.syn.ttl() != 64)
-    });
+    // Every connection to this port hangs the worker that gets it, until they pass.
+    let passed = |accepted: &Accepted| accepted.syn.ttl() != 64;
+    let _stuck = listener.wait_until_passed(&topology.client, address, PATIENCE, passed);
     daemon.signal(Signal::SIGKILL)?;
     daemon.wait()?;
     Ok(())
@@ -192,7 +179,7 @@ fn hung_worker_lets_new_connections_pass() -> Result<()> {
 fn panic_of_a_flow_resets_that_one_and_is_counted() -> Result<()> {
     let topology = Topology::new()?;
     let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let daemon = start_to_panic_at(&topology, "flow", &listener)?;
+    let daemon = start_with_fault(&topology, "PEPSAL_PANIC", "flow", &listener)?;
     let mut other = Connection::open(&topology, Family::V4)?;
     let address = SocketAddr::new(Family::V4.server(), listener.port());
     for _ in 0..3 {
@@ -218,7 +205,7 @@ fn panic_of_a_flow_resets_that_one_and_is_counted() -> Result<()> {
 fn panic_of_the_daemon_ends_it_and_new_connections_pass() -> Result<()> {
     let topology = Topology::new()?;
     let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let daemon = start_to_panic_at(&topology, "accept", &listener)?;
+    let daemon = start_with_fault(&topology, "PEPSAL_PANIC", "accept", &listener)?;
     let mut open = Connection::open(&topology, Family::V4)?;
     let address = SocketAddr::new(Family::V4.server(), listener.port());
     let client = Connector::default().connect(&topology.client, address)?;

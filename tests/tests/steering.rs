@@ -311,17 +311,8 @@ fn hung_daemon_lets_new_connections_pass_and_resumes() -> Result<()> {
     daemon.signal(Signal::SIGSTOP)?;
     let stopped = Instant::now();
     let address = SocketAddr::new(Family::V4.server(), listener.port());
-    let mut stuck = Vec::new();
-    eventually(PATIENCE, || {
-        stuck.push(
-            Connector::default()
-                .connect(&topology.client, address)
-                .expect("nothing is refused"),
-        );
-        // Within the bound the kernel completes handshakes that the daemon then does not accept.
-        listener
-            .accept(Duration::from_millis(250))
-            .is_ok_and(|accepted| !is_split(&accepted))
+    let stuck = listener.wait_until_passed(&topology.client, address, PATIENCE, |accepted| {
+        !is_split(accepted)
     });
     assert!(
         stopped.elapsed() < Duration::from_secs(10),
