@@ -13,6 +13,7 @@ use pepsal::{
     flow::CloseReason,
     relay::{Leg, Limits, Progress, Side, relay},
     socket,
+    stream::Stream,
 };
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::{
@@ -260,7 +261,7 @@ fn byte(salt: u8, at: u64) -> u8 {
 }
 
 /// A peer's end and a leg. Some options are for small buffers.
-async fn connection(options: u8) -> io::Result<(TcpStream, TcpStream)> {
+async fn connection(options: u8) -> io::Result<(TcpStream, Stream)> {
     let listener = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
     let peer = TcpSocket::new_v4()?;
     if options & 2 > 0 {
@@ -278,12 +279,12 @@ async fn connection(options: u8) -> io::Result<(TcpStream, TcpStream)> {
     listener.listen(1)?;
     let listener = TcpListener::from_std(listener.into())?;
     let peer = peer.connect(listener.local_addr()?).await?;
-    let (leg, _) = listener.accept().await?;
-    leg.set_nodelay(true)?;
-    for end in [&peer, &leg] {
-        SockRef::from(end).set_out_of_band_inline(true)?;
+    let leg = Socket::from(listener.accept().await?.0.into_std()?);
+    leg.set_tcp_nodelay(true)?;
+    for end in [SockRef::from(&peer), SockRef::from(&leg)] {
+        end.set_out_of_band_inline(true)?;
     }
     // As legs have it until they have ended cleanly.
     socket::reset_on_close(leg.as_fd(), true)?;
-    Ok((peer, leg))
+    Ok((peer, Stream::register(leg)?))
 }

@@ -13,13 +13,12 @@ use std::{
 };
 
 use tokio::{
-    net::TcpStream,
     sync::Notify,
     time::{Instant, MissedTickBehavior, interval},
 };
 use tracing::trace;
 
-use crate::{link::LinkProfile, rate_control::RateControl, socket, units::Rate};
+use crate::{link::LinkProfile, rate_control::RateControl, socket, stream::Stream, units::Rate};
 
 /// What a leg asks of its link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +86,7 @@ struct Member {
 
 #[derive(Debug)]
 struct Sender {
-    stream: Arc<TcpStream>,
+    stream: Arc<Stream>,
     written: AtomicU64,
     idle: AtomicBool,
 }
@@ -125,7 +124,7 @@ impl Budget {
     /// the window for it, but not more than `window` bytes.
     pub fn join(
         self: &Arc<Self>,
-        stream: Arc<TcpStream>,
+        stream: Arc<Stream>,
         weight: u64,
         congestion: &str,
         window: u64,
@@ -329,7 +328,7 @@ impl Retreat {
     }
 
     /// Judges once in about two round trips: back to what arrived after excessive loss, up by a quarter without.
-    fn observe(&mut self, stream: &TcpStream, acknowledged: u64, rate: f64, now: Instant, rtt: Duration) {
+    fn observe(&mut self, stream: &Stream, acknowledged: u64, rate: f64, now: Instant, rtt: Duration) {
         self.acknowledged += acknowledged;
         let since = *self.since.get_or_insert(now);
         if now - since < (2 * rtt).max(Duration::from_millis(200)) {
@@ -352,7 +351,7 @@ impl Retreat {
     }
 }
 
-fn set_initial_window(stream: &TcpStream, bytes: u64, congestion: &str) {
+fn set_initial_window(stream: &Stream, bytes: u64, congestion: &str) {
     if RateControl::is_named(congestion) {
         return restart(stream);
     }
@@ -371,7 +370,7 @@ fn set_initial_window(stream: &TcpStream, bytes: u64, congestion: &str) {
 /// It takes the congestion window that it finds for its first estimate of the rate.
 const BBR: &str = "bbr";
 
-fn restart(stream: &TcpStream) {
+fn restart(stream: &Stream) {
     if let Err(error) = socket::restart_congestion(stream) {
         trace!("cannot restart the congestion control: {error}");
     }
@@ -380,7 +379,7 @@ fn restart(stream: &TcpStream) {
 /// Bytes per second below which no leg is paced: about a segment a second.
 const FLOOR: u64 = 1_448;
 
-fn pace(stream: &TcpStream, bytes_per_second: u64) {
+fn pace(stream: &Stream, bytes_per_second: u64) {
     if let Err(error) = socket::set_pacing_rate(stream, bytes_per_second) {
         trace!("pacing refused: {error}");
     }

@@ -1,11 +1,12 @@
-//! What bytes pass through on their way from one socket to the other: a pipe for splice, or a buffer where no pipe is
-//! to be had. Both are borrowed from a pool that bounds how many there are.
+//! What bytes pass through on their way from one socket to the other: a pipe for splice, or a buffer for messages so small
+//! that copying them costs less, and where no pipe is to be had. Both are borrowed from a pool that bounds how many there
+//! are.
 
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{
-        Mutex, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -13,6 +14,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
+    libc,
     sys::socket::{MsgFlags, recv, send},
     unistd::pipe2,
 };
@@ -25,13 +27,20 @@ const PIPE_BYTES: usize = 256 << 10;
 /// Bytes that a buffer holds.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// Pipes that are kept for the next user while nobody needs them.
-const KEPT_PIPES: usize = 64;
+/// What is less than this is a message: it is copied.
+pub const MESSAGE_BYTES: usize = 16 << 10;
+
+/// Of `send(2)`, which nix leaves out.
+const MSG_MORE: MsgFlags = MsgFlags::from_bits_retain(libc::MSG_MORE);
+
+/// Pipes, and buffers, that are kept for the next user while nobody needs them.
+const KEPT: usize = 64;
 
 /// The pool that conduits come from and go back to.
 #[derive(Debug)]
 pub struct ConduitPool {
     idle: Mutex<Vec<Pipe>>,
+    idle_buffers: Mutex<Vec<Box<[u8]>>>,
     pipes: AtomicUsize,
     most_pipes: usize,
 }
@@ -41,21 +50,28 @@ impl ConduitPool {
     pub fn new(most_pipes: usize) -> Self {
         Self {
             idle: Mutex::default(),
+            idle_buffers: Mutex::default(),
             pipes: AtomicUsize::new(0),
             most_pipes,
         }
     }
 
-    /// A conduit with nothing in it.
+    /// A conduit for as much as there is, with nothing in it.
     pub fn take(&self) -> Conduit<'_> {
-        let idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let way = match idle.or_else(|| self.new_pipe()) {
-            Some(pipe) => Way::Pipe(pipe),
-            None => Way::Buffer {
-                bytes: vec![0; BUFFER_BYTES].into(),
-                start: 0,
-            },
-        };
+        match lock(&self.idle).pop().or_else(|| self.new_pipe()) {
+            Some(pipe) => self.lend(Way::Pipe(pipe)),
+            None => self.take_buffer(),
+        }
+    }
+
+    /// A conduit for a message, with nothing in it.
+    pub fn take_buffer(&self) -> Conduit<'_> {
+        let bytes = lock(&self.idle_buffers).pop();
+        let bytes = bytes.unwrap_or_else(|| vec![0; BUFFER_BYTES].into());
+        self.lend(Way::Buffer { bytes, start: 0 })
+    }
+
+    fn lend(&self, way: Way) -> Conduit<'_> {
         Conduit {
             pool: self,
             way: Some(way),
@@ -74,15 +90,24 @@ impl ConduitPool {
     }
 
     fn give_back(&self, pipe: Pipe) {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        if idle.len() < KEPT_PIPES {
-            idle.push(pipe);
-        } else {
-            drop(idle);
-            drop(pipe);
+        if !keep(&self.idle, pipe) {
             self.pipes.fetch_sub(1, Ordering::Relaxed);
         }
     }
+}
+
+fn lock<T>(idle: &Mutex<T>) -> MutexGuard<'_, T> {
+    idle.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether it is kept for the next user; else it is gone.
+fn keep<T>(idle: &Mutex<Vec<T>>, returned: T) -> bool {
+    let mut idle = lock(idle);
+    let keeps = idle.len() < KEPT;
+    if keeps {
+        idle.push(returned);
+    }
+    keeps
 }
 
 #[derive(Debug)]
@@ -152,15 +177,36 @@ impl Conduit<'_> {
         Ok(bytes)
     }
 
-    /// Gives the socket as much as it takes.
+    /// Takes what the socket has, up to [`MESSAGE_BYTES`], into a buffer. If it is less, it is all. Zero is the end of the
+    /// stream.
+    ///
+    /// It is for streams that nothing urgent has come of: an urgent byte in front would become one like any other.
+    ///
+    /// # Errors
+    /// `WouldBlock` when the socket has nothing.
+    pub fn fill_with_message(&mut self, from: BorrowedFd<'_>) -> io::Result<usize> {
+        let Some(Way::Buffer { bytes, start }) = &mut self.way else {
+            return self.fill(from);
+        };
+        *start = 0;
+        self.held = recv(
+            from.as_raw_fd(),
+            &mut bytes[..MESSAGE_BYTES],
+            MsgFlags::MSG_DONTWAIT,
+        )?;
+        Ok(self.held)
+    }
+
+    /// Gives the socket as much as it takes. Of the `last` bytes the end may wait for the end of the stream to go with.
     ///
     /// # Errors
     /// `WouldBlock` when the socket's buffer is full.
-    pub fn drain(&mut self, to: BorrowedFd<'_>) -> io::Result<usize> {
+    pub fn drain(&mut self, to: BorrowedFd<'_>, last: bool) -> io::Result<usize> {
         let bytes = match &mut self.way {
             Some(Way::Pipe(pipe)) => move_bytes(pipe.read.as_fd(), to, self.held)?,
             Some(Way::Buffer { bytes, start }) => {
-                let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                let mut flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+                flags.set(MSG_MORE, last);
                 let sent = send(to.as_raw_fd(), &bytes[*start..*start + self.held], flags)?;
                 *start += sent;
                 sent
@@ -181,7 +227,10 @@ impl Drop for Conduit<'_> {
                 drop(pipe);
                 self.pool.pipes.fetch_sub(1, Ordering::Relaxed);
             }
-            Some(Way::Buffer { .. }) | None => {}
+            Some(Way::Buffer { bytes, .. }) => {
+                keep(&self.pool.idle_buffers, bytes);
+            }
+            None => {}
         }
     }
 }
@@ -231,7 +280,7 @@ mod tests {
                 from.write_all(b"byte").unwrap();
                 let mut conduit = pool.take();
                 while !matches!(conduit.fill(to.as_fd()), Ok(4)) {}
-                conduit.drain(to.as_fd()).unwrap();
+                conduit.drain(to.as_fd(), false).unwrap();
                 // What has come back makes room for the next.
                 from.read_exact(&mut [0; 4]).unwrap();
             }

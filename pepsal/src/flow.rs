@@ -2,8 +2,8 @@
 
 use std::{
     io,
-    net::{self, IpAddr, SocketAddr},
-    os::fd::AsRawFd,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, AsRawFd},
     panic::AssertUnwindSafe,
     sync::{
         Arc,
@@ -19,11 +19,9 @@ use nix::{
     sys::socket::{MsgFlags, recv},
 };
 use pepsal_ebpf::SynRecord;
+use socket2::Socket;
 use thiserror::Error;
-use tokio::{
-    net::TcpStream,
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -36,6 +34,8 @@ use crate::{
     metrics::{Event, Metrics},
     paths::{self, Paths},
     relay::{Leg, Limits, Side, relay},
+    steer::monotonic_ns,
+    stream::Stream,
     table::{Flow, FlowTable, Observation},
 };
 
@@ -193,7 +193,7 @@ impl Collector {
 /// Serves an accepted connection until its end. Whatever goes wrong here resets the client: dropping a [`Leg`] does.
 ///
 /// It stays on the worker that polls it first, whose runtime the connection is registered with.
-pub async fn serve(accepted: net::TcpStream, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
+pub async fn serve(accepted: Socket, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
     let (place, record) = shared
         .table
         .enter(client, server, shared.stop.child_token(), &shared.metrics);
@@ -264,7 +264,11 @@ impl End {
                 leg.join(link, record.traffic_class, congestion.unwrap_or_default());
             }
             None => {
-                legs.settle_congestion(leg.side(), leg.stream());
+                let handshake = match leg.side() {
+                    Side::Client => Duration::from_nanos(monotonic_ns().saturating_sub(record.time_ns)),
+                    Side::Server => flow.progress.started().elapsed(),
+                };
+                legs.settle_congestion(leg.side(), leg.stream(), handshake);
                 shared.paths.resume(ifindex, peer, leg.stream());
             }
         }
@@ -286,7 +290,7 @@ impl End {
 
 /// Makes the server leg of an accepted connection, and both legs ready to be relayed.
 async fn connect(
-    accepted: net::TcpStream,
+    accepted: Socket,
     flow: &Flow,
     record: SynRecord,
     settings: &Settings,
@@ -294,7 +298,7 @@ async fn connect(
 ) -> Result<[End; 2], CloseReason> {
     let legs = &settings.legs;
     let (client, server, progress) = (flow.client, flow.server, &flow.progress);
-    let stream = TcpStream::from_std(accepted).map_err(|error| {
+    let stream = Stream::register(accepted).map_err(|error| {
         warn!(%client, %server, "cannot watch a connection: {error}");
         CloseReason::LocalFailure
     })?;
@@ -316,7 +320,7 @@ async fn connect(
             server,
             &record,
             link.as_deref(),
-            early_data,
+            has_data,
             &shared.metrics,
         );
         let stream = connect.await?;
@@ -351,9 +355,9 @@ async fn connect(
 
 /// Whether the client has sent something already, in its SYN or right after the handshake. A reset that has come by then
 /// is an error that the kernel reports here and never again.
-fn has_data(stream: &TcpStream) -> io::Result<bool> {
+fn has_data(stream: &Stream) -> io::Result<bool> {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    match recv(stream.as_raw_fd(), &mut [0], flags) {
+    match recv(stream.as_fd().as_raw_fd(), &mut [0], flags) {
         Ok(bytes) => Ok(bytes > 0),
         Err(Errno::EAGAIN) => Ok(false),
         Err(error) => Err(error.into()),

@@ -14,7 +14,7 @@ use nix::{
 };
 use pepsal_ebpf::SynRecord;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::{io::Interest, net::TcpStream, time::sleep};
+use tokio::time::sleep;
 use tracing::debug;
 
 use crate::{
@@ -24,6 +24,7 @@ use crate::{
     preflight,
     relay::Side,
     socket,
+    stream::Stream,
 };
 
 /// When an idle peer is first asked whether it is still there; how often then, and how often in vain, is the host's to say.
@@ -130,9 +131,14 @@ impl LegConfig {
     }
 
     /// Once a leg without a profile is connected: leaves the congestion control to the kernel unless the path is short.
-    pub fn settle_congestion(&self, side: Side, stream: &TcpStream) {
+    /// `handshake` is what a round trip took at most.
+    pub fn settle_congestion(&self, side: Side, stream: &Stream, handshake: Duration) {
         let Some(path) = &self.short_path else { return };
         if self.congestion_of(side, None).is_some() {
+            return;
+        }
+        // With fast open there is a connection before there has been a round trip.
+        if handshake < SHORT_PATH && !self.fastopen {
             return;
         }
         // No measurement, after a SYN cookie, is zero.
@@ -154,7 +160,7 @@ impl LegConfig {
 
     /// Gives the accepted connection the options that it has not inherited from its listener. One that the kernel
     /// refuses is left out: the flow can do without.
-    pub fn tune_client(&self, stream: &TcpStream, client: SocketAddr, record: &SynRecord) {
+    pub fn tune_client(&self, stream: &Stream, client: SocketAddr, record: &SynRecord) {
         if self.dscp && record.traffic_class != 0 {
             let ipv6 = client.is_ipv6();
             tried(
@@ -163,7 +169,7 @@ impl LegConfig {
             );
         }
         if self.quickack {
-            tried("quick ack", socket::set_quickack(stream));
+            tried("quick ack", socket::set_quickack(stream, true));
         }
     }
 
@@ -174,7 +180,7 @@ impl LegConfig {
 
     /// Connects to the server the way the client meant to.
     ///
-    /// `early_data` tells that the client has sent something already, which fast open can carry in the SYN. Without, the
+    /// `has_data` tells that the client has sent something already, which fast open can carry in the SYN. Without, the
     /// SYN would wait for the client, and the client may be waiting for the server.
     ///
     /// # Errors
@@ -185,9 +191,9 @@ impl LegConfig {
         server: SocketAddr,
         record: &SynRecord,
         link: Option<&Link>,
-        early_data: bool,
+        has_data: bool,
         metrics: &Metrics,
-    ) -> io::Result<TcpStream> {
+    ) -> io::Result<Stream> {
         let socket = Socket::new(
             Domain::for_address(server),
             Type::STREAM.nonblocking().cloexec(),
@@ -195,8 +201,9 @@ impl LegConfig {
         )?;
         self.replicate(&socket, server.is_ipv6(), record, metrics);
         self.tune(socket.as_fd(), link);
-        if self.quickack {
-            tried("quick ack", socket::set_quickack(&socket));
+        if self.quickack || has_data {
+            // What the client has sent already completes the handshake as well as an acknowledgement alone.
+            tried("quick ack", socket::set_quickack(&socket, self.quickack));
         }
         if let Some(congestion) = self.initial_congestion_of(Side::Server, link) {
             tried("congestion control", socket::set_congestion(&socket, congestion));
@@ -208,18 +215,19 @@ impl LegConfig {
                 socket::set_receive_buffer(&socket, link.profile.receive_buffer.value),
             );
         }
-        if early_data {
+        if has_data && self.fastopen {
             tried("fast open", socket::set_fastopen_connect(&socket));
         }
         if self.source == Source::Client {
             bind_as_client(&socket, client, metrics)?;
         }
         begin_connect(&socket, server).await?;
-        let stream = TcpStream::from_std(socket.into())?;
+        let stream = Stream::register(socket)?;
         stream.writable().await?;
-        match stream.take_error()? {
-            Some(error) => Err(error),
-            None => Ok(stream),
+        // What there is to know came with the same news.
+        match stream.has_error() {
+            true => stream.socket().take_error()?.map_or(Ok(stream), Err),
+            false => Ok(stream),
         }
     }
 
@@ -307,7 +315,7 @@ impl LegConfig {
 ///
 /// # Errors
 /// What `connect` would have said.
-pub async fn open(server: &TcpStream, client: &TcpStream) -> io::Result<usize> {
+pub async fn open(server: &Stream, client: &Stream) -> io::Result<usize> {
     if !is_connecting(server)? {
         return Ok(0);
     }
@@ -316,29 +324,37 @@ pub async fn open(server: &TcpStream, client: &TcpStream) -> io::Result<usize> {
     let peeked = match socket::is_at_mark(client)? {
         true => 0,
         false => recv(
-            client.as_raw_fd(),
+            client.as_fd().as_raw_fd(),
             &mut data,
             MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT,
         )?,
     };
-    let sent = match send(server.as_raw_fd(), &data[..peeked], MsgFlags::MSG_NOSIGNAL) {
+    let sent = match send(
+        server.as_fd().as_raw_fd(),
+        &data[..peeked],
+        MsgFlags::MSG_NOSIGNAL,
+    ) {
         // The cookie is gone; the SYN goes without data.
         Err(Errno::EINPROGRESS) => 0,
         sent => sent?,
     };
     if sent > 0 {
-        recv(client.as_raw_fd(), &mut data[..sent], MsgFlags::MSG_DONTWAIT)?;
+        recv(
+            client.as_fd().as_raw_fd(),
+            &mut data[..sent],
+            MsgFlags::MSG_DONTWAIT,
+        )?;
     }
     loop {
         server.writable().await?;
-        let answered = server.try_io(Interest::WRITABLE, || match is_connecting(server)? {
+        let answered = server.try_write(|_| match is_connecting(server)? {
             true => Err(io::ErrorKind::WouldBlock.into()),
             false => Ok(()),
         });
         match answered {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
-            Ok(()) => return server.take_error()?.map_or(Ok(sent), Err),
+            Ok(()) => return server.socket().take_error()?.map_or(Ok(sent), Err),
         }
     }
 }
@@ -349,7 +365,7 @@ const SYN_DATA_MAX: usize = 1280 - 40 - 60;
 /// `TCP_SYN_SENT` of the kernel's `net/tcp_states.h`.
 const TCP_SYN_SENT: u8 = 2;
 
-fn is_connecting(stream: &TcpStream) -> io::Result<bool> {
+fn is_connecting(stream: &Stream) -> io::Result<bool> {
     Ok(socket::tcp_info(stream)?.tcpi_state == TCP_SYN_SENT)
 }
 

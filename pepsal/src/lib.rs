@@ -11,7 +11,8 @@
 //!    profile of the [`link`] that they leave through and their share of its [`budget`], which [`rate_control`] sends at
 //!    ([`btf`] tells it where the kernel keeps things). Where nobody described the link, a leg starts with what earlier ones
 //!    learned of its path ([`paths`]).
-//! 5. [`relay`] moves the bytes both ways, through a [`conduit`], until both ends are done or one breaks.
+//! 5. [`relay`] moves the bytes both ways, from [`stream`] to stream through a [`conduit`], until both ends are done or one
+//!    breaks.
 //! 6. [`metrics`] counts the end, once, with its reason.
 //!
 //! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
@@ -51,6 +52,7 @@ pub mod selection;
 pub mod selection_maps;
 pub mod socket;
 pub mod steer;
+pub mod stream;
 pub mod table;
 pub mod units;
 pub mod workers;
@@ -613,7 +615,7 @@ async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Worker
                 };
                 fault::at("accept", server);
                 pause = Duration::from_millis(5);
-                workers.spawn(flow::serve(socket.into(), client, server, shared.clone()));
+                workers.spawn(flow::serve(socket, client, server, shared.clone()));
             }
             // The client was faster to leave.
             Err(error) if is_of_connection(&error) => {}

@@ -13,12 +13,9 @@ use std::{
 };
 
 use pepsal_ebpf::map_addr;
-use tokio::{
-    net::TcpStream,
-    time::{Instant, sleep},
-};
+use tokio::time::{Instant, sleep};
 
-use crate::{socket, units::Rate};
+use crate::{socket, stream::Stream, units::Rate};
 
 /// Paths that are remembered at most; the oldest are forgotten first.
 const MOST: usize = 4096;
@@ -48,7 +45,7 @@ pub struct Paths(Mutex<HashMap<Path, Memory>>);
 
 impl Paths {
     /// Remembers what a leg saw, if it saw enough: what was acknowledged for each second that it had something to send.
-    pub fn learn(&self, ifindex: u32, peer: IpAddr, stream: &TcpStream) {
+    pub fn learn(&self, ifindex: u32, peer: IpAddr, stream: &Stream) {
         let Ok(info) = socket::tcp_info(stream) else {
             return;
         };
@@ -64,7 +61,7 @@ impl Paths {
     }
 
     /// Starts a fresh leg with what is remembered of its path, if anything is.
-    pub fn resume(self: &Arc<Self>, ifindex: u32, peer: IpAddr, stream: &Arc<TcpStream>) {
+    pub fn resume(self: &Arc<Self>, ifindex: u32, peer: IpAddr, stream: &Arc<Stream>) {
         let path = path(ifindex, peer);
         if !self.lock().contains_key(&path) {
             return;
@@ -95,7 +92,7 @@ impl Paths {
     }
 
     /// Looks how the start went.
-    async fn validate(self: Arc<Self>, path: Path, rtt: Duration, stream: Weak<TcpStream>) {
+    async fn validate(self: Arc<Self>, path: Path, rtt: Duration, stream: Weak<Stream>) {
         sleep(rtt * 2).await;
         let Some(stream) = stream.upgrade() else { return };
         lift_pacing(&stream);
@@ -134,7 +131,7 @@ impl Paths {
     }
 }
 
-fn lift_pacing(stream: &TcpStream) {
+fn lift_pacing(stream: &Stream) {
     // All ones stands for no limit; it was accepted a moment ago.
     let _ = socket::set_pacing_rate(stream, u64::MAX);
 }

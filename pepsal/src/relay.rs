@@ -1,18 +1,19 @@
 //! Moves bytes between the two legs of a flow, both ways, until both are done.
 //!
-//! Bytes go through a pipe that the kernel fills from one socket and empties into the other (splice), and that is held
-//! only while bytes are in it: an idle flow has its two sockets and nothing else. Nothing more is taken from a leg
-//! before the other has taken what there is, so a leg that does not read stops the other by its own receive window.
+//! Bytes go through a pipe that the kernel fills from one socket and empties into the other (splice); a message of a few
+//! kB is copied, which costs less. Pipe and buffer are held only while bytes are in them: an idle flow has its two sockets
+//! and nothing else. Nothing more is taken from a leg before the other has taken what there is, so a leg that does not read
+//! stops the other by its own receive window.
 //!
 //! How a leg ends is passed on. A half-close becomes a half-close. A leg that breaks becomes a reset of the other, after
 //! what the broken one had sent has been delivered. Until a direction has ended cleanly, closing its receiver resets it,
 //! so that even a killed process never makes a truncated transfer look complete.
 
 use std::{
-    future::{Future, pending, poll_fn},
+    future::{Future, pending},
     io,
     net::Shutdown,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     pin::{Pin, pin},
     sync::{
         Arc,
@@ -21,10 +22,9 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{FutureExt, future::BoxFuture};
 use nix::sys::socket::{MsgFlags, recv, send};
 use tokio::{
-    io::Interest,
-    net::TcpStream,
     task::yield_now,
     time::{Instant, sleep_until, timeout},
 };
@@ -33,17 +33,18 @@ use tracing::trace;
 
 use crate::{
     budget::Membership,
-    conduit::{Conduit, ConduitPool},
+    conduit::{Conduit, ConduitPool, MESSAGE_BYTES},
     flow::CloseReason,
     link::Link,
     socket,
+    stream::{Readable, Stream},
 };
 
 /// One end of a flow while it is relayed.
 pub struct Leg {
     /// Given up before the stream is closed.
     membership: Option<Membership>,
-    stream: Arc<TcpStream>,
+    stream: Arc<Stream>,
     side: Side,
     /// Set once the connection is known to be broken. The kernel reports an error only once, and then pretends an
     /// orderly end of stream.
@@ -61,7 +62,7 @@ pub enum Side {
 
 impl Leg {
     /// Takes over a connected stream, which is reset when it is dropped ([`crate::leg::LegConfig::tune`]).
-    pub fn new(stream: TcpStream, side: Side) -> Self {
+    pub fn new(stream: Stream, side: Side) -> Self {
         Self {
             membership: None,
             stream: Arc::new(stream),
@@ -88,7 +89,7 @@ impl Leg {
     }
 
     /// The leg's stream.
-    pub fn stream(&self) -> &Arc<TcpStream> {
+    pub fn stream(&self) -> &Arc<Stream> {
         &self.stream
     }
 
@@ -111,13 +112,7 @@ impl Leg {
 
     /// Waits until the connection is broken, whatever else happens on it.
     async fn error(&self) -> Broken {
-        let error = match self.stream.ready(Interest::ERROR).await {
-            Ok(_) => match self.stream.take_error() {
-                Ok(Some(error)) | Err(error) => error,
-                Ok(None) => io::ErrorKind::ConnectionReset.into(),
-            },
-            Err(error) => error,
-        };
+        let error = self.stream.broken().await;
         self.broke(error)
     }
 
@@ -125,7 +120,7 @@ impl Leg {
     fn finish(&self) -> Result<(), Broken> {
         let end = || {
             socket::reset_on_close(self.stream.as_fd(), false)?;
-            socket2::SockRef::from(&self.stream).shutdown(Shutdown::Write)
+            self.stream.socket().shutdown(Shutdown::Write)
         };
         end().map_err(|error| self.broke(error))
     }
@@ -259,7 +254,7 @@ const TURN: u32 = 4;
 /// What there was to be had of a leg.
 enum Read {
     /// Some bytes are in the conduit.
-    Bytes,
+    Bytes(usize),
     /// A byte that is urgent (RFC 9293, 3.8.5).
     Urgent(u8),
     /// There will be no more.
@@ -274,42 +269,92 @@ struct Direction<'a> {
     pool: &'a ConduitPool,
 }
 
+/// What came of one look at a leg: how many bytes were moved, or nothing after the last.
+type Passed = Result<Option<usize>, Broken>;
+
+/// The same where it may have to wait. It is on the heap, so that an idle flow does not keep room for it.
+enum Passing<'a> {
+    Done(Passed),
+    Waiting(BoxFuture<'a, Passed>),
+}
+
 impl Direction<'_> {
     /// Moves what `from` sends to `to`, and its end of stream.
-    ///
-    /// It waits by the streams' own wakers for reading and writing, which take no room in the flow's task; each leg has
-    /// one direction that reads it and one that writes it.
     async fn pump(&self) -> Result<(), Broken> {
-        let Self { from, to, .. } = self;
+        let from = self.from;
+        let mut is_bulk = false;
         loop {
-            poll_fn(|context| from.stream.poll_read_ready(context))
-                .await
-                .map_err(|error| from.broke(error))?;
-            let mut conduit = self.pool.take();
-            let mut turn = 0;
-            loop {
-                match self.read(&mut conduit) {
-                    // After an error that the other direction took, the kernel says end of stream too.
-                    Ok(Read::End) if from.is_broken() => {
-                        return Err(from.broke(io::ErrorKind::ConnectionReset.into()));
-                    }
-                    Ok(Read::End) => return to.finish(),
-                    Ok(Read::Urgent(byte)) => self.pass_urgent(byte).await?,
-                    Ok(Read::Bytes) => {}
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(error) => return Err(from.broke(error)),
-                }
-                while self.drain(&mut conduit)? {
-                    poll_fn(|context| to.stream.poll_write_ready(context))
-                        .await
-                        .map_err(|error| to.broke(error))?;
-                }
-                turn += 1;
-                if turn == TURN {
-                    turn = 0;
-                    yield_now().await;
-                }
+            let readable = from.stream.readable().await.map_err(|error| from.broke(error))?;
+            let passing = if is_bulk || from.stream.has_error() || from.stream.has_been_urgent() {
+                Passing::Waiting(self.pass_stream().boxed())
+            } else {
+                self.pass_message(readable)
+            };
+            let passed = match passing {
+                Passing::Done(passed) => passed,
+                Passing::Waiting(passing) => passing.await,
+            };
+            match passed? {
+                Some(bytes) => is_bulk = bytes >= MESSAGE_BYTES,
+                None => return self.to.finish(),
             }
+        }
+    }
+
+    /// Moves what there is if it is little, and begins with it if it is much.
+    fn pass_message(&self, readable: Readable<'_>) -> Passing<'_> {
+        let from = self.from;
+        let mut conduit = self.pool.take_buffer();
+        let bytes = match conduit.fill_with_message(from.stream.as_fd()) {
+            Ok(0) => return Passing::Done(self.ended()),
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                readable.taken();
+                return Passing::Done(Ok(Some(0)));
+            }
+            Err(error) => return Passing::Done(Err(from.broke(error))),
+        };
+        let was_last = bytes < MESSAGE_BYTES && readable.is_all() && !from.is_broken();
+        if bytes < MESSAGE_BYTES {
+            readable.taken();
+        }
+        let passed = (!was_last).then_some(bytes);
+        match self.write(|to| conduit.drain(to, was_last)) {
+            Ok(_) if conduit.held() == 0 => Passing::Done(Ok(passed)),
+            Err(broken) => Passing::Done(Err(broken)),
+            Ok(_) => {
+                let rest = async move { self.deliver(&mut conduit, was_last).await.map(|()| passed) };
+                Passing::Waiting(rest.boxed())
+            }
+        }
+    }
+
+    /// Moves all there is.
+    async fn pass_stream(&self) -> Passed {
+        let mut conduit = self.pool.take();
+        let (mut turn, mut passed) = (0, 0);
+        loop {
+            match self.read(&mut conduit) {
+                Ok(Read::End) => return self.ended(),
+                Ok(Read::Urgent(byte)) => self.pass_urgent(byte).await?,
+                Ok(Read::Bytes(bytes)) => passed += bytes,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Some(passed)),
+                Err(error) => return Err(self.from.broke(error)),
+            }
+            self.deliver(&mut conduit, false).await?;
+            turn += 1;
+            if turn == TURN {
+                turn = 0;
+                yield_now().await;
+            }
+        }
+    }
+
+    /// After an error that the other direction took, the kernel says end of stream too.
+    fn ended(&self) -> Passed {
+        match self.from.is_broken() {
+            true => Err(self.from.broke(io::ErrorKind::ConnectionReset.into())),
+            false => Ok(None),
         }
     }
 
@@ -318,67 +363,57 @@ impl Direction<'_> {
     /// # Errors
     /// `WouldBlock` when it has nothing.
     fn read(&self, conduit: &mut Conduit<'_>) -> io::Result<Read> {
-        let stream = &self.from.stream;
-        stream.try_io(Interest::READABLE, || match conduit.fill(stream.as_fd()) {
-            Ok(1..) => Ok(Read::Bytes),
+        self.from.stream.try_read(|from| match conduit.fill(from) {
+            Ok(bytes @ 1..) => Ok(Read::Bytes(bytes)),
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-            nothing if !socket::is_at_mark(stream)? => nothing.map(|_| Read::End),
+            nothing if !socket::is_at_mark(from)? => nothing.map(|_| Read::End),
             _ => {
                 let mut byte = [0];
-                Ok(
-                    match recv(stream.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT)? {
-                        0 => Read::End,
-                        _ => Read::Urgent(byte[0]),
-                    },
-                )
+                Ok(match recv(from.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT)? {
+                    0 => Read::End,
+                    _ => Read::Urgent(byte[0]),
+                })
             }
         })
     }
 
     /// Passes an urgent byte on as what it is.
     async fn pass_urgent(&self, byte: u8) -> Result<(), Broken> {
-        let to = self.to;
         let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        loop {
-            let sent = to.stream.try_io(Interest::WRITABLE, || {
-                Ok(send(to.stream.as_raw_fd(), &[byte], flags)?)
-            });
-            match sent {
-                Ok(bytes) => {
-                    self.wrote(bytes);
-                    return Ok(());
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    poll_fn(|context| to.stream.poll_write_ready(context))
-                        .await
-                        .map_err(|error| to.broke(error))?;
-                }
-                Err(error) => return Err(to.broke(error)),
-            }
+        while !self.write(|to| Ok(send(to.as_raw_fd(), &[byte], flags)?))? {
+            self.writable().await?;
         }
+        Ok(())
     }
 
-    fn wrote(&self, bytes: usize) {
-        self.progress.add(self.to.side, bytes);
-        if let Some(membership) = &self.to.membership {
-            membership.wrote(bytes);
-        }
-    }
-
-    /// Gives `to` what it takes, and tells whether there is more.
-    fn drain(&self, conduit: &mut Conduit<'_>) -> Result<bool, Broken> {
-        let to = self.to;
+    /// Gives `to` what is in the conduit.
+    async fn deliver(&self, conduit: &mut Conduit<'_>, last: bool) -> Result<(), Broken> {
         while conduit.held() > 0 {
-            match to
-                .stream
-                .try_io(Interest::WRITABLE, || conduit.drain(to.stream.as_fd()))
-            {
-                Ok(bytes) => self.wrote(bytes),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
-                Err(error) => return Err(to.broke(error)),
+            if !self.write(|to| conduit.drain(to, last))? {
+                self.writable().await?;
             }
         }
-        Ok(false)
+        Ok(())
+    }
+
+    async fn writable(&self) -> Result<(), Broken> {
+        let writable = self.to.stream.writable().await;
+        writable.map_err(|error| self.to.broke(error))
+    }
+
+    /// Whether there was room.
+    fn write(&self, write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> Result<bool, Broken> {
+        match self.to.stream.try_write(write) {
+            Ok(bytes) => {
+                self.progress.add(self.to.side, bytes);
+                if let Some(membership) = &self.to.membership {
+                    membership.wrote(bytes);
+                }
+                Ok(true)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(self.to.broke(error)),
+        }
     }
 }
 

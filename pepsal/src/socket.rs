@@ -78,9 +78,9 @@ pub fn set_mss(socket: impl AsFd, bytes: u16) -> io::Result<()> {
     set_int(socket, libc::SOL_TCP, libc::TCP_MAXSEG, bytes.into())
 }
 
-/// Sends acknowledgements at once; the kernel falls back to delaying them when it sees fit.
-pub fn set_quickack(socket: impl AsFd) -> io::Result<()> {
-    set_int(socket, libc::SOL_TCP, libc::TCP_QUICKACK, 1)
+/// Sends acknowledgements at once, or lets them wait for data to go with; the kernel changes that when it sees fit.
+pub fn set_quickack(socket: impl AsFd, on: bool) -> io::Result<()> {
+    set_int(socket, libc::SOL_TCP, libc::TCP_QUICKACK, on.into())
 }
 
 /// Sends full segments only, for up to 200 ms.

@@ -13,7 +13,7 @@ use std::{
 
 use nix::libc::tcp_info;
 use pepsal_ebpf::{FlowKey, SynRecord};
-use tokio::{net::TcpStream, time::Instant};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -21,6 +21,7 @@ use crate::{
     relay::{Progress, Side},
     socket,
     steer::{FlowMap, monotonic_ns},
+    stream::Stream,
 };
 
 /// How far a flow has come.
@@ -55,7 +56,7 @@ pub struct Flow {
 /// A leg as its flow looks at it, without keeping it from being closed.
 #[derive(Debug)]
 struct Watched {
-    stream: Weak<TcpStream>,
+    stream: Weak<Stream>,
     traffic: Option<Arc<Traffic>>,
 }
 
@@ -90,7 +91,7 @@ pub struct Observation {
 #[derive(Debug)]
 pub struct LegObservation {
     /// Its socket.
-    pub stream: Arc<TcpStream>,
+    pub stream: Arc<Stream>,
     /// The interface that it leaves through, when that is known.
     pub traffic: Option<Arc<Traffic>>,
     /// What the kernel says of it.
@@ -99,7 +100,7 @@ pub struct LegObservation {
 
 impl Flow {
     /// Lets a leg be looked at, which leaves through the interface of this index.
-    pub fn watch(&self, side: Side, stream: &Arc<TcpStream>, ifindex: u32, metrics: &Metrics) {
+    pub fn watch(&self, side: Side, stream: &Arc<Stream>, ifindex: u32, metrics: &Metrics) {
         let watched = Watched {
             stream: Arc::downgrade(stream),
             traffic: metrics.traffic(ifindex),

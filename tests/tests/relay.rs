@@ -246,7 +246,7 @@ fn reset_follows_the_data_sent_before_it() -> Result<()> {
 fn reset_waits_for_a_peer_that_does_not_read() -> Result<()> {
     let bed = Bed::start(&[])?;
     // More than the peer's kernel takes unread, and less than pepsal's does.
-    let sent = payload(5, 512 * KIB);
+    let sent = payload(5, 128 * KIB);
     bed.limit_buffers(32 * KIB, MIB)?;
     for (family, from) in cases() {
         let (sender, receiver) = bed.flow(family)?.ends(from);

@@ -2,12 +2,13 @@
 
 use std::{
     collections::BTreeMap,
-    process,
+    io, process,
     time::{Duration, SystemTime},
 };
 
 use nix::libc::tcp_info;
 use pepsal_ebpf::Counter;
+use socket2::SockAddr;
 use tokio::time::Instant;
 
 use super::{
@@ -190,9 +191,11 @@ impl LegStatus {
         let info = &leg.info;
         let measured = |us: u32| (us > 0 && us != u32::MAX).then(|| f64::from(us) / 1e6);
         let seconds = |us: u64| us as f64 / 1e6;
+        let address = |address: io::Result<SockAddr>| address.ok()?.as_socket();
+        let socket = leg.stream.socket();
         Self {
-            local: leg.stream.local_addr().ok(),
-            peer: leg.stream.peer_addr().ok(),
+            local: address(socket.local_addr()),
+            peer: address(socket.peer_addr()),
             interface: leg.traffic.as_ref().map(|traffic| traffic.interface.clone()),
             state: state_name(info.tcpi_state).to_owned(),
             congestion: socket::congestion(&*leg.stream).ok(),
