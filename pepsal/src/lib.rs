@@ -615,7 +615,8 @@ async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Worker
                 };
                 fault::at("accept", server);
                 pause = Duration::from_millis(5);
-                workers.spawn(flow::serve(socket, client, server, shared.clone()));
+                let shared = shared.clone();
+                workers.spawn(move || flow::serve(socket, client, server, shared));
             }
             // The client was faster to leave.
             Err(error) if is_of_connection(&error) => {}

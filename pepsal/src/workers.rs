@@ -6,31 +6,51 @@
 //! own for it would be one more to wake for every connection.
 
 use std::{
-    future::pending,
     io,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use futures_util::future::join_all;
-use tokio::runtime::{Builder, Handle};
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    time::{MissedTickBehavior, interval},
+};
 use tokio_util::task::TaskTracker;
 
-/// How many turns of flows that a worker has may come before it looks for a new one, or for the question whether it is
-/// alive: on a slow machine a turn takes many milliseconds.
+/// How many turns of flows that a worker has may come before it looks for a new one: on a slow machine a turn takes many
+/// milliseconds.
 const NEWCOMERS_WAIT_FOR: u32 = 5;
+
+/// How often each thread shows that it is alive. The timers of flows are longer, so that setting one need not wake the
+/// thread that sets it.
+const ROUND: Duration = Duration::from_millis(500);
+/// A thread that has not come round for so long is stuck, and its flows with it.
+const STUCK: Duration = Duration::from_millis(1500);
 
 /// All workers. Their threads last as long as the process.
 pub struct Workers(Vec<Worker>);
 
 struct Worker {
     runtime: Handle,
+    /// Many of them wake the thread once, and what they take is from its own memory.
+    newcomers: UnboundedSender<Newcomer>,
     flows: TaskTracker,
-    /// Whether the thread has come round since it was last asked to.
-    came_round: Arc<AtomicBool>,
+    came_round: Arc<Round>,
+}
+
+/// Begins a flow on the runtime that it is called in.
+type Newcomer = Box<dyn FnOnce() + Send>;
+
+/// When a thread last came round.
+struct Round {
+    epoch: Instant,
+    last_ms: AtomicU64,
 }
 
 impl Workers {
@@ -46,10 +66,19 @@ impl Workers {
     }
 
     /// Gives a flow to the worker that has the fewest.
-    pub fn spawn(&self, flow: impl Future<Output = ()> + Send + 'static) {
+    pub fn spawn<F>(&self, flow: impl FnOnce() -> F + Send + 'static)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
         let fewest = self.0.iter().min_by_key(|worker| worker.flows.len());
         if let Some(worker) = fewest {
-            worker.flows.spawn_on(flow, &worker.runtime);
+            let (arriving, flows) = (worker.flows.token(), worker.flows.clone());
+            let begin = move || {
+                flows.spawn(flow());
+                drop(arriving);
+            };
+            // A worker's runtime ends with the process.
+            let _ = worker.newcomers.send(Box::new(begin));
         }
     }
 
@@ -58,16 +87,9 @@ impl Workers {
         &self.0[0].runtime
     }
 
-    /// Whether every thread has come round since this was last true. One that has not is stuck, and its flows with it.
+    /// Whether no thread is stuck.
     pub fn are_alive(&self) -> bool {
-        let alive = self
-            .0
-            .iter()
-            .all(|worker| worker.came_round.load(Ordering::Relaxed));
-        if alive {
-            self.0.iter().for_each(Worker::ask);
-        }
-        alive
+        self.0.iter().all(Worker::is_alive)
     }
 
     /// Waits until no flow is left.
@@ -86,28 +108,63 @@ impl Worker {
             .enable_all()
             .global_queue_interval(NEWCOMERS_WAIT_FOR)
             .build()?;
+        let (newcomers, arriving) = unbounded_channel();
+        runtime.spawn(welcome(arriving));
         let worker = Self {
             runtime: runtime.handle().clone(),
+            newcomers,
             flows: TaskTracker::new(),
-            came_round: Arc::new(AtomicBool::new(true)),
+            came_round: Arc::new(Round::now()),
         };
+        let came_round = worker.came_round.clone();
         thread::Builder::new()
             .name(format!("pepsal-{number}"))
-            .spawn(move || runtime.block_on(pending::<()>()))?;
+            .spawn(move || runtime.block_on(come_round(&came_round)))?;
         Ok(worker)
     }
 
-    fn ask(&self) {
-        self.came_round.store(false, Ordering::Relaxed);
-        let came_round = self.came_round.clone();
-        self.runtime
-            .spawn(async move { came_round.store(true, Ordering::Relaxed) });
+    fn is_alive(&self) -> bool {
+        self.came_round.age() < STUCK
+    }
+}
+
+impl Round {
+    fn now() -> Self {
+        Self {
+            epoch: Instant::now(),
+            last_ms: AtomicU64::new(0),
+        }
+    }
+
+    fn renew(&self) {
+        let now = self.epoch.elapsed().as_millis() as u64;
+        self.last_ms.store(now, Ordering::Relaxed);
+    }
+
+    fn age(&self) -> Duration {
+        let last = Duration::from_millis(self.last_ms.load(Ordering::Relaxed));
+        self.epoch.elapsed().saturating_sub(last)
+    }
+}
+
+async fn welcome(mut arriving: UnboundedReceiver<Newcomer>) {
+    while let Some(begin) = arriving.recv().await {
+        begin();
+    }
+}
+
+async fn come_round(round: &Round) {
+    let mut rounds = interval(ROUND);
+    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        rounds.tick().await;
+        round.renew();
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc, time::Duration};
+    use std::{future::pending, sync::mpsc};
 
     use super::*;
 
@@ -120,7 +177,7 @@ mod tests {
     #[test]
     fn every_worker_has_its_share_of_flows() {
         let workers = Workers::start(3).unwrap();
-        (0..9).for_each(|_| workers.spawn(pending()));
+        (0..9).for_each(|_| workers.spawn(pending));
         let shares: Vec<usize> = workers.0.iter().map(|worker| worker.flows.len()).collect();
         assert_eq!(shares, [3, 3, 3]);
     }
@@ -129,30 +186,26 @@ mod tests {
     fn flow_goes_to_the_worker_that_has_the_fewest() {
         let workers = Workers::start(2).unwrap();
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
-        workers.spawn(async { drop(ended.await) });
-        workers.spawn(pending());
+        workers.spawn(|| async { drop(ended.await) });
+        workers.spawn(pending);
         drop(end);
         eventually(|| workers.0[0].flows.is_empty());
-        workers.spawn(pending());
+        workers.spawn(pending);
         assert_eq!(workers.0[0].flows.len(), 1);
     }
 
     #[test]
     fn one_stuck_worker_is_told_from_idle_ones() {
         let workers = Workers::start(2).unwrap();
-        for _ in 0..3 {
-            eventually(|| workers.are_alive());
-        }
+        assert!(workers.are_alive());
         let ((release, stuck), (begin, begun)) = (mpsc::channel::<()>(), mpsc::channel());
-        workers.spawn(async move {
+        workers.spawn(|| async move {
             begin.send(()).unwrap();
             stuck.recv().unwrap_err();
         });
         begun.recv().unwrap();
-        // It may have come round just before.
-        let others_have = || workers.0[1].came_round.load(Ordering::Relaxed);
-        eventually(|| !workers.are_alive() && others_have());
-        assert!(!workers.are_alive());
+        eventually(|| !workers.are_alive());
+        assert!(workers.0[1].is_alive());
         drop(release);
         eventually(|| workers.are_alive());
     }
