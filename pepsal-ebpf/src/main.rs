@@ -615,24 +615,42 @@ fn set_initial_window(sockopt: *mut bpf_sockopt) -> Option<i32> {
 /// A socket buffer, read from its network header on, whether the device has a link-layer header or not.
 struct Skb(*mut __sk_buff);
 
+/// Aligned, bytes are looked at by the word and not one by one.
+#[repr(align(8))]
+struct Words<const N: usize>([u8; N]);
+
+impl Skb {
+    /// Whether the packet has these bytes; where it has not, zeroes are written.
+    ///
+    /// # Safety
+    /// `len` bytes fit.
+    #[inline(always)]
+    unsafe fn load(&self, offset: u32, to: *mut c_void, len: u32) -> bool {
+        // SAFETY: the caller's.
+        unsafe { bpf_skb_load_bytes_relative(self.0.cast(), offset, to, len, BPF_HDR_START_NET) == 0 }
+    }
+}
+
 impl Packet for Skb {
     #[inline(always)]
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
-        /// Aligned, the bytes are looked at by the word and not one by one.
-        #[repr(align(8))]
-        struct Words<const N: usize>([u8; N]);
-
         let mut words = MaybeUninit::<Words<N>>::uninit();
-        // SAFETY: the helper writes N bytes or says that it did not.
+        // SAFETY: N bytes fit, and have been written if it says so.
         unsafe {
-            let read = bpf_skb_load_bytes_relative(
-                self.0.cast(),
-                offset,
-                words.as_mut_ptr().cast(),
-                N as u32,
-                BPF_HDR_START_NET,
-            );
-            (read == 0).then(|| words.assume_init().0)
+            self.load(offset, words.as_mut_ptr().cast(), N as u32)
+                .then(|| words.assume_init().0)
+        }
+    }
+
+    #[inline(always)]
+    fn start<const N: usize, const M: usize>(&self) -> Option<[u8; N]> {
+        const { assert!(M <= N) };
+        let mut words = MaybeUninit::<Words<N>>::uninit();
+        let to = words.as_mut_ptr().cast();
+        // SAFETY: N bytes fit, and so do M. Where the packet has no N, the helper has written as many zeroes.
+        unsafe {
+            let read = self.load(0, to, N as u32) || self.load(0, to, M as u32);
+            read.then(|| words.assume_init().0)
         }
     }
 
@@ -645,16 +663,8 @@ impl Packet for Skb {
         // it in one register; volatile, as the compiler would leave out what changes nothing.
         // SAFETY: a local variable.
         let len = unsafe { (read_volatile(&len) - 1) & (N.next_power_of_two() as u32 - 1) } + 1;
-        // SAFETY: `len` bytes fit, and the helper writes that many or none.
-        unsafe {
-            bpf_skb_load_bytes_relative(
-                self.0.cast(),
-                offset,
-                to.as_mut_ptr().cast(),
-                len,
-                BPF_HDR_START_NET,
-            ) == 0
-        }
+        // SAFETY: `len` bytes fit.
+        unsafe { self.load(offset, to.as_mut_ptr().cast(), len) }
     }
 }
 

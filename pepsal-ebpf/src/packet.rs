@@ -4,8 +4,6 @@
 //! is of a fixed size at a computed offset and is refused past the packet's end, which is all that the verifier asks.
 //! The packet starts at its network header.
 
-use core::array;
-
 use crate::{
     Counter, EXTENSION_MAX, FlowKey, FragmentKey, IP_OPTIONS_MAX, MappedAddr, SynRecord, TCP_OPTIONS_MAX,
 };
@@ -15,6 +13,9 @@ pub trait Packet {
     /// The `N` bytes at `offset`, or nothing when the packet ends before them.
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 
+    /// The first `N` bytes, or the first `M` of a shorter packet, followed by zeroes; nothing when it is shorter still.
+    fn start<const N: usize, const M: usize>(&self) -> Option<[u8; N]>;
+
     /// Copies `len` bytes at `offset` to the start of `to`; false when the packet or `to` is shorter.
     fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool;
 }
@@ -23,6 +24,15 @@ pub trait Packet {
 impl Packet for &[u8] {
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
         self.get(offset as usize..)?.first_chunk().copied()
+    }
+
+    fn start<const N: usize, const M: usize>(&self) -> Option<[u8; N]> {
+        self.read(0).or_else(|| {
+            let start: [u8; M] = self.read(0)?;
+            let mut padded = [0; N];
+            padded[..M].copy_from_slice(&start);
+            Some(padded)
+        })
     }
 
     fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool {
@@ -234,15 +244,31 @@ pub fn first_fragment(packet: &impl Packet, family: Family) -> Result<Segment, C
 /// Finds the TCP header, or says why the packet is none of pepsal's business.
 #[inline(always)]
 pub fn parse(packet: &impl Packet, family: Family) -> Result<Parsed, Counter> {
-    let ip = match family {
-        Family::V4 => parse_v4(packet, 0)?,
-        Family::V6 => parse_v6(packet, 0)?,
+    // With what is the TCP header most of the time: a second read takes as long as all the rest. A packet that ends before
+    // has none.
+    let (ip, next) = match family {
+        Family::V4 => {
+            let start: [u8; 20 + TCP_HEADER] = packet.start::<_, 20>().ok_or(Counter::Malformed)?;
+            (parse_v4(&part(&start, 0), 0)?, part(&start, 20))
+        }
+        Family::V6 => {
+            let start: [u8; 40 + TCP_HEADER] = packet.start::<_, 40>().ok_or(Counter::Malformed)?;
+            (parse_v6(packet, &part(&start, 0), 0)?, part(&start, 40))
+        }
     };
     match (ip.protocol, family) {
-        (PROTO_TCP, _) => parse_tcp(packet, &ip, family).map(Parsed::Tcp),
+        (PROTO_TCP, _) => parse_tcp(packet, &ip, next, family).map(Parsed::Tcp),
         (PROTO_ICMP, Family::V4) | (PROTO_ICMPV6, Family::V6) => parse_icmp_error(packet, &ip, family),
         _ => Err(Counter::NotTcp),
     }
+}
+
+/// Some bytes of a header, copied by the word.
+#[inline(always)]
+fn part<const N: usize, const M: usize>(header: &[u8; M], at: usize) -> [u8; N] {
+    let mut part = [0; N];
+    part.copy_from_slice(&header[at..at + N]);
+    part
 }
 
 struct Ip {
@@ -256,8 +282,7 @@ struct Ip {
 }
 
 #[inline(always)]
-fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
-    let header: [u8; 20] = packet.read(at).ok_or(Counter::Malformed)?;
+fn parse_v4(header: &[u8; 20], at: u32) -> Result<Ip, Counter> {
     let header_len = u32::from(header[0] & 0x0f) * 4;
     let total_len = u32::from(u16::from_be_bytes([header[2], header[3]]));
     if header[0] >> 4 != 4 || header_len < 20 || total_len < header_len {
@@ -268,8 +293,8 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
         return Err(Counter::Fragment);
     }
     Ok(Ip {
-        source: MappedAddr::v4([header[12], header[13], header[14], header[15]]),
-        destination: MappedAddr::v4([header[16], header[17], header[18], header[19]]),
+        source: MappedAddr::v4(part(header, 12)),
+        destination: MappedAddr::v4(part(header, 16)),
         protocol: header[9],
         payload: Span {
             offset: at + header_len,
@@ -285,10 +310,8 @@ fn parse_v4(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
 }
 
 #[inline(always)]
-fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
-    let header: [u8; 40] = packet.read(at).ok_or(Counter::Malformed)?;
-    let address = |at: usize| MappedAddr::v6(array::from_fn(|byte| header[at + byte]));
-    let (source, destination) = (address(8), address(24));
+fn parse_v6(packet: &impl Packet, header: &[u8; 40], at: u32) -> Result<Ip, Counter> {
+    let (source, destination) = (MappedAddr::v6(part(header, 8)), MappedAddr::v6(part(header, 24)));
     // A mapped address is not for the wire (RFC 4942, 2.2), and would stand for a flow of IPv4 in the maps.
     if header[0] >> 4 != 6 || source.is_v4() || destination.is_v4() {
         return Err(Counter::Malformed);
@@ -339,9 +362,20 @@ fn parse_v6(packet: &impl Packet, at: u32) -> Result<Ip, Counter> {
     }
 }
 
+const TCP_HEADER: usize = 20;
+
+/// `next` is what follows the IP header's fixed part.
 #[inline(always)]
-fn parse_tcp(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Segment, Counter> {
-    let header: [u8; 20] = packet.read(ip.payload.offset).ok_or(Counter::Malformed)?;
+fn parse_tcp(
+    packet: &impl Packet,
+    ip: &Ip,
+    next: [u8; TCP_HEADER],
+    family: Family,
+) -> Result<Segment, Counter> {
+    let header = match (family, ip.payload.offset) {
+        (Family::V4, 20) | (Family::V6, 40) => next,
+        (_, at) => packet.read(at).ok_or(Counter::Malformed)?,
+    };
     let header_len = u32::from(header[12] >> 4) * 4;
     let (source_port, destination_port) = ([header[0], header[1]], [header[2], header[3]]);
     // No socket has port 0, so that no leg could have it.
@@ -387,8 +421,8 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
     }
     let at = ip.payload.offset + 8;
     let quoted = match family {
-        Family::V4 => parse_v4(packet, at)?,
-        Family::V6 => parse_v6(packet, at)?,
+        Family::V4 => parse_v4(&packet.read(at).ok_or(Counter::Malformed)?, at)?,
+        Family::V6 => parse_v6(packet, &packet.read(at).ok_or(Counter::Malformed)?, at)?,
     };
     if quoted.protocol != PROTO_TCP {
         return Err(Counter::NotTcp);
