@@ -9,7 +9,10 @@
 pub mod packet;
 
 use crate::packet::TcpOptions;
-use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use core::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    ops::Deref,
+};
 
 /// An IP address of either family as it lies in a map: network order, IPv4 as `::ffff:a.b.c.d`.
 ///
@@ -231,10 +234,21 @@ impl FragmentKey {
     }
 }
 
-/// What the client's SYN said, recorded before the kernel answers it and taken by the daemon when it accepts.
+/// What the client's SYN said, recorded before the kernel answers it and taken by the daemon when it accepts. In the maps
+/// it is in two parts: few SYNs have the second, which is the larger.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SynRecord {
+    /// What every SYN has.
+    pub head: SynHead,
+    /// What those have that say so in their head.
+    pub extensions: ExtensionHeaders,
+}
+
+/// The part of a [`SynRecord`] that lasts as long as the flow.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SynHead {
     /// When the SYN arrived, in nanoseconds of CLOCK_MONOTONIC.
     pub time_ns: u64,
     /// Index of the interface that it arrived on, which the client leg leaves through.
@@ -249,47 +263,99 @@ pub struct SynRecord {
     pub ttl: u8,
     /// Bytes used of `ip_options`.
     pub ip_options_len: u8,
-    /// Bytes used of `hop_by_hop`.
+    /// Bytes of the hop-by-hop options header.
     pub hop_by_hop_len: u8,
-    /// Bytes used of `destination`.
+    /// Bytes of the destination options header.
     pub destination_len: u8,
     /// Bytes used of `tcp_options`.
     pub tcp_options_len: u8,
-    /// Non-zero when an extension header was longer than [`EXTENSION_MAX`] and so was not recorded.
+    /// Non-zero when an extension header is not recorded: it was longer than [`EXTENSION_MAX`].
     pub truncated: u8,
     _pad: [u8; 5],
     /// TCP options as they arrived (RFC 9293).
     pub tcp_options: [u8; TCP_OPTIONS_MAX],
     /// IPv4 options as they arrived (RFC 791).
     pub ip_options: [u8; IP_OPTIONS_MAX],
+}
+
+/// The part of a [`SynRecord`] that few have, and that is needed until the server leg is made.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtensionHeaders {
     /// IPv6 hop-by-hop options header (RFC 8200) as it arrived, next-header byte included.
     pub hop_by_hop: [u8; EXTENSION_MAX],
     /// IPv6 destination options header (RFC 8200) as it arrived, next-header byte included.
     pub destination: [u8; EXTENSION_MAX],
 }
 
-const _: () = assert!(size_of::<SynRecord>() == 368 && align_of::<SynRecord>() == 8);
+// With its key and what the kernel adds, an element just fits 256 bytes.
+const _: () = assert!(size_of::<SynHead>() == 112 && align_of::<SynHead>() == 8);
+const _: () = assert!(size_of::<SynRecord>() == 112 + 2 * EXTENSION_MAX);
 
 impl SynRecord {
     /// A record of nothing: what a flow has whose SYN was not seen.
     pub const EMPTY: Self = Self {
-        time_ns: 0,
-        ingress_ifindex: 0,
-        egress_ifindex: 0,
-        flow_label: [0; 4],
-        traffic_class: 0,
-        ttl: 0,
-        ip_options_len: 0,
-        hop_by_hop_len: 0,
-        destination_len: 0,
-        tcp_options_len: 0,
-        truncated: 0,
-        _pad: [0; 5],
-        tcp_options: [0; TCP_OPTIONS_MAX],
-        ip_options: [0; IP_OPTIONS_MAX],
-        hop_by_hop: [0; EXTENSION_MAX],
-        destination: [0; EXTENSION_MAX],
+        head: SynHead {
+            time_ns: 0,
+            ingress_ifindex: 0,
+            egress_ifindex: 0,
+            flow_label: [0; 4],
+            traffic_class: 0,
+            ttl: 0,
+            ip_options_len: 0,
+            hop_by_hop_len: 0,
+            destination_len: 0,
+            tcp_options_len: 0,
+            truncated: 0,
+            _pad: [0; 5],
+            tcp_options: [0; TCP_OPTIONS_MAX],
+            ip_options: [0; IP_OPTIONS_MAX],
+        },
+        extensions: ExtensionHeaders {
+            hop_by_hop: [0; EXTENSION_MAX],
+            destination: [0; EXTENSION_MAX],
+        },
     };
+
+    /// Of its two parts. Where the second should be there and is not, it says that it is truncated.
+    pub fn new(head: SynHead, extensions: Option<ExtensionHeaders>) -> Self {
+        let mut record = Self { head, ..Self::EMPTY };
+        match extensions {
+            Some(extensions) => record.extensions = extensions,
+            None if head.has_extensions() => {
+                record.head.truncated = 1;
+                (record.head.hop_by_hop_len, record.head.destination_len) = (0, 0);
+            }
+            None => {}
+        }
+        record
+    }
+
+    /// The IPv6 hop-by-hop options header that the SYN carried, empty when there was none.
+    pub fn hop_by_hop(&self) -> &[u8] {
+        &self.extensions.hop_by_hop[..usize::from(self.head.hop_by_hop_len).min(EXTENSION_MAX)]
+    }
+
+    /// The IPv6 destination options header that the SYN carried, empty when there was none.
+    pub fn destination(&self) -> &[u8] {
+        &self.extensions.destination[..usize::from(self.head.destination_len).min(EXTENSION_MAX)]
+    }
+}
+
+impl Deref for SynRecord {
+    type Target = SynHead;
+
+    fn deref(&self) -> &SynHead {
+        &self.head
+    }
+}
+
+impl SynHead {
+    /// Whether there is a second part.
+    #[inline(always)]
+    pub fn has_extensions(&self) -> bool {
+        self.hop_by_hop_len > 0 || self.destination_len > 0
+    }
 
     /// The TCP options that the SYN carried.
     pub fn tcp_options(&self) -> TcpOptions {
@@ -304,16 +370,6 @@ impl SynRecord {
     /// The IPv4 options that the SYN carried.
     pub fn ip_options(&self) -> &[u8] {
         &self.ip_options[..usize::from(self.ip_options_len).min(IP_OPTIONS_MAX)]
-    }
-
-    /// The IPv6 hop-by-hop options header that the SYN carried, empty when there was none.
-    pub fn hop_by_hop(&self) -> &[u8] {
-        &self.hop_by_hop[..usize::from(self.hop_by_hop_len).min(EXTENSION_MAX)]
-    }
-
-    /// The IPv6 destination options header that the SYN carried, empty when there was none.
-    pub fn destination(&self) -> &[u8] {
-        &self.destination[..usize::from(self.destination_len).min(EXTENSION_MAX)]
     }
 }
 
@@ -397,7 +453,9 @@ mod pod {
     // SAFETY: `repr(C)`, no references, every padding byte is a field, every bit pattern is valid.
     unsafe impl aya::Pod for super::FlowKey {}
     // SAFETY: as above.
-    unsafe impl aya::Pod for super::SynRecord {}
+    unsafe impl aya::Pod for super::SynHead {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::ExtensionHeaders {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::PrefixKey {}
 }

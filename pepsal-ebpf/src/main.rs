@@ -38,8 +38,9 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::info;
 use pepsal_ebpf::{
-    Counter, FlowKey, FragmentKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES, PORT_SETS_MAX,
-    PREFIXES_MAX, PortSet, PrefixKey, SynRecord, TCP_INITIAL_WINDOW, listener_v4, listener_v6,
+    Counter, ExtensionHeaders, FlowKey, FragmentKey, LINKS_MAX, MappedAddr, NO_LINK, PORT_SET_BYTES,
+    PORT_SETS_MAX, PREFIXES_MAX, PortSet, PrefixKey, SynHead, SynRecord, TCP_INITIAL_WINDOW, listener_v4,
+    listener_v6,
     packet::{Family, Packet, Parsed, Segment, first_fragment, fragment_key, parse, record_syn},
 };
 
@@ -59,7 +60,12 @@ static LOG_SYNS: u8 = 0;
 /// Every flow, from its SYN to its end. The daemon sizes the map to its limit of connections and removes a flow that has
 /// ended or was never accepted, so that a full map is what "at the limit" means.
 #[map]
-static FLOWS: HashMap<FlowKey, SynRecord> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+static FLOWS: HashMap<FlowKey, SynHead> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// What is large in the records of flows, and rare. The daemon takes it when it accepts; of connections that never come so
+/// far the oldest make room.
+#[map]
+static EXTENSIONS: LruHashMap<FlowKey, ExtensionHeaders> = LruHashMap::with_max_entries(EXTENDED_MAX, 0);
 
 /// The daemon's listeners by link and family: a connection gets its receive window and more from the socket that it was
 /// accepted from. A slot empties itself when its socket is closed, however the daemon ended.
@@ -109,6 +115,7 @@ struct Scratch {
 }
 
 const FRAGMENTED_MAX: u32 = 4096;
+const EXTENDED_MAX: u32 = 1024;
 const BPF_F_NO_PREALLOC: u32 = 1;
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
@@ -293,29 +300,34 @@ fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: Segment, intercept: bool) -
     }
 
     record_syn(packet, syn, record)?;
-    record.time_ns = now;
-    record.ingress_ifindex = ingress_ifindex;
-    record.egress_ifindex = egress_ifindex;
+    let SynRecord { head, extensions } = record;
+    head.time_ns = now;
+    head.ingress_ifindex = ingress_ifindex;
+    head.egress_ifindex = egress_ifindex;
 
-    let (flow, record) = (syn.flow(), &*record);
+    let (flow, head) = (syn.flow(), &*head);
+    if head.has_extensions() {
+        // Where it is missing the daemon notices.
+        let _ = EXTENSIONS.insert(flow, &*extensions, 0);
+    }
     // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already.
-    if FLOWS.insert(flow, record, BPF_EXIST).is_ok() {
+    if FLOWS.insert(flow, head, BPF_EXIST).is_ok() {
         return Ok(Counter::Retransmitted);
     }
-    match FLOWS.insert(flow, record, BPF_NOEXIST) {
+    match FLOWS.insert(flow, head, BPF_NOEXIST) {
         Ok(()) => {}
         Err(E2BIG) => return Err(Counter::LimitReached),
         Err(_) => return Err(Counter::RecordFailed),
     }
     // SAFETY: a static that the loader sets.
     if unsafe { read_volatile(&LOG_SYNS) } != 0 {
-        log_syn(ctx, syn, record);
+        log_syn(ctx, syn, head);
     }
     Ok(Counter::Intercepted)
 }
 
 #[inline(always)]
-fn log_syn(ctx: &TcContext, syn: &Segment, record: &SynRecord) {
+fn log_syn(ctx: &TcContext, syn: &Segment, record: &SynHead) {
     let (sport, dport) = (
         u16::from_be_bytes(syn.source_port),
         u16::from_be_bytes(syn.destination_port),

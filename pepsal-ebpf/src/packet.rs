@@ -450,39 +450,40 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
 /// Fills `record` with what the SYN says, except for its time and interface; whatever was in `record` is overwritten.
 #[inline(always)]
 pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -> Result<(), Counter> {
+    let SynRecord { head, extensions } = record;
     let start: [u8; 9] = packet.read(0).ok_or(Counter::Malformed)?;
     match syn.family {
         Family::V4 => {
             refuse_waypoint(packet, syn.ip_options)?;
-            record.traffic_class = start[1];
-            record.ttl = start[8];
-            record.flow_label = [0; 4];
+            head.traffic_class = start[1];
+            head.ttl = start[8];
+            head.flow_label = [0; 4];
         }
         Family::V6 => {
-            record.traffic_class = start[0] << 4 | start[1] >> 4;
-            record.ttl = start[7];
-            record.flow_label = [0, start[1] & 0x0f, start[2], start[3]];
+            head.traffic_class = start[0] << 4 | start[1] >> 4;
+            head.ttl = start[7];
+            head.flow_label = [0, start[1] & 0x0f, start[2], start[3]];
         }
     }
     let mut truncated = 0;
-    record.ip_options_len =
-        copy_span::<IP_OPTIONS_MAX>(packet, syn.ip_options, &mut record.ip_options, &mut truncated)?;
-    record.hop_by_hop_len =
-        copy_span::<EXTENSION_MAX>(packet, syn.hop_by_hop, &mut record.hop_by_hop, &mut truncated)?;
-    record.destination_len = copy_span::<EXTENSION_MAX>(
+    head.ip_options_len =
+        copy_span::<IP_OPTIONS_MAX>(packet, syn.ip_options, &mut head.ip_options, &mut truncated)?;
+    head.hop_by_hop_len =
+        copy_span::<EXTENSION_MAX>(packet, syn.hop_by_hop, &mut extensions.hop_by_hop, &mut truncated)?;
+    head.destination_len = copy_span::<EXTENSION_MAX>(
         packet,
         syn.destination_options,
-        &mut record.destination,
+        &mut extensions.destination,
         &mut truncated,
     )?;
-    record.truncated = truncated;
+    head.truncated = truncated;
     let options = Span {
         offset: syn.tcp.offset + 20,
         len: syn.tcp.len - 20,
     };
     refuse_signed(packet, options)?;
-    record.tcp_options_len =
-        copy_span::<TCP_OPTIONS_MAX>(packet, options, &mut record.tcp_options, &mut truncated)?;
+    head.tcp_options_len =
+        copy_span::<TCP_OPTIONS_MAX>(packet, options, &mut head.tcp_options, &mut truncated)?;
     Ok(())
 }
 
@@ -849,7 +850,7 @@ mod tests {
             prop_assert!(segment.is_syn());
             prop_assert_eq!(segment.flow(), syn.flow());
             let mut record = SynRecord::EMPTY;
-            record.truncated = 7;
+            record.head.truncated = 7;
             prop_assert_eq!(record_syn(&packet.as_slice(), &segment, &mut record), Ok(()));
             prop_assert_eq!((record.traffic_class, record.ttl), (syn.traffic_class, syn.ttl));
             prop_assert_eq!(record.flow_label(), syn.flow_label);

@@ -24,7 +24,9 @@ use aya::{
     sys::SyscallError,
 };
 use nix::time::{ClockId, clock_gettime};
-use pepsal_ebpf::{Counter, FlowKey, LINKS_MAX, NO_LINK, SynRecord, listener_v4, listener_v6};
+use pepsal_ebpf::{
+    Counter, ExtensionHeaders, FlowKey, LINKS_MAX, NO_LINK, SynHead, SynRecord, listener_v4, listener_v6,
+};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::{debug, info, warn};
 
@@ -121,9 +123,10 @@ impl Steering {
             forward_log(&mut ebpf)?;
         }
         Ok(Self {
-            flows: Arc::new(FlowMap(Mutex::new(HashMap::try_from(take_map(
-                &mut ebpf, "FLOWS",
-            )?)?))),
+            flows: Arc::new(FlowMap(Mutex::new(FlowMaps {
+                heads: HashMap::try_from(take_map(&mut ebpf, "FLOWS")?)?,
+                extensions: HashMap::try_from(take_map(&mut ebpf, "EXTENSIONS")?)?,
+            }))),
             counters: Arc::new(Counters(PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?)),
             heartbeat: Array::try_from(take_map(&mut ebpf, "HEARTBEAT")?)?,
             listeners: SockMap::try_from(take_map(&mut ebpf, "LISTENERS")?)?,
@@ -429,34 +432,51 @@ pub fn monotonic_ns() -> u64 {
 }
 
 /// The kernel's map of flows: from a flow's SYN to its end, at most as many as the limit of connections.
-pub struct FlowMap(Mutex<HashMap<MapData, FlowKey, SynRecord>>);
+pub struct FlowMap(Mutex<FlowMaps>);
+
+struct FlowMaps {
+    heads: HashMap<MapData, FlowKey, SynHead>,
+    extensions: HashMap<MapData, FlowKey, ExtensionHeaders>,
+}
 
 impl FlowMap {
-    /// What the flow's SYN said.
+    /// When the flow's SYN came, in nanoseconds of CLOCK_MONOTONIC.
+    pub fn time_ns(&self, flow: &FlowKey) -> Option<u64> {
+        self.lock().heads.get(flow, 0).ok().map(|head| head.time_ns)
+    }
+
+    /// What the flow's SYN said. What is needed of it only once is not kept.
     pub fn record(&self, flow: &FlowKey) -> Option<SynRecord> {
-        self.lock().get(flow, 0).ok()
+        let mut maps = self.lock();
+        let head = maps.heads.get(flow, 0).ok()?;
+        let extensions = head.has_extensions().then(|| {
+            let extensions = maps.extensions.get(flow, 0).ok();
+            let _ = maps.extensions.remove(flow);
+            extensions
+        });
+        Some(SynRecord::new(head, extensions.flatten()))
     }
 
     /// Gives a place to a flow that has none.
     ///
     /// # Errors
     /// When the map is full.
-    pub fn insert(&self, flow: &FlowKey, record: &SynRecord) -> Result<(), MapError> {
-        self.lock().insert(flow, record, 0)
+    pub fn insert(&self, flow: &FlowKey, head: &SynHead) -> Result<(), MapError> {
+        self.lock().heads.insert(flow, head, 0)
     }
 
     /// Frees the flow's place.
     pub fn remove(&self, flow: &FlowKey) {
         // It may be gone already.
-        let _ = self.lock().remove(flow);
+        let _ = self.lock().heads.remove(flow);
     }
 
     /// All flows at present.
     pub fn keys(&self) -> Vec<FlowKey> {
-        self.lock().keys().filter_map(Result::ok).collect()
+        self.lock().heads.keys().filter_map(Result::ok).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<MapData, FlowKey, SynRecord>> {
+    fn lock(&self) -> MutexGuard<'_, FlowMaps> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

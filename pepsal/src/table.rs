@@ -232,7 +232,7 @@ impl FlowTable {
         let record = self.kernel.record(&key).unwrap_or_else(|| {
             metrics.count(Event::RecordMissing);
             // A full map means that the flow is one too many; it is here now, and the next ones pass.
-            let _ = self.kernel.insert(&key, &SynRecord::EMPTY);
+            let _ = self.kernel.insert(&key, &SynRecord::EMPTY.head);
             SynRecord::EMPTY
         });
         open.insert(key, flow.clone());
@@ -279,8 +279,8 @@ impl FlowTable {
             if open.contains_key(&key) {
                 continue;
             }
-            match self.kernel.record(&key) {
-                Some(record) if record.time_ns < oldest => {
+            match self.kernel.time_ns(&key) {
+                Some(time_ns) if time_ns < oldest => {
                     self.kernel.remove(&key);
                     expired += 1;
                 }

@@ -10,10 +10,10 @@ use aya::Ebpf;
 use aya::maps::HashMap;
 use fastrand::Rng;
 use nix::net::if_::if_nametoindex;
-use pepsal_ebpf::{Counter, EXTENSION_MAX, FlowKey, SynRecord};
+use pepsal_ebpf::{Counter, EXTENSION_MAX, FlowKey, SynHead, SynRecord};
 use pepsal_tests::Family;
 
-use crate::gateway::{Gateway, STEER, count, ethernet, mark_of, program, test_run};
+use crate::gateway::{Gateway, STEER, count, ethernet, mark_of, program, record, test_run};
 use crate::generator::Generator;
 use crate::oracle::{Ends, FragmentOf, Kind, Seen, Segment, see};
 use crate::segment::Tcp;
@@ -132,14 +132,13 @@ impl Comparison<'_> {
     }
 
     fn record(&self, (client, server): Ends) -> Result<SynRecord> {
-        let flows: HashMap<_, FlowKey, SynRecord> = self.ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
-        Ok(flows.get(&FlowKey::between(client, server), 0)?)
+        record(self.ebpf, &FlowKey::between(client, server))
     }
 
     /// Leaves the pending flows recorded, and no others.
     fn restore(&mut self, pending: &[Tcp]) -> Result<()> {
         let flows = self.ebpf.map_mut("FLOWS").context("FLOWS")?;
-        let mut flows: HashMap<_, FlowKey, SynRecord> = flows.try_into()?;
+        let mut flows: HashMap<_, FlowKey, SynHead> = flows.try_into()?;
         let known: Vec<FlowKey> = flows.keys().collect::<Result<_, _>>()?;
         for key in known
             .iter()
@@ -148,7 +147,7 @@ impl Comparison<'_> {
             flows.remove(key)?;
         }
         for syn in pending.iter().filter(|syn| !known.contains(&syn.key())) {
-            flows.insert(syn.key(), SynRecord::EMPTY, 0)?;
+            flows.insert(syn.key(), SynRecord::EMPTY.head, 0)?;
         }
         Ok(())
     }

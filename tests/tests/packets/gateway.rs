@@ -15,8 +15,8 @@ use aya::{Ebpf, EbpfLoader};
 use nix::net::if_::if_nametoindex;
 use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{
-    Counter, FlowKey, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey, SynRecord, listener_v4, listener_v6,
-    map_addr,
+    Counter, ExtensionHeaders, FlowKey, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey, SynHead, SynRecord,
+    listener_v4, listener_v6, map_addr,
 };
 use pepsal_tests::{Connector, Family, Listener, Topology};
 
@@ -143,13 +143,19 @@ impl Gateway {
     }
 
     pub fn flows(&self) -> Result<Vec<(FlowKey, SynRecord)>> {
-        let flows: HashMap<_, FlowKey, SynRecord> = self.ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
-        Ok(flows.iter().collect::<Result<_, _>>()?)
+        let heads: HashMap<_, FlowKey, SynHead> = self.ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
+        heads
+            .keys()
+            .map(|key| {
+                key.map_err(Into::into)
+                    .and_then(|key| Ok((key, record(&self.ebpf, &key)?)))
+            })
+            .collect()
     }
 
     pub fn forget_flows(&mut self) -> Result<()> {
         let keys: Vec<FlowKey> = self.flows()?.into_iter().map(|(key, _)| key).collect();
-        let mut flows: HashMap<_, FlowKey, SynRecord> =
+        let mut flows: HashMap<_, FlowKey, SynHead> =
             self.ebpf.map_mut("FLOWS").context("FLOWS")?.try_into()?;
         Ok(keys.iter().try_for_each(|key| flows.remove(key))?)
     }
@@ -225,6 +231,16 @@ pub fn mark_of(counter: Counter) -> u32 {
 }
 
 /// How many packets are counted so.
+/// What is recorded of a flow's SYN.
+pub fn record(ebpf: &Ebpf, flow: &FlowKey) -> Result<SynRecord> {
+    let heads: HashMap<_, FlowKey, SynHead> = ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
+    let extensions: HashMap<_, FlowKey, ExtensionHeaders> =
+        ebpf.map("EXTENSIONS").context("EXTENSIONS")?.try_into()?;
+    let head = heads.get(flow, 0)?;
+    let extensions = head.has_extensions().then(|| extensions.get(flow, 0));
+    Ok(SynRecord::new(head, extensions.transpose()?))
+}
+
 pub fn count(ebpf: &Ebpf, counter: Counter) -> Result<u64> {
     let counters: PerCpuArray<_, u64> = ebpf.map("COUNTERS").context("COUNTERS")?.try_into()?;
     Ok(counters.get(&(counter as u32), 0)?.iter().sum())
