@@ -111,9 +111,8 @@ impl Leg {
     }
 
     /// Waits until the connection is broken, whatever else happens on it.
-    async fn error(&self) -> Broken {
-        let error = self.stream.broken().await;
-        self.broke(error)
+    fn error(&self) -> impl Future<Output = Broken> {
+        self.stream.broken().map(|error| self.broke(error))
     }
 
     /// Passes an orderly end on: a FIN after all that was written, which nothing may cut short any more.
@@ -204,48 +203,56 @@ pub struct Limits<'a> {
 /// right thing.
 ///
 /// What only its end takes is on the heap, so that an open flow does not keep room for it.
-pub async fn relay(client: &Leg, server: &Leg, progress: &Progress, limits: &Limits<'_>) -> CloseReason {
-    let direction = |from, to| Direction {
-        from,
-        to,
-        progress,
-        pool: limits.conduits,
-    };
-    let (up, down) = (direction(client, server), direction(server, client));
-    let (mut up, mut down) = (pin!(up.pump()), pin!(down.pump()));
-    let (mut up_done, mut down_done) = (false, false);
-    let broken = loop {
-        let ended = tokio::select! {
-            biased;
-            () = limits.stop.cancelled() => return CloseReason::Shutdown,
-            ended = &mut up, if !up_done => { up_done = true; ended }
-            ended = &mut down, if !down_done => { down_done = true; ended }
-            // A leg that is not read at present, because it has sent its end of stream or because the other leg takes
-            // no more, would break unnoticed.
-            broken = client.error() => Err(broken),
-            broken = server.error() => Err(broken),
-            () = idle(progress, limits.idle) => return CloseReason::IdleTimeout,
+#[expect(clippy::manual_async_fn, reason = "an async fn has its arguments twice")]
+pub fn relay(
+    client: &Leg,
+    server: &Leg,
+    progress: &Progress,
+    limits: &Limits<'_>,
+) -> impl Future<Output = CloseReason> {
+    async move {
+        let direction = |from, to| Direction {
+            from,
+            to,
+            progress,
+            pool: limits.conduits,
         };
-        match ended {
-            Ok(()) if up_done && down_done => {
-                // The flow holds its place until the data has arrived; the FIN itself the kernel sees to.
-                let both = Box::pin(async { tokio::join!(delivered(client, 1), delivered(server, 1)) });
-                tokio::select! {
-                    _ = both => {}
-                    () = limits.stop.cancelled() => {}
+        let (up, down) = (direction(client, server), direction(server, client));
+        let (mut up, mut down) = (pin!(up.pump()), pin!(down.pump()));
+        let (mut up_done, mut down_done) = (false, false);
+        let broken = loop {
+            let ended = tokio::select! {
+                biased;
+                () = limits.stop.cancelled() => return CloseReason::Shutdown,
+                ended = &mut up, if !up_done => { up_done = true; ended }
+                ended = &mut down, if !down_done => { down_done = true; ended }
+                // A leg that is not read at present, because it has sent its end of stream or because the other leg takes
+                // no more, would break unnoticed.
+                broken = client.error() => Err(broken),
+                broken = server.error() => Err(broken),
+                () = idle(progress, limits.idle) => return CloseReason::IdleTimeout,
+            };
+            match ended {
+                Ok(()) if up_done && down_done => {
+                    // The flow holds its place until the data has arrived; the FIN itself the kernel sees to.
+                    let both = Box::pin(async { tokio::join!(delivered(client, 1), delivered(server, 1)) });
+                    tokio::select! {
+                        _ = both => {}
+                        () = limits.stop.cancelled() => {}
+                    }
+                    return CloseReason::Finished;
                 }
-                return CloseReason::Finished;
+                Ok(()) => {}
+                Err(broken) => break broken,
             }
-            Ok(()) => {}
-            Err(broken) => break broken,
+        };
+        let reason = broken.reason();
+        match broken.side {
+            Side::Client => Box::pin(settle(server, (!up_done).then_some(up), progress, limits)).await,
+            Side::Server => Box::pin(settle(client, (!down_done).then_some(down), progress, limits)).await,
         }
-    };
-    let reason = broken.reason();
-    match broken.side {
-        Side::Client => Box::pin(settle(server, (!up_done).then_some(up), progress, limits)).await,
-        Side::Server => Box::pin(settle(client, (!down_done).then_some(down), progress, limits)).await,
+        reason
     }
-    reason
 }
 
 /// How many conduits' worth a flow may move before the others on its worker have their turn.
