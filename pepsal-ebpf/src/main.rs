@@ -655,14 +655,24 @@ impl Packet for Skb {
     }
 
     #[inline(always)]
-    fn start<const N: usize, const M: usize>(&self) -> Option<[u8; N]> {
-        const { assert!(M <= N) };
-        let mut words = MaybeUninit::<Words<N>>::uninit();
-        let to = words.as_mut_ptr().cast();
-        // SAFETY: N bytes fit, and so do M. Where the packet has no N, the helper has written as many zeroes.
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        let mut words = MaybeUninit::<[u32; N]>::uninit();
+        // SAFETY: N words fit, and have been written if it says so.
         unsafe {
-            let read = self.load(0, to, N as u32) || self.load(0, to, M as u32);
-            read.then(|| words.assume_init().0)
+            self.load(offset, words.as_mut_ptr().cast(), N as u32 * 4)
+                .then(|| words.assume_init())
+        }
+    }
+
+    #[inline(always)]
+    fn start<const N: usize, const M: usize>(&self) -> Option<[u32; N]> {
+        const { assert!(M <= N) };
+        let mut words = MaybeUninit::<[u32; N]>::uninit();
+        let to = words.as_mut_ptr().cast();
+        // SAFETY: N words fit, and so do M. Where the packet has no N, the helper has written as many zeroes.
+        unsafe {
+            let read = self.load(0, to, N as u32 * 4) || self.load(0, to, M as u32 * 4);
+            read.then(|| words.assume_init())
         }
     }
 

@@ -13,8 +13,13 @@ pub trait Packet {
     /// The `N` bytes at `offset`, or nothing when the packet ends before them.
     fn read<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
 
-    /// The first `N` bytes, or the first `M` of a shorter packet, followed by zeroes; nothing when it is shorter still.
-    fn start<const N: usize, const M: usize>(&self) -> Option<[u8; N]>;
+    /// The `N` words at `offset`, as they lie in the packet, or nothing when it ends before them. Headers are looked at by the
+    /// word: by the byte, an address takes as long as its look-up.
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]>;
+
+    /// The first `N` words, as they lie in the packet, or the first `M` of a shorter one, followed by zeroes; nothing when
+    /// it is shorter still.
+    fn start<const N: usize, const M: usize>(&self) -> Option<[u32; N]>;
 
     /// Copies `len` bytes at `offset` to the start of `to`; false when the packet or `to` is shorter.
     fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool;
@@ -26,12 +31,16 @@ impl Packet for &[u8] {
         self.get(offset as usize..)?.first_chunk().copied()
     }
 
-    fn start<const N: usize, const M: usize>(&self) -> Option<[u8; N]> {
-        self.read(0).or_else(|| {
-            let start: [u8; M] = self.read(0)?;
-            let mut padded = [0; N];
-            padded[..M].copy_from_slice(&start);
-            Some(padded)
+    fn words<const N: usize>(&self, offset: u32) -> Option<[u32; N]> {
+        let (words, _) = self.get(offset as usize..)?.as_chunks();
+        Some(words.first_chunk::<N>()?.map(u32::from_ne_bytes))
+    }
+
+    fn start<const N: usize, const M: usize>(&self) -> Option<[u32; N]> {
+        self.words(0).or_else(|| {
+            let mut start = [0; N];
+            *start.first_chunk_mut::<M>()? = self.words(0)?;
+            Some(start)
         })
     }
 
@@ -248,12 +257,13 @@ pub fn parse(packet: &impl Packet, family: Family) -> Result<Parsed, Counter> {
     // has none.
     let (ip, next) = match family {
         Family::V4 => {
-            let start: [u8; 20 + TCP_HEADER] = packet.start::<_, 20>().ok_or(Counter::Malformed)?;
-            (parse_v4(&part(&start, 0), 0)?, part(&start, 20))
+            let [a, b, c, d, e, next @ ..]: [u32; 10] = packet.start::<_, 5>().ok_or(Counter::Malformed)?;
+            (parse_v4([a, b, c, d, e], 0)?, next)
         }
         Family::V6 => {
-            let start: [u8; 40 + TCP_HEADER] = packet.start::<_, 40>().ok_or(Counter::Malformed)?;
-            (parse_v6(packet, &part(&start, 0), 0)?, part(&start, 40))
+            let [a, b, c, d, e, f, g, h, i, j, next @ ..]: [u32; 15] =
+                packet.start::<_, 10>().ok_or(Counter::Malformed)?;
+            (parse_v6(packet, [a, b, c, d, e, f, g, h, i, j], 0)?, next)
         }
     };
     match (ip.protocol, family) {
@@ -261,14 +271,6 @@ pub fn parse(packet: &impl Packet, family: Family) -> Result<Parsed, Counter> {
         (PROTO_ICMP, Family::V4) | (PROTO_ICMPV6, Family::V6) => parse_icmp_error(packet, &ip, family),
         _ => Err(Counter::NotTcp),
     }
-}
-
-/// Some bytes of a header, copied by the word.
-#[inline(always)]
-fn part<const N: usize, const M: usize>(header: &[u8; M], at: usize) -> [u8; N] {
-    let mut part = [0; N];
-    part.copy_from_slice(&header[at..at + N]);
-    part
 }
 
 struct Ip {
@@ -282,20 +284,23 @@ struct Ip {
 }
 
 #[inline(always)]
-fn parse_v4(header: &[u8; 20], at: u32) -> Result<Ip, Counter> {
-    let header_len = u32::from(header[0] & 0x0f) * 4;
-    let total_len = u32::from(u16::from_be_bytes([header[2], header[3]]));
-    if header[0] >> 4 != 4 || header_len < 20 || total_len < header_len {
+fn parse_v4([first, second, third, source, destination]: [u32; 5], at: u32) -> Result<Ip, Counter> {
+    let [version, _, len @ ..] = first.to_ne_bytes();
+    let [_, _, flags, fragment_offset] = second.to_ne_bytes();
+    let [_, protocol, ..] = third.to_ne_bytes();
+    let header_len = u32::from(version & 0x0f) * 4;
+    let total_len = u32::from(u16::from_be_bytes(len));
+    if version >> 4 != 4 || header_len < 20 || total_len < header_len {
         return Err(Counter::Malformed);
     }
     // More-fragments flag or a fragment offset.
-    if header[6] & 0x3f != 0 || header[7] != 0 {
+    if flags & 0x3f != 0 || fragment_offset != 0 {
         return Err(Counter::Fragment);
     }
     Ok(Ip {
-        source: MappedAddr::v4(part(header, 12)),
-        destination: MappedAddr::v4(part(header, 16)),
-        protocol: header[9],
+        source: MappedAddr::v4(source.to_ne_bytes()),
+        destination: MappedAddr::v4(destination.to_ne_bytes()),
+        protocol,
         payload: Span {
             offset: at + header_len,
             len: total_len - header_len,
@@ -310,19 +315,23 @@ fn parse_v4(header: &[u8; 20], at: u32) -> Result<Ip, Counter> {
 }
 
 #[inline(always)]
-fn parse_v6(packet: &impl Packet, header: &[u8; 40], at: u32) -> Result<Ip, Counter> {
-    let (source, destination) = (MappedAddr::v6(part(header, 8)), MappedAddr::v6(part(header, 24)));
+fn parse_v6(packet: &impl Packet, header: [u32; 10], at: u32) -> Result<Ip, Counter> {
+    let [first, second, a, b, c, d, e, f, g, h] = header;
+    let [version, ..] = first.to_ne_bytes();
+    let [len_high, len_low, protocol, _] = second.to_ne_bytes();
+    let source = MappedAddr::from_words([a, b, c, d]);
+    let destination = MappedAddr::from_words([e, f, g, h]);
     // A mapped address is not for the wire (RFC 4942, 2.2), and would stand for a flow of IPv4 in the maps.
-    if header[0] >> 4 != 6 || source.is_v4() || destination.is_v4() {
+    if version >> 4 != 6 || source.is_v4() || destination.is_v4() {
         return Err(Counter::Malformed);
     }
     let mut ip = Ip {
         source,
         destination,
-        protocol: header[6],
+        protocol,
         payload: Span {
             offset: at + 40,
-            len: u32::from(u16::from_be_bytes([header[4], header[5]])),
+            len: u32::from(u16::from_be_bytes([len_high, len_low])),
         },
         options: Span::default(),
         hop_by_hop: Span::default(),
@@ -362,22 +371,18 @@ fn parse_v6(packet: &impl Packet, header: &[u8; 40], at: u32) -> Result<Ip, Coun
     }
 }
 
-const TCP_HEADER: usize = 20;
-
 /// `next` is what follows the IP header's fixed part.
 #[inline(always)]
-fn parse_tcp(
-    packet: &impl Packet,
-    ip: &Ip,
-    next: [u8; TCP_HEADER],
-    family: Family,
-) -> Result<Segment, Counter> {
+fn parse_tcp(packet: &impl Packet, ip: &Ip, next: [u32; 5], family: Family) -> Result<Segment, Counter> {
     let header = match (family, ip.payload.offset) {
         (Family::V4, 20) | (Family::V6, 40) => next,
-        (_, at) => packet.read(at).ok_or(Counter::Malformed)?,
+        (_, at) => packet.words(at).ok_or(Counter::Malformed)?,
     };
-    let header_len = u32::from(header[12] >> 4) * 4;
-    let (source_port, destination_port) = ([header[0], header[1]], [header[2], header[3]]);
+    let [ports, _, _, fourth, _] = header;
+    let [a, b, c, d] = ports.to_ne_bytes();
+    let (source_port, destination_port) = ([a, b], [c, d]);
+    let [offset, flags, ..] = fourth.to_ne_bytes();
+    let header_len = u32::from(offset >> 4) * 4;
     // No socket has port 0, so that no leg could have it.
     let has_ports = source_port != [0, 0] && destination_port != [0, 0];
     if header_len < 20 || ip.payload.len < header_len || !has_ports {
@@ -389,7 +394,7 @@ fn parse_tcp(
         destination: ip.destination,
         source_port,
         destination_port,
-        flags: header[13],
+        flags,
         tcp: Span {
             offset: ip.payload.offset,
             len: header_len,
@@ -421,8 +426,8 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
     }
     let at = ip.payload.offset + 8;
     let quoted = match family {
-        Family::V4 => parse_v4(&packet.read(at).ok_or(Counter::Malformed)?, at)?,
-        Family::V6 => parse_v6(packet, &packet.read(at).ok_or(Counter::Malformed)?, at)?,
+        Family::V4 => parse_v4(packet.words(at).ok_or(Counter::Malformed)?, at)?,
+        Family::V6 => parse_v6(packet, packet.words(at).ok_or(Counter::Malformed)?, at)?,
     };
     if quoted.protocol != PROTO_TCP {
         return Err(Counter::NotTcp);
