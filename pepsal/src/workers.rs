@@ -9,7 +9,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -30,6 +30,9 @@ const NEWCOMERS_WAIT_FOR: u32 = 5;
 /// How often each thread shows that it is alive. The timers of flows are longer, so that setting one need not wake the
 /// thread that sets it.
 const ROUND: Duration = Duration::from_millis(500);
+/// After this it is asked. A thread with many flows looks at its timers late, on a slow machine very late, and at newcomers
+/// soon.
+const LATE: Duration = Duration::from_millis(750);
 /// A thread that has not come round for so long is stuck, and its flows with it.
 const STUCK: Duration = Duration::from_millis(1500);
 
@@ -51,6 +54,8 @@ type Newcomer = Box<dyn FnOnce() + Send>;
 struct Round {
     epoch: Instant,
     last_ms: AtomicU64,
+    /// Whether it was asked since.
+    asked: AtomicBool,
 }
 
 impl Workers {
@@ -124,7 +129,12 @@ impl Worker {
     }
 
     fn is_alive(&self) -> bool {
-        self.came_round.age() < STUCK
+        let (round, age) = (&self.came_round, self.came_round.age());
+        if age > LATE && !round.asked.swap(true, Ordering::Relaxed) {
+            let round = round.clone();
+            let _ = self.newcomers.send(Box::new(move || round.renew()));
+        }
+        age < STUCK
     }
 }
 
@@ -133,12 +143,14 @@ impl Round {
         Self {
             epoch: Instant::now(),
             last_ms: AtomicU64::new(0),
+            asked: AtomicBool::new(false),
         }
     }
 
     fn renew(&self) {
         let now = self.epoch.elapsed().as_millis() as u64;
         self.last_ms.store(now, Ordering::Relaxed);
+        self.asked.store(false, Ordering::Relaxed);
     }
 
     fn age(&self) -> Duration {
