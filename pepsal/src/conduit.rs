@@ -251,7 +251,7 @@ fn move_bytes(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> io::Resu
 mod tests {
     use std::{
         io::{Read, Write},
-        net::{TcpListener, TcpStream},
+        net::{Shutdown, TcpListener, TcpStream},
         os::unix::thread::JoinHandleExt,
         thread,
     };
@@ -313,6 +313,33 @@ mod tests {
             assert_eq!(&urgent, b"!");
             assert_eq!(pool.take().fill(to.as_fd()).unwrap(), 3, "{most_pipes} pipes");
         }
+    }
+
+    #[test]
+    fn last_bytes_wait_for_the_end_of_the_stream() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let pair = || {
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            near.set_nodelay(true).unwrap();
+            (near, listener.accept().unwrap().0)
+        };
+        let pool = ConduitPool::new(0);
+        let waited = || {
+            let ((mut from, leg), (to, mut receiver)) = (pair(), pair());
+            from.write_all(b"bytes").unwrap();
+            leg.peek(&mut [0]).unwrap();
+            let mut conduit = pool.take_buffer();
+            assert_eq!(conduit.fill_with_message(leg.as_fd()).unwrap(), 5);
+            assert_eq!(conduit.drain(to.as_fd(), true).unwrap(), 5);
+            let segments = socket::tcp_info(&to).unwrap().tcpi_data_segs_out;
+            to.shutdown(Shutdown::Write).unwrap();
+            let mut received = Vec::new();
+            receiver.read_to_end(&mut received).unwrap();
+            assert_eq!(received, b"bytes");
+            segments == 0
+        };
+        // On a machine that is too busy the kernel's patience ends first, after 200 ms.
+        assert!((0..10).any(|_| waited()));
     }
 
     #[test]

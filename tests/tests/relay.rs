@@ -20,8 +20,8 @@ use nix::{
     },
 };
 use pepsal_tests::{
-    Connector, Daemon, Direction, Exit, Family, Listener, Namespace, Server, Topology, Transfer, eventually,
-    reset,
+    Capture, Connector, Daemon, Direction, Exit, Family, Listener, Namespace, Server, Topology, Transfer,
+    eventually, reset,
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -238,6 +238,31 @@ fn reset_follows_the_data_sent_before_it() -> Result<()> {
         bed.until_gateway_has_all(family, from, &sender);
         reset(sender)?;
         assert_reset_after(&receiver, &sent, format_args!("{family:?} {from:?}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn request_that_is_there_completes_the_handshake_with_the_server() -> Result<()> {
+    let bed = Bed::start(&[])?;
+    for family in Family::BOTH {
+        let listener = Listener::bind_any(&bed.topology.server, family.server())?;
+        let capture = Capture::start(&bed.topology.gateway, "sat0")?;
+        // Its kernel does the client's handshake without it.
+        bed.daemon.signal(Signal::SIGSTOP)?;
+        let address = SocketAddr::new(family.server(), listener.port());
+        let mut client = Connector::default().connect(&bed.topology.client, address)?;
+        client.write_all(b"request")?;
+        bed.until_gateway_has_all(family, End::Client, &client);
+        bed.daemon.signal(Signal::SIGCONT)?;
+        let mut request = [0; 7];
+        listener.accept(PATIENCE)?.stream.read_exact(&mut request)?;
+        assert_eq!(&request, b"request", "{family:?}");
+        let local = client.local_addr()?;
+        let segments = capture.segments()?;
+        let sent = segments.iter().filter(|segment| segment.source == local);
+        let lengths: Vec<usize> = sent.map(|segment| segment.payload_len).take(2).collect();
+        assert_eq!(lengths, [0, 7], "{family:?}: the SYN, and what was written");
     }
     Ok(())
 }
