@@ -308,7 +308,7 @@ fn intercept_syn(ctx: &TcContext, packet: &Skb, syn: Segment, intercept: bool) -
     let (flow, head) = (syn.flow(), &*head);
     if head.has_extensions() {
         // Where it is missing the daemon notices.
-        let _ = EXTENSIONS.insert(flow, &*extensions, 0);
+        let _ = EXTENSIONS.insert(flow, extensions, 0);
     }
     // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already.
     if FLOWS.insert(flow, head, BPF_EXIST).is_ok() {
