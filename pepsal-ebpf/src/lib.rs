@@ -269,7 +269,7 @@ pub struct SynHead {
     pub destination_len: u8,
     /// Bytes used of `tcp_options`.
     pub tcp_options_len: u8,
-    /// Non-zero when an extension header is not recorded: it was longer than [`EXTENSION_MAX`].
+    /// Non-zero when an extension header is not there: it was longer than [`EXTENSION_MAX`], or has made room for newer ones.
     pub truncated: u8,
     _pad: [u8; 5],
     /// TCP options as they arrived (RFC 9293).
