@@ -5,6 +5,7 @@
 //! active leg does not need goes to the others; an idle one costs nothing.
 
 use std::{
+    mem,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -81,7 +82,7 @@ struct Member {
     unacknowledged: u64,
     /// Acknowledged bytes per second, averaged over about a round trip.
     rate: f64,
-    retreat: Retreat,
+    backoff: Backoff,
 }
 
 #[derive(Debug)]
@@ -157,7 +158,7 @@ impl Budget {
             written: 0,
             unacknowledged: 0,
             rate: 0.0,
-            retreat: Retreat::new(),
+            backoff: Backoff::new(),
         });
         Membership {
             budget: self.clone(),
@@ -271,7 +272,7 @@ impl Member {
         let seconds = elapsed.as_secs_f64().max(0.001);
         let weight = (seconds / rtt.as_secs_f64()).min(1.0);
         self.rate += weight * (acknowledged as f64 / seconds - self.rate);
-        self.retreat.observe(stream, acknowledged, self.rate, now, rtt);
+        self.backoff.observe(stream, acknowledged, elapsed, rtt);
 
         let is_new = now - self.active_since < 4 * rtt;
         let keeps_up = is_new || self.rate * 4.0 > self.share as f64;
@@ -281,9 +282,9 @@ impl Member {
             false => (2.0 * self.rate) as u64 + FLOOR,
         };
         Appetite {
-            need: need.min(self.retreat.ceiling),
+            need: need.min(self.backoff.ceiling),
             is_backlogged,
-            ceiling: self.retreat.ceiling,
+            ceiling: self.backoff.ceiling,
         }
     }
 
@@ -301,53 +302,102 @@ impl Member {
     }
 }
 
-/// Keeps a leg from insisting on a rate that the path does not carry: what the operator said may be wrong, or it rains.
+/// Bounds the rate of a leg that loses too much: the operator's rate may be wrong, or the link fades.
 #[derive(Debug)]
-struct Retreat {
-    /// Bytes per second.
+struct Backoff {
+    /// Bytes per second that the leg may send; `u64::MAX` before the first excessive loss.
     ceiling: u64,
-    since: Option<Instant>,
-    acknowledged: u64,
+    /// The sum of the periods since the loss was last judged.
+    sample: Period,
+    period: Period,
+    /// The kernel's count of retransmissions when `period` began.
     retransmitted: u32,
+}
+
+/// A leg's figures over some time in which it had something to send.
+#[derive(Debug, Clone, Copy, Default)]
+struct Period {
+    time: Duration,
+    /// Bytes.
+    acknowledged: u64,
+    /// Segments.
+    arrived: u64,
+    /// Segments.
+    lost: u64,
 }
 
 /// Lost segments in a hundred above which the rate is more than the path carries, and not merely the link's losses.
 const EXCESS_LOSS: u64 = 20;
 
-/// Segments below which a share of them says nothing.
+/// Segments in the smallest sample whose loss lowers the ceiling.
 const SAMPLE: u64 = 100;
 
-impl Retreat {
+impl Period {
+    fn add(&mut self, other: Self) {
+        self.time += other.time;
+        self.acknowledged += other.acknowledged;
+        self.arrived += other.arrived;
+        self.lost += other.lost;
+    }
+
+    fn segments(&self) -> u64 {
+        self.arrived + self.lost
+    }
+
+    fn has_excess_loss(&self) -> bool {
+        self.lost * 100 > self.segments() * EXCESS_LOSS
+    }
+
+    /// Returns the acknowledged bytes per second.
+    fn rate(&self) -> u64 {
+        (self.acknowledged as f64 / self.time.as_secs_f64().max(0.001)) as u64
+    }
+}
+
+impl Backoff {
     fn new() -> Self {
         Self {
             ceiling: u64::MAX,
-            since: None,
-            acknowledged: 0,
+            sample: Period::default(),
+            period: Period::default(),
             retransmitted: 0,
         }
     }
 
-    /// Judges once in about two round trips: back to what arrived after excessive loss, up by a quarter without.
-    fn observe(&mut self, stream: &Stream, acknowledged: u64, rate: f64, now: Instant, rtt: Duration) {
-        self.acknowledged += acknowledged;
-        let since = *self.since.get_or_insert(now);
-        if now - since < (2 * rtt).max(Duration::from_millis(200)) {
+    /// Adds what was acknowledged in `elapsed`, and judges the loss once in about two round trips.
+    fn observe(&mut self, stream: &Stream, acknowledged: u64, elapsed: Duration, rtt: Duration) {
+        self.period.time += elapsed;
+        self.period.acknowledged += acknowledged;
+        if self.period.time < (2 * rtt).max(Duration::from_millis(200)) {
             return;
         }
         let Ok(info) = socket::tcp_info(stream) else {
             return;
         };
-        let lost = u64::from(info.tcpi_total_retrans.wrapping_sub(self.retransmitted));
-        let arrived = self.acknowledged / u64::from(info.tcpi_snd_mss.max(1));
-        if lost + arrived >= SAMPLE {
-            if lost * 100 > (lost + arrived) * EXCESS_LOSS {
-                self.ceiling = (rate as u64).max(FLOOR);
-            } else if self.ceiling != u64::MAX {
-                // Where it ends up above the link's rate the division bounds it.
-                self.ceiling += self.ceiling / 4;
+        let mut period = mem::take(&mut self.period);
+        period.lost = u64::from(info.tcpi_total_retrans.wrapping_sub(self.retransmitted));
+        period.arrived = period.acknowledged / u64::from(info.tcpi_snd_mss.max(1));
+        self.retransmitted = info.tcpi_total_retrans;
+        self.judge(period);
+    }
+
+    /// Lowers the ceiling to the rate of a sample with excessive loss; raises it by a quarter after each period without.
+    ///
+    /// A slow leg needs many periods for a sample. Its ceiling rises nevertheless, or the leg of a link that was faded
+    /// would stay as slow as the fade has made it.
+    fn judge(&mut self, period: Period) {
+        self.sample.add(period);
+        if self.sample.segments() >= SAMPLE {
+            let sample = mem::take(&mut self.sample);
+            if sample.has_excess_loss() {
+                self.ceiling = sample.rate().max(FLOOR);
+                return;
             }
         }
-        (self.since, self.acknowledged, self.retransmitted) = (Some(now), 0, info.tcpi_total_retrans);
+        if !period.has_excess_loss() {
+            // Where it ends up above the link's rate the division bounds it.
+            self.ceiling = self.ceiling.saturating_add(self.ceiling / 4);
+        }
     }
 }
 
@@ -447,6 +497,78 @@ mod tests {
     fn nobody_gets_nothing_of_nothing() {
         assert_eq!(divide(100, &[]), Vec::<u64>::new());
         assert_eq!(divide(0, &[demand(5)]), [0]);
+    }
+
+    /// A period of 1.2 s, two round trips of a satellite link, with segments of 1448 bytes.
+    fn period(arrived: u64, lost: u64) -> Period {
+        Period {
+            time: Duration::from_millis(1200),
+            acknowledged: arrived * FLOOR,
+            arrived,
+            lost,
+        }
+    }
+
+    fn backoff_at(ceiling: u64) -> Backoff {
+        Backoff {
+            ceiling,
+            ..Backoff::new()
+        }
+    }
+
+    #[test]
+    fn excessive_loss_lowers_the_ceiling_to_the_rate_that_arrived() {
+        let mut backoff = Backoff::new();
+        backoff.judge(period(600, 120));
+        assert_eq!(
+            backoff.ceiling,
+            u64::MAX,
+            "the loss of a lossy link is not excessive"
+        );
+        backoff.judge(period(600, 400));
+        assert_eq!(backoff.ceiling, 600 * FLOOR * 10 / 12);
+        backoff.judge(period(0, 400));
+        assert_eq!(backoff.ceiling, FLOOR);
+    }
+
+    #[test]
+    fn few_segments_add_up_to_a_sample() {
+        let mut backoff = Backoff::new();
+        for _ in 0..9 {
+            backoff.judge(period(6, 5));
+            assert_eq!(backoff.ceiling, u64::MAX);
+        }
+        backoff.judge(period(6, 5));
+        assert_eq!(backoff.ceiling, 6 * FLOOR * 10 / 12);
+    }
+
+    #[test]
+    fn a_leg_recovers_from_an_outage() {
+        let mut backoff = backoff_at(FLOOR);
+        // The last that were lost are repeated.
+        backoff.judge(period(1, 40));
+        assert_eq!(backoff.ceiling, FLOOR);
+        // The leg sends at its ceiling; 50 Mbit/s are 6.25 MB/s.
+        let mut periods = 0;
+        while backoff.ceiling < 6_250_000 {
+            let segments = backoff.ceiling * 12 / 10 / FLOOR;
+            backoff.judge(period(segments - segments / 10, segments / 10));
+            periods += 1;
+            assert!(
+                periods < 60,
+                "ceiling {} after {periods} periods",
+                backoff.ceiling
+            );
+        }
+    }
+
+    #[test]
+    fn a_leg_with_too_little_to_send_for_a_sample_gets_its_ceiling_back() {
+        let mut backoff = backoff_at(FLOOR);
+        (0..60).for_each(|_| backoff.judge(period(1, 0)));
+        assert!(backoff.ceiling > 100 * FLOOR, "{}", backoff.ceiling);
+        (0..300).for_each(|_| backoff.judge(period(0, 0)));
+        assert_eq!(backoff.ceiling, u64::MAX);
     }
 
     proptest! {
