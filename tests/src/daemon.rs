@@ -1,6 +1,7 @@
 //! The built `pepsal`, running in a namespace.
 
 use std::env;
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -210,10 +211,7 @@ impl Daemon {
             .stderr(Stdio::piped())
             .spawn()
             .with_context(|| command.get_program().display().to_string())?;
-        let mut arguments = command
-            .get_args()
-            .skip_while(|argument| *argument != ADMIN_SOCKET);
-        let admin_socket = arguments.nth(1).map(PathBuf::from);
+        let admin_socket = admin_socket(command.get_args());
         let stderr = child.stderr.take().expect("stderr was asked to be piped");
         let log = Arc::<Mutex<String>>::default();
         let reader = thread::spawn({
@@ -300,12 +298,24 @@ fn collect(stderr: ChildStderr, log: &Mutex<String>, echo: Echo) {
 fn command(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Command {
     let mut command = namespace.command(binary);
     command.args(arguments).env_remove("RUST_LOG");
-    // Namespaces of the network share one file system, where no two daemons can have the same socket.
+    // Network namespaces share one file system, where an installed daemon may have the default socket.
     let is_daemon = arguments.first().is_none_or(|first| first.starts_with('-'));
-    if is_daemon && !arguments.contains(&ADMIN_SOCKET) {
+    if is_daemon && admin_socket(arguments.iter().map(OsStr::new)).is_none() {
         command.arg(ADMIN_SOCKET).arg(own_admin_socket());
     }
     command
+}
+
+/// Returns the path that the arguments give to the admin socket, in either form of an option with a value.
+fn admin_socket<'a>(mut arguments: impl Iterator<Item = &'a OsStr>) -> Option<PathBuf> {
+    while let Some(argument) = arguments.next() {
+        match argument.to_str().and_then(|text| text.strip_prefix(ADMIN_SOCKET)) {
+            Some("") => return arguments.next().map(PathBuf::from),
+            Some(value) if value.starts_with('=') => return Some(PathBuf::from(&value[1..])),
+            _ => {}
+        }
+    }
+    None
 }
 
 const ADMIN_SOCKET: &str = "--admin-socket";
@@ -325,4 +335,29 @@ fn binary() -> Result<PathBuf> {
     );
     path.canonicalize()
         .with_context(|| format!("no daemon at {}: run `cargo xtask build` first", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_daemon_has_an_admin_socket_of_its_own() -> Result<()> {
+        let namespace = Namespace::new("own-socket")?;
+        let socket = |arguments: &[&str]| {
+            let command = command(Path::new("pepsal"), &namespace, arguments);
+            admin_socket(command.get_args())
+        };
+        let sockets = [&[][..], &["-i", "lan0"], &["--config", "pepsal.toml"]].map(socket);
+        for (i, path) in sockets.iter().enumerate() {
+            let path = path.as_deref().context("a path")?;
+            assert!(path.starts_with(env::temp_dir()), "{}", path.display());
+            assert!(!sockets[..i].contains(&sockets[i]), "{}", path.display());
+        }
+        let given = Some(PathBuf::from("/tmp/given.sock"));
+        assert_eq!(socket(&["-i", "lan0", ADMIN_SOCKET, "/tmp/given.sock"]), given);
+        assert_eq!(socket(&["-i", "lan0", "--admin-socket=/tmp/given.sock"]), given);
+        assert_eq!(socket(&["check", "pepsal.toml"]), None);
+        Ok(())
+    }
 }
