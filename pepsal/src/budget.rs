@@ -67,6 +67,7 @@ struct Ledger {
     /// Bytes of payload per second.
     rate: u64,
     rtt: Duration,
+    user_timeout: Duration,
     members: Vec<Member>,
 }
 
@@ -83,6 +84,9 @@ struct Member {
     /// Acknowledged bytes per second, averaged over about a round trip.
     rate: f64,
     backoff: Backoff,
+    silence: Silence,
+    /// TCP_USER_TIMEOUT of the socket; zero for none.
+    user_timeout: Duration,
 }
 
 #[derive(Debug)]
@@ -105,6 +109,7 @@ impl Budget {
         let ledger = Ledger {
             rate: profile.pacing.value.bps() / 8,
             rtt: profile.rtt,
+            user_timeout: profile.user_timeout.value,
             members: Vec::new(),
         };
         Self {
@@ -118,6 +123,7 @@ impl Budget {
         let mut ledger = self.lock();
         ledger.rate = profile.pacing.value.bps() / 8;
         ledger.rtt = profile.rtt;
+        ledger.user_timeout = profile.user_timeout.value;
         self.woken.notify_one();
     }
 
@@ -159,6 +165,8 @@ impl Budget {
             unacknowledged: 0,
             rate: 0.0,
             backoff: Backoff::new(),
+            silence: Silence::default(),
+            user_timeout: Duration::ZERO,
         });
         Membership {
             budget: self.clone(),
@@ -190,11 +198,20 @@ impl Budget {
     /// One division; false when no leg sends any more.
     fn redivide(&self, now: Instant, elapsed: Duration) -> bool {
         let mut ledger = self.lock();
-        let Ledger { rate, rtt, members } = &mut *ledger;
-        let (rate, rtt) = (*rate, *rtt);
+        let Ledger {
+            rate,
+            rtt,
+            user_timeout,
+            members,
+        } = &mut *ledger;
+        let (rate, rtt, user_timeout) = (*rate, *rtt, *user_timeout);
         let appetites: Vec<Appetite> = members
             .iter_mut()
-            .map(|member| member.appetite(now, elapsed, rtt))
+            .map(|member| {
+                let appetite = member.appetite(now, elapsed, rtt);
+                member.apply_user_timeout(user_timeout, rtt);
+                appetite
+            })
             .collect();
         let weights = || members.iter().map(|member| member.weight);
         let demands = |want: fn(&Appetite) -> u64| -> Vec<Demand> {
@@ -261,13 +278,17 @@ impl Member {
         let acknowledged = (written - self.written + self.unacknowledged).saturating_sub(unacknowledged);
         if written == self.written && unacknowledged == 0 {
             (self.unacknowledged, self.rate, self.active_since) = (0, 0.0, now);
+            self.silence.end();
             return Appetite {
                 need: 0,
                 is_backlogged: false,
                 ceiling: u64::MAX,
             };
         }
-        let is_backlogged = socket::unsent(stream).unwrap_or(0) > 0;
+        let unsent = socket::unsent(stream).unwrap_or(0);
+        let is_backlogged = unsent > 0;
+        self.silence
+            .observe(acknowledged, unacknowledged.saturating_sub(unsent), elapsed);
         (self.written, self.unacknowledged) = (written, unacknowledged);
         let seconds = elapsed.as_secs_f64().max(0.001);
         let weight = (seconds / rtt.as_secs_f64()).min(1.0);
@@ -288,6 +309,24 @@ impl Member {
         }
     }
 
+    /// Sets the socket's user timeout while its peer is silent, and clears it at other times.
+    ///
+    /// A user timeout that is always set does more than to bound an outage (tcp_timer.c): the kernel gives a connection up
+    /// whose peer keeps its window closed for that long, though it answers every probe (RFC 9293, 3.8.6.1); and an idle one
+    /// at the first keepalive probe that is lost.
+    fn apply_user_timeout(&mut self, timeout: Duration, rtt: Duration) {
+        let wanted = match self.silence.is_outage(rtt) {
+            true => timeout,
+            false => Duration::ZERO,
+        };
+        if wanted != self.user_timeout {
+            if let Err(error) = socket::set_user_timeout(&*self.leg.stream, wanted) {
+                trace!("user timeout refused: {error}");
+            }
+            self.user_timeout = wanted;
+        }
+    }
+
     fn set_share(&mut self, share: u64, now: Instant) {
         let share = share.max(FLOOR);
         if share.abs_diff(self.share) * 50 < self.share {
@@ -299,6 +338,29 @@ impl Member {
             restart(&self.leg.stream);
         }
         self.share = share;
+    }
+}
+
+/// How long segments have been in flight of which none was acknowledged.
+#[derive(Debug, Default)]
+struct Silence(Duration);
+
+impl Silence {
+    /// Adds `elapsed`, at whose end `in_flight` bytes were sent and unacknowledged.
+    fn observe(&mut self, acknowledged: u64, in_flight: u64, elapsed: Duration) {
+        match acknowledged == 0 && in_flight > 0 {
+            true => self.0 += elapsed,
+            false => self.end(),
+        }
+    }
+
+    fn end(&mut self) {
+        self.0 = Duration::ZERO;
+    }
+
+    /// Whether it is longer than delayed acknowledgements and a lost segment account for.
+    fn is_outage(&self, rtt: Duration) -> bool {
+        self.0 >= (2 * rtt).max(Duration::from_secs(1))
     }
 }
 
@@ -569,6 +631,24 @@ mod tests {
         assert!(backoff.ceiling > 100 * FLOOR, "{}", backoff.ceiling);
         (0..300).for_each(|_| backoff.judge(period(0, 0)));
         assert_eq!(backoff.ceiling, u64::MAX);
+    }
+
+    #[test]
+    fn only_segments_in_flight_without_acknowledgement_are_an_outage() {
+        let outage = |acknowledged, in_flight| {
+            let mut silence = Silence::default();
+            (0..11).for_each(|_| silence.observe(acknowledged, in_flight, INTERVAL));
+            silence.is_outage(Duration::from_millis(100))
+        };
+        assert!(outage(0, 1448));
+        assert!(!outage(1, 1448));
+        assert!(!outage(0, 0), "a closed window");
+        let mut silence = Silence(Duration::from_secs(19));
+        assert!(!silence.is_outage(Duration::from_secs(10)));
+        silence.observe(0, 1, Duration::from_secs(1));
+        assert!(silence.is_outage(Duration::from_secs(10)));
+        silence.observe(1, 1, INTERVAL);
+        assert!(!silence.is_outage(Duration::from_millis(1)));
     }
 
     proptest! {

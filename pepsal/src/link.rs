@@ -31,6 +31,7 @@ pub struct LinkSpec {
     mss: Option<u16>,
     rto_min: Option<Duration>,
     rto_max: Option<Duration>,
+    user_timeout: Option<Duration>,
     keepalive: Option<Duration>,
     connect_timeout: Option<Duration>,
     weights: Weights,
@@ -68,7 +69,7 @@ impl Weights {
 }
 
 /// The keys of a link.
-pub const KEYS: [&str; 16] = [
+pub const KEYS: [&str; 17] = [
     "rate",
     "rtt",
     "up",
@@ -81,6 +82,7 @@ pub const KEYS: [&str; 16] = [
     "mss",
     "rto-min",
     "rto-max",
+    "user-timeout",
     "keepalive",
     "connect-timeout",
     "weights",
@@ -146,6 +148,7 @@ impl Draft {
                 mss: None,
                 rto_min: None,
                 rto_max: None,
+                user_timeout: None,
                 keepalive: None,
                 connect_timeout: None,
                 weights: Weights::Equal,
@@ -196,6 +199,7 @@ impl Draft {
             },
             "rto-min" => spec.rto_min = Some(bounded(millis(5), millis(200))?),
             "rto-max" => spec.rto_max = Some(bounded(seconds(1), seconds(120))?),
+            "user-timeout" => spec.user_timeout = Some(bounded(seconds(1), seconds(86_400))?),
             "keepalive" => spec.keepalive = Some(bounded(seconds(1), seconds(32_767))?),
             "connect-timeout" => spec.connect_timeout = Some(bounded(seconds(1), seconds(3600))?),
             "weights" => {
@@ -306,6 +310,8 @@ pub struct LinkProfile {
     pub rto_min: Derived<Duration>,
     /// Longest retransmission timeout.
     pub rto_max: Derived<Duration>,
+    /// How long data may go unacknowledged before the leg is given up (RFC 9293, 3.9.1.1).
+    pub user_timeout: Derived<Duration>,
     /// Idle time after which a peer is asked whether it is there.
     pub keepalive: Derived<Duration>,
     /// How long a server may take to answer.
@@ -384,6 +390,11 @@ impl LinkProfile {
                     .clamp(seconds(5), seconds(60))
                     .max(spec.rto_min.unwrap_or_default()),
                 "ten round trips: an outage ends, and nobody waits two minutes after it",
+            ),
+            user_timeout: Derived::new(
+                spec.user_timeout,
+                USER_TIMEOUT,
+                "what the kernel's fifteen retransmissions take without a longest timeout",
             ),
             keepalive: Derived::new(
                 spec.keepalive,
@@ -526,6 +537,10 @@ fn position(links: &[Arc<Link>], interface: &str) -> Option<usize> {
 /// `TCP_INIT_CWND` of RFC 6928 in bytes: no link is so slow that less would be right.
 const INITIAL_WINDOW_MIN: u64 = 10 * 1448;
 
+/// tcp_retries2 in ip-sysctl: 15 retransmissions, 924.6 s at timeouts from 200 ms to 120 s. A shorter longest timeout
+/// (TCP_RTO_MAX_MS) shortens that to as little as a minute.
+const USER_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+
 /// Room for segments' bookkeeping on links with a small product.
 const SLACK: u64 = 256 << 10;
 
@@ -566,6 +581,7 @@ impl fmt::Display for LinkProfile {
             ("unsent at most", size(&self.unsent)),
             ("rto at least", time(&self.rto_min)),
             ("rto at most", time(&self.rto_max)),
+            ("user timeout", time(&self.user_timeout)),
             ("keepalive after", time(&self.keepalive)),
             ("connect timeout", time(&self.connect_timeout)),
         ] {
@@ -599,6 +615,7 @@ mod tests {
         assert_eq!(geo.initial_window.value, 3_562_500);
         assert_eq!(geo.receive_buffer.value, 2 * 3_750_000 + SLACK);
         assert_eq!(geo.rto_max.value, Duration::from_secs(6));
+        assert_eq!(geo.user_timeout.value, Duration::from_secs(900));
         assert_eq!(geo.congestion.value, "bbr");
     }
 
@@ -612,7 +629,9 @@ mod tests {
 
     #[test]
     fn what_is_given_stays_as_it_is() {
-        let link = profile("sat0,rate=50mbit,rtt=600ms,iw=64KiB,cc=hybla,rcvbuf=1MiB,rto-max=30s,mss=1200");
+        let link = profile(
+            "sat0,rate=50mbit,rtt=600ms,iw=64KiB,cc=hybla,rcvbuf=1MiB,rto-max=30s,mss=1200,user-timeout=1h",
+        );
         assert_eq!(
             link.initial_window,
             Derived {
@@ -629,6 +648,13 @@ mod tests {
         );
         assert_eq!(link.receive_buffer.value, 1 << 20);
         assert_eq!(link.rto_max.value, Duration::from_secs(30));
+        assert_eq!(
+            link.user_timeout,
+            Derived {
+                value: Duration::from_secs(3600),
+                origin: Origin::Given
+            }
+        );
         assert_eq!(link.mss.value, Some(1200));
     }
 
@@ -675,6 +701,10 @@ mod tests {
             (
                 "sat0,rate=50mbit,rtt=600ms,rto-min=5s",
                 "rto-min: '5s' is out of range",
+            ),
+            (
+                "sat0,rate=50mbit,rtt=600ms,user-timeout=500ms",
+                "user-timeout: '500ms' is out of range",
             ),
             (
                 "sat0,rate=50mbit,rtt=600ms,pacing=60mbit",

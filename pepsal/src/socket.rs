@@ -204,6 +204,17 @@ pub fn set_rto_max(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
     )
 }
 
+/// Sets how long data may go unacknowledged before the kernel gives the connection up, whatever number of
+/// retransmissions that takes; zero leaves it to the number, net.ipv4.tcp_retries2.
+pub fn set_user_timeout(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
+    set_int(
+        socket,
+        libc::SOL_TCP,
+        libc::TCP_USER_TIMEOUT,
+        timeout.as_millis().try_into().unwrap_or(c_int::MAX),
+    )
+}
+
 /// The size of the segments that are sent, in bytes of payload.
 pub fn mss(socket: impl AsFd) -> io::Result<u32> {
     let bytes: c_int = get(socket, libc::SOL_TCP, libc::TCP_MAXSEG)?;

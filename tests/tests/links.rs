@@ -560,6 +560,95 @@ fn without_control_groups_one_line_says_so_and_the_rest_of_the_profile_holds() -
     Ok(())
 }
 
+/// Drops what the servers send to the clients, until it is ended.
+struct Outage<'a>(&'a Topology);
+
+impl<'a> Outage<'a> {
+    fn begin(topology: &'a Topology) -> Result<Self> {
+        for family in Family::BOTH {
+            topology
+                .server
+                .ip(format!("route add blackhole {}", family.client()))?;
+        }
+        Ok(Self(topology))
+    }
+
+    fn end(self) -> Result<()> {
+        for family in Family::BOTH {
+            self.0
+                .server
+                .ip(format!("route del blackhole {}", family.client()))?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn leg_is_given_up_after_the_user_timeout() -> Result<()> {
+    let settings = "rate=20mbit,rtt=20ms,rto-max=1s,user-timeout=3s";
+    let scene = Scene::with_link(Side::Server, settings, &[])?;
+    for family in Family::BOTH {
+        let mut flow = scene.open(family)?;
+        let outage = Outage::begin(&scene.topology)?;
+        let start = Instant::now();
+        flow.client.write_all(b"lost")?;
+        flow.client.set_read_timeout(Some(PATIENCE))?;
+        let error = flow.client.read(&mut [0]).expect_err("nothing arrives");
+        let elapsed = start.elapsed();
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "after {elapsed:?}");
+        // By the number of its tries the kernel would give it up after 14 s.
+        let expected = Duration::from_secs(2)..Duration::from_secs(10);
+        assert!(expected.contains(&elapsed), "{elapsed:?}");
+        outage.end()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn outage_shorter_than_the_user_timeout_breaks_no_flow() -> Result<()> {
+    let scene = Scene::with_link(Side::Server, "rate=20mbit,rtt=20ms,rto-max=1s", &[])?;
+    // With these the number of tries comes to 4 s.
+    scene.topology.gateway.sysctl("net.ipv4.tcp_retries2", 5)?;
+    let flows = [scene.open(Family::V4)?, scene.open(Family::V6)?];
+    let outage = Outage::begin(&scene.topology)?;
+    for flow in &flows {
+        (&flow.client).write_all(b"late")?;
+    }
+    thread::sleep(Duration::from_secs(8));
+    outage.end()?;
+    for flow in &flows {
+        let mut received = [0; 4];
+        flow.server.stream.set_read_timeout(Some(PATIENCE))?;
+        (&flow.server.stream).read_exact(&mut received)?;
+        assert_eq!(&received, b"late");
+        (&flow.server.stream).write_all(b"back")?;
+        flow.client.set_read_timeout(Some(PATIENCE))?;
+        (&flow.client).read_exact(&mut received)?;
+        assert_eq!(&received, b"back");
+    }
+    Ok(())
+}
+
+#[test]
+fn closed_window_is_no_outage() -> Result<()> {
+    let scene = Scene::with_link(Side::Server, "rate=20mbit,rtt=20ms,user-timeout=1s", &[])?;
+    for family in Family::BOTH {
+        let flow = scene.open(family)?;
+        flow.client.set_write_timeout(Some(Duration::from_secs(1)))?;
+        let mut written = 0;
+        while let Ok(bytes) = (&flow.client).write(&[1; 65_536]) {
+            written += bytes as u64;
+        }
+        // The kernel would count from the first window probe that finds nothing in flight.
+        thread::sleep(Duration::from_secs(5));
+        flow.client.shutdown(Shutdown::Write)?;
+        flow.server.stream.set_read_timeout(Some(PATIENCE))?;
+        let received = io::copy(&mut &flow.server.stream, &mut io::sink())?;
+        assert_eq!(received, written);
+    }
+    Ok(())
+}
+
 /// A row of `--explain`.
 struct Explained {
     value: String,
@@ -610,7 +699,7 @@ fn explanation_says_of_every_value_whether_it_was_given_or_what_it_follows_from(
     assert_eq!(given, ["link", "rtt", "receive rate"]);
 
     let all = "sat0,rate=50mbit,rtt=600ms,up=5mbit,cc=cubic,iw=64KiB,pacing=4mbit,rcvbuf=8MiB,sndbuf=1MiB,\
-               unsent=64KiB,mss=1200,rto-min=200ms,rto-max=30s,keepalive=5min,connect-timeout=45s";
+               unsent=64KiB,mss=1200,rto-min=200ms,rto-max=30s,user-timeout=2min,keepalive=5min,connect-timeout=45s";
     for (name, value) in [
         ("link", "sat0"),
         ("rtt", "600ms"),
@@ -624,6 +713,7 @@ fn explanation_says_of_every_value_whether_it_was_given_or_what_it_follows_from(
         ("unsent at most", "64 KiB"),
         ("rto at least", "200ms"),
         ("rto at most", "30s"),
+        ("user timeout", "120s"),
         ("keepalive after", "300s"),
         ("connect timeout", "45s"),
         ("mss", "1200 B"),
