@@ -4,17 +4,18 @@
 use std::{
     fs::{File, OpenOptions},
     io::Write,
+    os::fd::OwnedFd,
     path::Path,
     sync::Arc,
     time::Duration,
 };
 
-use anyhow::{Context, Result};
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use anyhow::{Context, Result, bail};
 use pepsal_ebpf::Counter;
+use rustix::{
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -44,7 +45,7 @@ pub struct Keeper {
     /// Whether connections were being set up when that was last looked at.
     unsettled: bool,
     next_expiry: Instant,
-    monitor: Option<Pid>,
+    monitor: Option<Monitor>,
     table_file: Option<File>,
     next_table: Instant,
     /// Who restarts a daemon whose keeper makes no rounds.
@@ -52,10 +53,10 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// Opens the file for the tables.
+    /// Opens the file for the tables and the monitoring process.
     ///
     /// # Errors
-    /// When it cannot be opened.
+    /// When the file cannot be opened, or there is no such process.
     pub fn new(limit: u32, monitor: Option<i32>, table_file: Option<&Path>) -> Result<Self> {
         let open = |path: &Path| {
             let file = OpenOptions::new().create(true).append(true).open(path);
@@ -69,7 +70,7 @@ impl Keeper {
             intercepted: 0,
             unsettled: false,
             next_expiry: Instant::now(),
-            monitor: monitor.map(Pid::from_raw),
+            monitor: monitor.map(Monitor::open).transpose()?,
             table_file: table_file.map(open).transpose()?,
             next_table: Instant::now() + TABLE_INTERVAL,
             service_manager: ServiceManager::default(),
@@ -141,18 +142,48 @@ impl Keeper {
         // PEPsal's alarms.
         if !self.crowded && open * 100 >= self.limit * 99 {
             self.crowded = true;
-            self.alarm(Signal::SIGUSR1);
+            self.alarm(Signal::USR1);
         } else if self.crowded && open * 100 <= self.limit * 95 {
             self.crowded = false;
-            self.alarm(Signal::SIGUSR2);
+            self.alarm(Signal::USR2);
         }
     }
 
     fn alarm(&self, signal: Signal) {
-        if let Some(monitor) = self.monitor
-            && let Err(error) = kill(monitor, signal)
-        {
-            warn!(process = monitor.as_raw(), "cannot send {signal}: {error}");
+        let Some(monitor) = &self.monitor else { return };
+        if let Err(error) = pidfd_send_signal(&monitor.process, signal) {
+            warn!(process = monitor.pid, "cannot send {}: {error}", name(signal));
         }
+    }
+}
+
+/// The process that the alarms go to. The descriptor stays that process's when its number is another's.
+struct Monitor {
+    process: OwnedFd,
+    pid: i32,
+}
+
+impl Monitor {
+    fn open(pid: i32) -> Result<Self> {
+        let Some(number) = Pid::from_raw(pid) else {
+            bail!("monitoring-pid {pid}: give the number of a process");
+        };
+        match pidfd_open(number, PidfdFlags::empty()) {
+            Ok(process) => Ok(Self { process, pid }),
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => bail!(
+                "monitoring-pid {pid}: there is no process of this number: start the monitor first, or leave the option out"
+            ),
+            Err(error) => {
+                Err(error).with_context(|| format!("monitoring-pid {pid}: cannot open the process"))
+            }
+        }
+    }
+}
+
+fn name(signal: Signal) -> &'static str {
+    if signal == Signal::USR1 {
+        "SIGUSR1"
+    } else {
+        "SIGUSR2"
     }
 }

@@ -177,6 +177,10 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
             "/etc: cannot be read: Is a directory",
         ),
         (
+            &["-i", "lan0", "-M", "999999999"],
+            "pepsal: monitoring-pid 999999999: there is no process of this number: start the monitor first",
+        ),
+        (
             &["reload", "999999999"],
             "pepsal: process 999999999: there is none that this user may look at",
         ),

@@ -96,7 +96,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_mprotect,
     libc::SYS_mremap,
     libc::SYS_munmap,
-    // Threads, signals (-M sends some), itself
+    // Threads, signals to itself and to the process of -M, and nobody else
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_getegid,
@@ -108,7 +108,8 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_getrusage,
     libc::SYS_gettid,
     libc::SYS_getuid,
-    libc::SYS_kill,
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_send_signal,
     libc::SYS_prctl,
     libc::SYS_prlimit64,
     libc::SYS_rseq,
@@ -190,7 +191,10 @@ mod tests {
         errno::Errno,
         mount::umount,
         sched::{CloneFlags, unshare},
+        sys::signal::kill,
+        unistd::Pid,
     };
+    use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
 
     use super::*;
 
@@ -221,6 +225,22 @@ mod tests {
         assert_eq!(spawned.unwrap_err(), Some(Errno::ENOSYS as i32));
         assert_eq!(unmounted, Err(Errno::ENOSYS));
         assert_eq!(unshared, Err(Errno::ENOSYS));
+    }
+
+    #[test]
+    fn signals_go_by_descriptor_and_not_by_number() {
+        let (by_number, by_descriptor) = filtered(|| {
+            let process = pidfd_open(getpid(), PidfdFlags::empty());
+            (
+                kill(Pid::this(), None),
+                process.and_then(|process| {
+                    // Nothing is done at this signal.
+                    pidfd_send_signal(process, Signal::CONT)
+                }),
+            )
+        });
+        assert_eq!(by_number, Err(Errno::ENOSYS));
+        assert_eq!(by_descriptor, Ok(()));
     }
 
     #[test]
