@@ -325,6 +325,13 @@ fn unit(key: &str) -> Result<Vec<String>> {
     Ok(values)
 }
 
+#[test]
+fn unit_restarts_a_daemon_however_often_it_crashes() -> Result<()> {
+    assert_eq!(unit("Restart")?, ["on-failure"]);
+    assert_eq!(unit("StartLimitIntervalSec")?, ["0"]);
+    Ok(())
+}
+
 /// A daemon's command as the unit's user would have it: no root, the unit's capabilities and not one more.
 fn as_service(namespace: &Namespace, arguments: &[&str]) -> Result<Command> {
     let added: String = unit("AmbientCapabilities")?
