@@ -383,6 +383,12 @@ mod tests {
     }
 
     #[test]
+    fn addresses_that_another_leg_keeps_are_a_local_failure() {
+        let kept = io::Error::from(io::ErrorKind::AddrNotAvailable);
+        assert_eq!(CloseReason::of_connect(&kept), CloseReason::LocalFailure);
+    }
+
+    #[test]
     fn every_reason_is_listed_in_its_place() {
         for (index, reason) in CloseReason::ALL.iter().enumerate() {
             assert_eq!(*reason as usize, index);

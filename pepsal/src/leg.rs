@@ -14,7 +14,7 @@ use nix::{
 };
 use pepsal_ebpf::SynRecord;
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tracing::debug;
 
 use crate::{
@@ -32,6 +32,8 @@ const KEEPALIVE: Duration = Duration::from_secs(600);
 
 /// How often a server leg tries for two addresses that another one still has.
 const PORT_RETRY: Duration = Duration::from_millis(10);
+/// How long it tries.
+const PORT_PATIENCE: Duration = Duration::from_millis(250);
 
 /// How legs are made.
 #[derive(Debug, Clone)]
@@ -406,10 +408,16 @@ fn bind_as_client(socket: &Socket, client: SocketAddr, metrics: &Metrics) -> io:
 
 /// Sends the SYN. A client that uses its port again at once may be faster than the end of its last flow, whose server leg
 /// has the same two addresses: this one then waits for it.
+///
+/// # Errors
+/// `AddrNotAvailable` when the other leg still has them after [`PORT_PATIENCE`]. Another port would not be the client's.
 async fn begin_connect(socket: &Socket, server: SocketAddr) -> io::Result<()> {
+    let deadline = Instant::now() + PORT_PATIENCE;
     loop {
         match socket.connect(&server.into()) {
-            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => sleep(PORT_RETRY).await,
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable && Instant::now() < deadline => {
+                sleep(PORT_RETRY).await;
+            }
             Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => return Ok(()),
             begun => return begun,
         }
@@ -453,7 +461,42 @@ fn settable_header(header: &[u8]) -> Option<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
+    use tokio::time::timeout;
+
     use super::*;
+
+    fn socket_at(address: &SockAddr) -> Socket {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(address).unwrap();
+        socket
+    }
+
+    #[tokio::test]
+    async fn a_leg_waits_for_its_addresses_but_not_for_ever() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = listener.local_addr().unwrap();
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let earlier = socket_at(&any.into());
+        begin_connect(&earlier, server).await.unwrap();
+        let later = socket_at(&earlier.local_addr().unwrap());
+
+        let start = Instant::now();
+        let waiting = timeout(40 * PORT_PATIENCE, begin_connect(&later, server));
+        let error = waiting.await.expect("it gives up").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable);
+        assert!(start.elapsed() >= PORT_PATIENCE, "{:?}", start.elapsed());
+
+        socket::reset_on_close(earlier.as_fd(), true).unwrap();
+        let release = async {
+            sleep(PORT_PATIENCE / 5).await;
+            drop(earlier);
+        };
+        let (connected, ()) = tokio::join!(begin_connect(&later, server), release);
+        connected.unwrap();
+    }
 
     #[test]
     fn source_routes_are_left_out_unless_asked_for() {
