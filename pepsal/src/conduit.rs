@@ -16,13 +16,29 @@ use nix::{
     fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
     libc,
     sys::socket::{MsgFlags, recv, send},
-    unistd::pipe2,
+    unistd::{SysconfVar, pipe2, sysconf},
 };
 
 use crate::socket;
 
-/// Bytes that a pipe is asked to hold: the size from which one flow over veth is as fast as plain forwarding.
+/// Most bytes in a pipe: the size from which one flow over veth is as fast as plain forwarding.
 const PIPE_BYTES: usize = 256 << 10;
+
+/// Fewest slots of a pipe, the kernel's `PIPE_DEF_BUFFERS`. A slot takes one fragment of a packet, however small that is
+/// and however large a page.
+const PIPE_SLOTS: usize = 16;
+
+/// Returns the size to ask F_SETPIPE_SZ for, in bytes, of which the kernel makes one slot for each page. With pages of up to
+/// 64 KiB it is within fs.pipe-max-size, 1 MiB by default.
+fn pipe_size(page_bytes: usize) -> usize {
+    PIPE_BYTES.max(PIPE_SLOTS * page_bytes)
+}
+
+/// Returns the size of a page, in bytes.
+fn page_bytes() -> usize {
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    page.and_then(|bytes| bytes.try_into().ok()).unwrap_or(4096)
+}
 
 /// Bytes that a buffer holds.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -43,6 +59,8 @@ pub struct ConduitPool {
     idle_buffers: Mutex<Vec<Box<[u8]>>>,
     pipes: AtomicUsize,
     most_pipes: usize,
+    /// Bytes.
+    pipe_size: usize,
 }
 
 impl ConduitPool {
@@ -53,6 +71,7 @@ impl ConduitPool {
             idle_buffers: Mutex::default(),
             pipes: AtomicUsize::new(0),
             most_pipes,
+            pipe_size: pipe_size(page_bytes()),
         }
     }
 
@@ -81,7 +100,7 @@ impl ConduitPool {
 
     fn new_pipe(&self) -> Option<Pipe> {
         if self.pipes.fetch_add(1, Ordering::Relaxed) < self.most_pipes
-            && let Ok(pipe) = Pipe::new()
+            && let Ok(pipe) = Pipe::new(self.pipe_size)
         {
             return Some(pipe);
         }
@@ -114,19 +133,20 @@ fn keep<T>(idle: &Mutex<Vec<T>>, returned: T) -> bool {
 struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
+    /// Most bytes that it is filled with: with large pages there is room for more than [`PIPE_BYTES`].
     capacity: usize,
 }
 
 impl Pipe {
-    fn new() -> io::Result<Self> {
+    fn new(size: usize) -> io::Result<Self> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
         // Refused past the user's quota of pipe pages (pipe-user-pages-soft); the pipe then is smaller, but a pipe.
-        let capacity = fcntl(&write, FcntlArg::F_SETPIPE_SZ(PIPE_BYTES as i32))
+        let capacity = fcntl(&write, FcntlArg::F_SETPIPE_SZ(size as i32))
             .or_else(|_| fcntl(&write, FcntlArg::F_GETPIPE_SZ))?;
         Ok(Self {
             read,
             write,
-            capacity: capacity.try_into().unwrap_or(4096),
+            capacity: capacity.try_into().unwrap_or(4096).min(PIPE_BYTES),
         })
     }
 }
@@ -340,6 +360,27 @@ mod tests {
         };
         // On a machine that is too busy the kernel's patience ends first, after 200 ms.
         assert!((0..10).any(|_| waited()));
+    }
+
+    #[test]
+    fn pipes_have_enough_slots_whatever_the_size_of_a_page() {
+        for (page, slots) in [(4 << 10, 64), (16 << 10, 16), (64 << 10, 16)] {
+            let size = pipe_size(page);
+            assert_eq!(size / page, slots, "pages of {page} bytes");
+            // The kernel rounds up to a power of two.
+            assert!(size.is_power_of_two() && size <= 1 << 20, "{size}");
+        }
+    }
+
+    #[test]
+    fn pipe_is_as_large_as_asked_for_and_filled_with_no_more_than_the_bound() {
+        let pages = page_bytes();
+        for size in [PIPE_BYTES, 4 * PIPE_BYTES] {
+            let pipe = Pipe::new(size.max(pipe_size(pages))).unwrap();
+            let made = fcntl(&pipe.write, FcntlArg::F_GETPIPE_SZ).unwrap();
+            assert!(usize::try_from(made).unwrap() >= size, "{made}");
+            assert_eq!(pipe.capacity, PIPE_BYTES);
+        }
     }
 
     #[test]
