@@ -1,5 +1,7 @@
 //! The packet parser, beside another one.
 
+use std::net::IpAddr;
+
 use pepsal_ebpf::{
     Counter, EXTENSION_MAX, FlowKey, SynRecord,
     packet::{Family, Parsed, first_fragment, fragment_key, parse, record_syn},
@@ -22,7 +24,6 @@ pub fn exercise(data: &[u8]) {
         (Ok(Parsed::Tcp(segment)), Seen::Segment(other)) => {
             assert_eq!(segment.flow(), key(other.ends));
             assert_eq!(segment.is_syn(), other.kind == Kind::Syn);
-            assert_eq!(segment.is_syn_ack(), other.kind == Kind::SynAck);
             if segment.is_syn() {
                 let mut record = SynRecord::EMPTY;
                 let recorded = record_syn(&packet, segment, &mut record);
@@ -51,14 +52,25 @@ fn key((source, destination): Ends) -> FlowKey {
     FlowKey::between(source, destination)
 }
 
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
 fn check_record(recorded: Result<(), Counter>, record: &SynRecord, syn: &Segment) {
     match recorded {
+        Err(Counter::LinkLocal) => assert!(is_link_local(syn.ends.0.ip())),
         _ if syn.is_padded() => assert!(recorded.is_err()),
         Err(Counter::Waypoint) => assert!(syn.is_at_waypoint()),
         Err(Counter::Signed) => assert!(syn.is_signed()),
+        Err(Counter::Joining) => assert!(syn.joins()),
+        Err(Counter::Expiring) => assert!(syn.ttl <= 1),
         Err(other) => panic!("{other:?}"),
         Ok(()) => {
-            assert!(!syn.is_at_waypoint() && !syn.is_signed());
+            assert!(!syn.is_at_waypoint() && !syn.is_signed() && !syn.joins());
+            assert!(syn.ttl > 1 && !is_link_local(syn.ends.0.ip()));
             let kept = |header: &[u8]| if header.len() > EXTENSION_MAX { &[] } else { header }.to_vec();
             assert_eq!(record.ip_options(), syn.ip_options);
             assert_eq!(record.hop_by_hop(), kept(&syn.hop_by_hop));

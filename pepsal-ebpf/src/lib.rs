@@ -116,6 +116,38 @@ pub const PORT_SETS_MAX: u32 = 1 << 16;
 /// Most links that can have a profile of their own.
 pub const LINKS_MAX: u32 = 64;
 
+/// Most interfaces that the programs are attached to.
+pub const INTERFACES_MAX: u32 = 65_536;
+
+/// The link-layer address of either end of a device pair. Frames on it are for this address alone, so that both ends may
+/// have the same.
+pub const DEVICE_MAC: [u8; 6] = [0x02, b'p', b'e', b'p', 0, 1];
+
+/// How a packet is given to an interface.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its link-layer address; zeroes where it has none.
+    pub mac: [u8; 6],
+    /// Non-zero when its packets start with an Ethernet header.
+    pub has_header: u8,
+    /// Non-zero when new connections that arrive on it are intercepted.
+    pub intercepts: u8,
+}
+
+const _: () = assert!(size_of::<Interface>() == 8);
+
+impl Interface {
+    /// An interface with this Ethernet address, or one without link-layer header.
+    pub fn new(mac: Option<[u8; 6]>, intercepts: bool) -> Self {
+        Self {
+            mac: mac.unwrap_or_default(),
+            has_header: u8::from(mac.is_some()),
+            intercepts: u8::from(intercepts),
+        }
+    }
+}
+
 /// The link that stands for all interfaces without a profile.
 pub const NO_LINK: u32 = 0;
 
@@ -397,18 +429,26 @@ macro_rules! counters {
 }
 
 counters! {
-    /// A SYN was recorded and marked: a new flow.
+    /// A SYN was recorded and given to the clients' side: a new flow.
     Intercepted = "intercepted",
-    /// A SYN of a flow that is being set up came again and was marked again.
+    /// A SYN of a flow that is being set up came again.
     Retransmitted = "retransmitted",
-    /// A segment of a leg was marked.
+    /// A segment from a client was given to its client leg.
     Steered = "steered",
-    /// A segment without a socket was marked because its flow is being set up (SYN cookies).
+    /// A segment without a socket was given to the clients' side because its flow is being set up (SYN cookies).
     Pending = "pending",
-    /// An ICMP error about a leg was marked.
+    /// An ICMP error was given to the leg that it is about.
     IcmpError = "icmp_error",
     /// `sk_lookup` gave a new connection to the listener.
     Assigned = "assigned",
+    /// A server leg's packet entered the host by the interface of its client.
+    Injected = "injected",
+    /// A segment that the host sends to the client was given to the server leg.
+    Returned = "returned",
+    /// A client leg's segment left for the client.
+    Sent = "sent",
+    /// Dropped: a leg's packet that names no interface, or that there is no route for.
+    Undeliverable = "undeliverable",
 
     /// Passed: neither IPv4 nor IPv6.
     NotIp = "not_ip",
@@ -416,20 +456,26 @@ counters! {
     Vlan = "vlan",
     /// Passed: neither TCP nor an ICMP error about TCP.
     NotTcp = "not_tcp",
-    /// Passed: a fragment without ports whose packet's first was not marked before it.
+    /// Passed: a fragment without ports whose packet's first fragment was not a leg's, or has not come before it.
     Fragment = "fragment",
     /// Passed: source-routed, so its destination is a waypoint and not the server.
     Waypoint = "waypoint",
     /// Passed: signed with a key that only the two ends have (TCP-MD5, TCP-AO).
     Signed = "signed",
+    /// Passed: joins a connection of several paths (MP_JOIN of RFC 8684) that is the two ends' own.
+    Joining = "joining",
     /// Passed: headers that are cut short or contradict themselves.
     Malformed = "malformed",
-    /// Passed: a server's answer to a SYN that was recorded but went on to the server, as rule or route was missing.
-    Bypassed = "bypassed",
     /// Passed: a segment of a connection that is not pepsal's.
     Foreign = "foreign",
-    /// Passed: a SYN on an interface that is not intercepted.
+    /// Passed: a SYN on an interface that is not intercepted any more.
     NotIntercepted = "not_intercepted",
+    /// Passed: a SYN that was sent to another host's link-layer address.
+    OtherHost = "other_host",
+    /// Passed: a SYN from a link-local address, which no router forwards.
+    LinkLocal = "link_local",
+    /// Passed: a SYN whose TTL or hop limit ends here.
+    Expiring = "expiring",
     /// Passed: a SYN whose server is about to open the same connection from its side.
     Simultaneous = "simultaneous",
     /// Passed: a SYN that the selection leaves alone.
@@ -438,7 +484,9 @@ counters! {
     NotForwarded = "not_forwarded",
     /// Passed: no listener, so no daemon.
     NoListener = "no_listener",
-    /// Passed: the daemon has not shown for too long that it is alive.
+    /// Passed: one of pepsal's devices is missing.
+    NoDevice = "no_device",
+    /// Passed: the daemon's heartbeat is too old.
     Unresponsive = "unresponsive",
     /// Passed: as many flows as allowed are open.
     LimitReached = "limit_reached",
@@ -458,4 +506,6 @@ mod pod {
     unsafe impl aya::Pod for super::ExtensionHeaders {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::PrefixKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::Interface {}
 }

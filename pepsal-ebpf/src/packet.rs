@@ -23,6 +23,9 @@ pub trait Packet {
 
     /// Copies `len` bytes at `offset` to the start of `to`; false when the packet or `to` is shorter.
     fn copy<const N: usize>(&self, offset: u32, len: u32, to: &mut [u8; N]) -> bool;
+
+    /// Whether it is several segments in one (GRO), whose length may be more than the IP header can express.
+    fn is_aggregated(&self) -> bool;
 }
 
 /// A packet of one piece, as tests have it.
@@ -55,6 +58,10 @@ impl Packet for &[u8] {
             }
             _ => false,
         }
+    }
+
+    fn is_aggregated(&self) -> bool {
+        false
     }
 }
 
@@ -105,10 +112,14 @@ impl Segment {
         self.flags & SYN != 0 && self.flags & NOT_A_SYN == 0
     }
 
-    /// Whether this segment answers one that opens a connection: SYN and ACK, neither RST nor FIN.
+    /// Whether the sender's address is of its link only (RFC 3927, RFC 4291): 169.254.0.0/16, fe80::/10.
     #[inline(always)]
-    pub fn is_syn_ack(&self) -> bool {
-        self.flags & (SYN | NOT_A_SYN) == SYN | ACK
+    pub fn is_from_link_local(&self) -> bool {
+        let [first, _, _, last] = self.source.words().map(u32::from_be);
+        match self.family {
+            Family::V4 => last >> 16 == 0xa9fe,
+            Family::V6 => first >> 22 == 0xfe80 >> 6,
+        }
     }
 
     /// The key of the flow whose server sent this segment.
@@ -258,7 +269,7 @@ pub fn parse(packet: &impl Packet, family: Family) -> Result<Parsed, Counter> {
     let (ip, next) = match family {
         Family::V4 => {
             let [a, b, c, d, e, next @ ..]: [u32; 10] = packet.start::<_, 5>().ok_or(Counter::Malformed)?;
-            (parse_v4([a, b, c, d, e], 0)?, next)
+            (parse_v4(packet, [a, b, c, d, e], 0)?, next)
         }
         Family::V6 => {
             let [a, b, c, d, e, f, g, h, i, j, next @ ..]: [u32; 15] =
@@ -283,13 +294,29 @@ struct Ip {
     destination_options: Span,
 }
 
+/// A length in an IP header. Aggregated packets above 64 KiB have none there (BIG TCP): the packet's own end is theirs.
 #[inline(always)]
-fn parse_v4([first, second, third, source, destination]: [u32; 5], at: u32) -> Result<Ip, Counter> {
+fn or_jumbo(packet: &impl Packet, len: u16, at: u32) -> u32 {
+    match len {
+        0 if at == 0 && packet.is_aggregated() => JUMBO_LEN,
+        len => u32::from(len),
+    }
+}
+
+/// Longer than every packet, and short enough to be added to an offset.
+const JUMBO_LEN: u32 = 1 << 24;
+
+#[inline(always)]
+fn parse_v4(
+    packet: &impl Packet,
+    [first, second, third, source, destination]: [u32; 5],
+    at: u32,
+) -> Result<Ip, Counter> {
     let [version, _, len @ ..] = first.to_ne_bytes();
     let [_, _, flags, fragment_offset] = second.to_ne_bytes();
     let [_, protocol, ..] = third.to_ne_bytes();
     let header_len = u32::from(version & 0x0f) * 4;
-    let total_len = u32::from(u16::from_be_bytes(len));
+    let total_len = or_jumbo(packet, u16::from_be_bytes(len), at);
     if version >> 4 != 4 || header_len < 20 || total_len < header_len {
         return Err(Counter::Malformed);
     }
@@ -331,7 +358,7 @@ fn parse_v6(packet: &impl Packet, header: [u32; 10], at: u32) -> Result<Ip, Coun
         protocol,
         payload: Span {
             offset: at + 40,
-            len: u32::from(u16::from_be_bytes([len_high, len_low])),
+            len: or_jumbo(packet, u16::from_be_bytes([len_high, len_low]), at),
         },
         options: Span::default(),
         hop_by_hop: Span::default(),
@@ -426,7 +453,7 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
     }
     let at = ip.payload.offset + 8;
     let quoted = match family {
-        Family::V4 => parse_v4(packet.words(at).ok_or(Counter::Malformed)?, at)?,
+        Family::V4 => parse_v4(packet, packet.words(at).ok_or(Counter::Malformed)?, at)?,
         Family::V6 => parse_v6(packet, packet.words(at).ok_or(Counter::Malformed)?, at)?,
     };
     if quoted.protocol != PROTO_TCP {
@@ -457,6 +484,9 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
 pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -> Result<(), Counter> {
     let SynRecord { head, extensions } = record;
     let start: [u8; 9] = packet.read(0).ok_or(Counter::Malformed)?;
+    if syn.is_from_link_local() {
+        return Err(Counter::LinkLocal);
+    }
     match syn.family {
         Family::V4 => {
             refuse_waypoint(packet, syn.ip_options)?;
@@ -469,6 +499,9 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
             head.ttl = start[7];
             head.flow_label = [0, start[1] & 0x0f, start[2], start[3]];
         }
+    }
+    if head.ttl <= 1 {
+        return Err(Counter::Expiring);
     }
     let mut truncated = 0;
     head.ip_options_len =
@@ -486,7 +519,7 @@ pub fn record_syn(packet: &impl Packet, syn: &Segment, record: &mut SynRecord) -
         offset: syn.tcp.offset + 20,
         len: syn.tcp.len - 20,
     };
-    refuse_signed(packet, options)?;
+    refuse_of_the_ends(packet, options)?;
     head.tcp_options_len =
         copy_span::<TCP_OPTIONS_MAX>(packet, options, &mut head.tcp_options, &mut truncated)?;
     Ok(())
@@ -534,15 +567,23 @@ fn refuse_waypoint(packet: &impl Packet, options: Span) -> Result<(), Counter> {
     }
 }
 
-/// Segments that are signed, with TCP-MD5 (RFC 2385) or TCP-AO (RFC 5925): a proxy has no key, and is what they guard
-/// against.
+/// SYNs whose connection is the two ends' own: signed with TCP-MD5 (RFC 2385) or TCP-AO (RFC 5925), for which a proxy has no
+/// key and is what they guard against; or of one more path of a connection that is there already (MP_JOIN, RFC 8684, 3.2).
 #[inline(always)]
-fn refuse_signed(packet: &impl Packet, options: Span) -> Result<(), Counter> {
-    match has_option(packet, options, |kind, len, _| matches!(kind, 19 | 29) && len > 2)? {
-        true => Err(Counter::Signed),
-        false => Ok(()),
+fn refuse_of_the_ends(packet: &impl Packet, options: Span) -> Result<(), Counter> {
+    if has_option(packet, options, |kind, len, third| {
+        matches!(kind, 19 | 29) && len > 2 || kind == 30 && len > 2 && third >> 4 == MP_JOIN
+    })? {
+        return match has_option(packet, options, |kind, len, _| matches!(kind, 19 | 29) && len > 2)? {
+            true => Err(Counter::Signed),
+            false => Err(Counter::Joining),
+        };
     }
+    Ok(())
 }
+
+/// Subtype of the MPTCP option.
+const MP_JOIN: u8 = 1;
 
 #[inline(always)]
 fn copy_span<const N: usize>(

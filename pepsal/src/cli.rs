@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{ctl, link::LinkSpec, observe::http::Place, selection::Rule};
+use crate::{ctl, link::LinkSpec, observe::http::Place, wire::selection::Rule};
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
 ///
@@ -91,8 +91,8 @@ pub struct Options {
     #[arg(short = 'd', long)]
     pub daemon: bool,
 
-    /// Take over from the instance that has this routing table, without a gap: it leaves new connections to this one and
-    /// ends when its own have. Mark and table have to be the same; where no instance runs, this is an ordinary start
+    /// Take over from the instance that intercepts on these interfaces, without a gap: it leaves new connections to this one
+    /// and ends when its own have. The mark has to be the same; where no instance runs, this is an ordinary start
     #[arg(long)]
     pub takeover: bool,
 
@@ -109,7 +109,7 @@ pub struct Options {
     )]
     pub log_level: LogLevel,
 
-    /// Port of the proxy's own listeners, on the loopback addresses
+    /// Port of the proxy's own listeners, inside its own network namespace
     #[arg(
         short = 'p',
         long,
@@ -284,13 +284,14 @@ pub struct SteeringOptions {
     #[arg(long, value_name = "FILE")]
     pub bypass_from: Vec<PathBuf>,
 
-    /// Packet mark of steered packets and the bits of the mark that it may touch
+    /// Packet mark of what server legs send, on its way into the host and cleared before anybody sees it, and the bits of the
+    /// mark that it may touch
     #[arg(long, value_name = "VALUE[/MASK]", default_value = "0x10000000/0x10000000")]
     pub mark: Mark,
 
-    /// Routing table for the local routes
-    #[arg(long, value_name = "NUMBER", default_value_t = 5000, value_parser = table)]
-    pub table: u32,
+    /// Refused: no routes are added to the host any more
+    #[arg(long, value_name = "NUMBER", hide = true, value_parser = removed_table)]
+    table: Option<u32>,
 
     /// Address that the server sees: the client's own, or the gateway's
     #[arg(long, value_name = "WHOSE", default_value = "client")]
@@ -431,14 +432,12 @@ fn port(text: &str) -> Result<NonZeroU16, String> {
         .map_err(|_| format!("'{text}' is not a port: give a number from 1 to 65535"))
 }
 
-/// Tables that the kernel fills itself would be flushed with ours.
-fn table(text: &str) -> Result<u32, String> {
-    match number(text)? {
-        0 | 253..=255 => Err(format!(
-            "table {text} is one of the system's own: choose another, from 1 to 4294967295"
-        )),
-        table => Ok(table),
-    }
+/// The reason why there is no routing table to choose.
+pub const TABLE_REMOVED: &str =
+    "flows stay in the host's forwarding path, so that pepsal needs no routing table: leave it out";
+
+fn removed_table(_: &str) -> Result<u32, String> {
+    Err(TABLE_REMOVED.to_owned())
 }
 
 /// A time: plain seconds as PEPsal takes them, or a number with a unit.

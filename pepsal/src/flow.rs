@@ -29,14 +29,15 @@ use crate::{
     cli::Options,
     conduit::ConduitPool,
     fault,
+    host::namespace::Namespace,
     leg::{self, LegConfig},
     link::{Link, Links},
     metrics::{Event, Metrics},
     paths::{self, Paths},
     relay::{Leg, Limits, Side, relay},
-    steer::monotonic_ns,
     stream::Stream,
     table::{Flow, FlowTable, Observation},
+    wire::{interfaces::Interfaces, programs::monotonic_ns},
 };
 
 /// Why a flow ended.
@@ -157,6 +158,10 @@ pub struct Shared {
     pub settings: ArcSwap<Settings>,
     /// The links that have a profile.
     pub links: Arc<Links>,
+    /// The host's namespace, for server legs with its address.
+    pub host: Namespace,
+    /// The host's interfaces.
+    pub interfaces: ArcSwap<Interfaces>,
     /// What is remembered of paths without.
     pub paths: Arc<Paths>,
     /// Where flows are entered.
@@ -194,9 +199,14 @@ impl Collector {
 ///
 /// It stays on the worker that polls it first, whose runtime the connection is registered with.
 pub async fn serve(accepted: Socket, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
-    let (place, record) = shared
-        .table
-        .enter(client, server, shared.stop.child_token(), &shared.metrics);
+    let stop = shared.stop.child_token();
+    let Some((place, mut record)) = shared.table.enter(client, server, stop, &shared.metrics) else {
+        return;
+    };
+    if record.ingress_ifindex == 0 {
+        // The mark of the SYN says it, too.
+        record.head.ingress_ifindex = accepted.mark().unwrap_or_default();
+    }
     shared.metrics.count(Event::Accepted);
     let settings = shared.settings.load_full();
     let flow = &place.flow;
@@ -257,7 +267,8 @@ impl End {
             Side::Client => (flow.client.ip(), record.ingress_ifindex),
             Side::Server => (flow.server.ip(), record.egress_ifindex),
         };
-        flow.watch(leg.side(), leg.stream(), ifindex, &shared.metrics);
+        let traffic = shared.metrics.traffic(ifindex, &shared.interfaces.load());
+        flow.watch(leg.side(), leg.stream(), traffic);
         match &link {
             Some(link) => {
                 let congestion = legs.congestion_of(leg.side(), Some(link));
@@ -320,7 +331,9 @@ async fn connect(
             server,
             &record,
             link.as_deref(),
+            path_mss(&record, server.is_ipv6(), &shared.interfaces.load()),
             has_data,
+            &shared.host,
             &shared.metrics,
         );
         let stream = connect.await?;
@@ -351,6 +364,16 @@ async fn connect(
         .connect
         .observe(progress.started().elapsed().as_secs_f64());
     Ok([client_end, server_end])
+}
+
+/// The largest segment that fits the interface towards the server, in bytes, where that takes smaller packets than the
+/// interface towards the client. By itself the server leg goes by the latter.
+fn path_mss(record: &SynRecord, ipv6: bool, interfaces: &Interfaces) -> Option<u16> {
+    let mtu = |ifindex| interfaces.get(&ifindex).map(|interface| interface.mtu);
+    let [ingress, egress] = [record.ingress_ifindex, record.egress_ifindex].map(mtu);
+    let headers = if ipv6 { 60 } else { 40 };
+    let mtu = egress.filter(|egress| ingress.is_some_and(|ingress| *egress < ingress))?;
+    u16::try_from(mtu.saturating_sub(headers)).ok()
 }
 
 /// Whether the client has sent something already, in its SYN or right after the handshake. A reset that has come by then

@@ -19,7 +19,9 @@ use rustix::{
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use crate::{flow::Shared, metrics::Event, notify::ServiceManager, steer::Steering, workers::Workers};
+use crate::{
+    flow::Shared, metrics::Event, notify::ServiceManager, wire::programs::Programs, workers::Workers,
+};
 
 /// How often the keeper makes its round; the programs take a daemon for hung that misses six of them.
 pub const ROUND: Duration = Duration::from_millis(500);
@@ -80,15 +82,15 @@ impl Keeper {
     /// One round.
     ///
     /// There is no sign of life while a worker is stuck: connections that it would be given were lost.
-    pub fn round(&mut self, steering: &mut Steering, shared: &Arc<Shared>, workers: &Workers) {
+    pub fn round(&mut self, programs: &mut Programs, shared: &Arc<Shared>, workers: &Workers) {
         if workers.are_alive() {
-            if let Err(error) = steering.beat() {
+            if let Err(error) = programs.beat() {
                 warn!("{error:#}");
             }
             self.service_manager.alive(shared.table.count());
         }
-        self.expire(steering, shared);
-        self.watch_limit(steering.count(Counter::LimitReached), shared.table.count() as u64);
+        self.expire(programs, shared);
+        self.watch_limit(programs.count(Counter::LimitReached), shared.table.count() as u64);
         if Instant::now() >= self.next_table {
             self.next_table += TABLE_INTERVAL;
             self.write_table(shared);
@@ -105,8 +107,8 @@ impl Keeper {
     }
 
     /// Nothing is listed as long as no SYN was intercepted since all of them were settled.
-    fn expire(&mut self, steering: &Steering, shared: &Shared) {
-        let intercepted = steering.count(Counter::Intercepted);
+    fn expire(&mut self, programs: &Programs, shared: &Shared) {
+        let intercepted = programs.count(Counter::Intercepted);
         if Instant::now() < self.next_expiry || (intercepted == self.intercepted && !self.unsettled) {
             return;
         }

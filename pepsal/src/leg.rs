@@ -13,12 +13,13 @@ use nix::{
     sys::socket::{MsgFlags, recv, send},
 };
 use pepsal_ebpf::SynRecord;
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Socket, Type};
 use tokio::time::{Instant, sleep};
 use tracing::debug;
 
 use crate::{
     cli::{Options, Replicate, Source},
+    host::namespace::Namespace,
     link::{Link, Origin},
     metrics::{Event, Metrics},
     preflight,
@@ -50,6 +51,8 @@ pub struct LegConfig {
     congestion: Option<String>,
     client_congestion: Option<String>,
     server_congestion: Option<String>,
+    /// The host's congestion control, where the legs' namespaces have another.
+    host_congestion: Option<String>,
     short_path: Option<ShortPath>,
 }
 
@@ -78,8 +81,10 @@ impl ShortPath {
 const SHORT_PATH: Duration = Duration::from_millis(25);
 
 impl LegConfig {
-    /// What the command line asks for.
-    pub fn new(options: &Options) -> Self {
+    /// What the command line asks for. `inside` is the congestion control that sockets of the legs' namespaces get when
+    /// nobody chooses one.
+    pub fn new(options: &Options, inside: &str) -> Self {
+        let of_host = preflight::default_congestion().ok();
         let replicates = |what| options.steering.replicate.contains(&what);
         let tcp = &options.tcp;
         Self {
@@ -95,6 +100,7 @@ impl LegConfig {
             congestion: tcp.congestion.clone(),
             client_congestion: tcp.client_congestion.clone(),
             server_congestion: tcp.server_congestion.clone(),
+            host_congestion: of_host.filter(|of_host| of_host != inside),
             short_path: ShortPath::new(),
         }
     }
@@ -129,7 +135,8 @@ impl LegConfig {
     /// What a leg's socket is given before its handshake.
     pub fn initial_congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a str> {
         let short = || self.short_path.as_ref().map(|path| path.congestion);
-        self.congestion_of(side, link).or_else(short)
+        let of_host = self.host_congestion.as_deref();
+        self.congestion_of(side, link).or_else(short).or(of_host)
     }
 
     /// Once a leg without a profile is connected: leaves the congestion control to the kernel unless the path is short.
@@ -193,16 +200,28 @@ impl LegConfig {
         server: SocketAddr,
         record: &SynRecord,
         link: Option<&Link>,
+        path_mss: Option<u16>,
         has_data: bool,
+        host: &Namespace,
         metrics: &Metrics,
     ) -> io::Result<Stream> {
-        let socket = Socket::new(
-            Domain::for_address(server),
-            Type::STREAM.nonblocking().cloexec(),
-            None,
-        )?;
+        let open = || {
+            Socket::new(
+                Domain::for_address(server),
+                Type::STREAM.nonblocking().cloexec(),
+                None,
+            )
+        };
+        let socket = match self.source {
+            Source::Client => open()?,
+            Source::Gateway => host.run(open)?,
+        };
         self.replicate(&socket, server.is_ipv6(), record, metrics);
         self.tune(socket.as_fd(), link);
+        let given = self.mss_of(link);
+        if let Some(mss) = path_mss.filter(|mss| given.is_none_or(|given| *mss < given)) {
+            tried("maximum segment size", socket::set_mss(&socket, mss));
+        }
         if self.quickack || has_data {
             // What the client has sent already completes the handshake as well as an acknowledgement alone.
             tried("quick ack", socket::set_quickack(&socket, self.quickack));
@@ -221,7 +240,11 @@ impl LegConfig {
             tried("fast open", socket::set_fastopen_connect(&socket));
         }
         if self.source == Source::Client {
-            bind_as_client(&socket, client, metrics)?;
+            // The interface of the client's SYN is where the host gets what the leg sends.
+            socket.set_mark(record.ingress_ifindex)?;
+            socket::set_transparent(&socket, client.is_ipv6())?;
+            socket.set_reuse_address(true)?;
+            socket.bind(&client.into())?;
         }
         begin_connect(&socket, server).await?;
         let stream = Stream::register(socket)?;
@@ -243,7 +266,7 @@ impl LegConfig {
         } else {
             tried("no delay", sock.set_tcp_nodelay(true));
         }
-        if let Some(mss) = link.and_then(|link| link.profile.mss.value).or(self.mss) {
+        if let Some(mss) = self.mss_of(link) {
             tried("maximum segment size", socket::set_mss(socket, mss));
         }
         let mut idle = KEEPALIVE;
@@ -268,6 +291,11 @@ impl LegConfig {
         tried("urgent data inline", sock.set_out_of_band_inline(true));
     }
 
+    /// The largest segment that a leg may announce and send, where one is given.
+    pub fn mss_of(&self, link: Option<&Link>) -> Option<u16> {
+        link.and_then(|link| link.profile.mss.value).or(self.mss)
+    }
+
     /// Before `connect`, so that it is on the SYN.
     fn replicate(&self, socket: &Socket, ipv6: bool, record: &SynRecord, metrics: &Metrics) {
         if self.dscp && record.traffic_class != 0 {
@@ -276,8 +304,10 @@ impl LegConfig {
                 socket::set_traffic_class(socket, ipv6, record.traffic_class),
             );
         }
-        if self.ttl && record.ttl > 1 {
-            tried("time to live", socket::set_ttl(socket, ipv6, record.ttl - 1));
+        if self.ttl {
+            // The host forwards what the leg sends, which takes a hop off.
+            let hops = record.ttl - u8::from(self.source == Source::Gateway);
+            tried("time to live", socket::set_ttl(socket, ipv6, hops));
         }
         if !self.options {
             return;
@@ -379,33 +409,6 @@ fn tried(what: &str, result: io::Result<()>) -> bool {
     result.is_ok()
 }
 
-/// Binds to the client's address and port. Where a local service owns the port on every address, TCP_REPAIR gets past
-/// it; where even that fails the port is the kernel's choice.
-fn bind_as_client(socket: &Socket, client: SocketAddr, metrics: &Metrics) -> io::Result<()> {
-    socket::set_transparent(socket, client.is_ipv6())?;
-    socket.set_reuse_address(true)?;
-    let address = SockAddr::from(client);
-    match socket.bind(&address) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
-        bound => return bound,
-    }
-    let forced = socket::set_repair(socket, true).and_then(|()| {
-        let bound = socket.bind(&address);
-        socket::set_repair(socket, false).and(bound)
-    });
-    match forced {
-        Ok(()) => {
-            metrics.count(Event::SourceForced);
-            Ok(())
-        }
-        Err(error) => {
-            debug!(%client, "cannot use the client's port: {error}");
-            metrics.count(Event::SourcePortLost);
-            socket.bind(&SocketAddr::new(client.ip(), 0).into())
-        }
-    }
-}
-
 /// Sends the SYN. A client that uses its port again at once may be faster than the end of its last flow, whose server leg
 /// has the same two addresses: this one then waits for it.
 ///
@@ -467,7 +470,7 @@ mod tests {
 
     use super::*;
 
-    fn socket_at(address: &SockAddr) -> Socket {
+    fn socket_at(address: &socket2::SockAddr) -> Socket {
         let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
         socket.set_reuse_address(true).unwrap();
         socket.bind(address).unwrap();

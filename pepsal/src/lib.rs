@@ -1,23 +1,25 @@
 //! A TCP performance enhancing proxy (RFC 3135) that intercepts by eBPF.
 //!
-//! The modules are listed in the order in which a flow meets them:
+//! A flow, step by step:
 //!
-//! 1. [`steer`]: the client's SYN enters an interface; an eBPF program finds it selected ([`selection`], in the tables of
-//!    [`selection_maps`]), records what it says and marks it. [`route`]'s rules deliver marked packets locally, and a second
-//!    program gives the connection to
-//! 2. [`listener`], where it is accepted, and given to one of the [`workers`].
+//! 1. The client's SYN enters an intercepted interface. There, in the [`wire`], an eBPF program finds it selected, records
+//!    it, and gives it to the namespace of the client legs, before the host sees it. A second program gives the connection to
+//! 2. the [`listener`], where it is accepted, and given to one of the [`workers`].
 //! 3. [`flow`] enters it in the [`table`], and makes
-//! 4. [`leg`]: a second connection, to the server, from the client's address, with its DSCP and options. Both legs get the
-//!    profile of the [`link`] that they leave through and their share of its [`budget`], which [`rate_control`] sends at
-//!    ([`btf`] tells it where the kernel keeps things). Where nobody described the link, a leg starts with what earlier ones
-//!    learned of its path ([`paths`]).
-//! 5. [`relay`] moves the bytes both ways, from [`stream`] to stream through a [`conduit`], until both ends are done or one
+//! 4. the server [`leg`] in the namespace of the server legs: a second connection, to the server, from the client's address,
+//!    with its DSCP and options. What it sends enters the host by the interface that the SYN came in by, and is routed,
+//!    filtered, counted and translated as the client's own; what is answered is taken off the wire again where it would leave
+//!    for the client.
+//! 5. Both legs get the profile of the [`link`] that they leave through and their share of its [`budget`], which
+//!    [`rate_control`] sends at ([`btf`] tells it where the kernel keeps things). Where nobody described the link, a leg starts
+//!    with what earlier ones learned of its path ([`paths`]).
+//! 6. [`relay`] moves the bytes both ways, from [`stream`] to stream through a [`conduit`], until both ends are done or one
 //!    breaks.
-//! 6. [`metrics`] counts the end, once, with its reason.
+//! 7. [`metrics`] counts the end, once, with its reason.
 //!
 //! [`observe`] shows all of it to who asks, at the terminal by the commands in [`ctl`].
 //!
-//! Around them: [`nat`] knows who translates addresses, [`cli`] and the file of [`config`] say what is wanted, at start and
+//! Around them: [`host`] has the namespaces, [`cli`] and the file of [`config`] say what is wanted, at start and
 //! at each reload, [`cgroup`] is the daemon's own, [`privileges`] gives up what is not needed, [`preflight`] says whether
 //! it all can be had, [`instance`] that nobody else has it, [`log`] tells, [`keeper`] looks after what needs looking after,
 //! [`notify`] tells the service manager, and [`run`] holds it all.
@@ -31,6 +33,7 @@ pub mod config;
 pub mod ctl;
 mod fault;
 pub mod flow;
+pub mod host;
 pub mod instance;
 pub mod keeper;
 pub mod leg;
@@ -38,7 +41,6 @@ pub mod link;
 pub mod listener;
 pub mod log;
 pub mod metrics;
-pub mod nat;
 pub mod notify;
 pub mod observe;
 pub mod paths;
@@ -47,20 +49,16 @@ pub mod privileges;
 pub mod rate_control;
 pub mod relay;
 mod reload;
-pub mod route;
-pub mod selection;
-pub mod selection_maps;
 pub mod socket;
-pub mod steer;
 pub mod stream;
 pub mod table;
 pub mod units;
+pub mod wire;
 pub mod workers;
 
 use std::{
     future::pending,
     io,
-    os::fd::AsFd,
     panic::resume_unwind,
     pin::pin,
     sync::{Arc, atomic::AtomicBool},
@@ -90,25 +88,31 @@ use crate::{
     conduit::ConduitPool,
     config::Configuration,
     flow::{CloseReason, Settings, Shared},
+    host::namespace::Namespace,
     instance::{Instance, Predecessor, Successor},
     keeper::Keeper,
     leg::LegConfig,
     link::{Link, LinkProfile, Links},
-    listener::{Listener, Listeners, Pair, Place},
+    listener::{Listener, Listeners, Pair},
     log::Log,
     metrics::{Event, Metrics},
     observe::{AttachedNow, Observatory, View},
     rate_control::RateControl,
     reload::Reloader,
-    route::{Changes, Interfaces, Routes},
-    selection::Selection,
-    steer::Steering,
     table::FlowTable,
+    wire::{
+        Namespaces,
+        attachment::Attachments,
+        device::{self, Device, Mtus},
+        interfaces::{self, Changes, Interfaces},
+        programs::{self, Programs},
+        selection::Selection,
+    },
     workers::Workers,
 };
 
 /// Runs the proxy until it is told to stop. `cgroup` is the control group of this process, for initial windows, or why
-/// there is none. `ready` is called once connections are intercepted.
+/// there is none, `namespaces` are those of the legs. `ready` is called once connections are intercepted.
 ///
 /// # Errors
 /// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
@@ -116,11 +120,12 @@ pub async fn run(
     configuration: Configuration,
     log: &Log,
     cgroup: Result<OwnCgroup>,
+    namespaces: Namespaces,
     ready: impl FnOnce(),
 ) -> Result<()> {
     let (mut stop, mut stop_too) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let mut hangup = signal(SignalKind::hangup())?;
-    let mut proxy = Proxy::start(&configuration.options, cgroup).await?;
+    let mut proxy = Proxy::start(&configuration.options, cgroup, namespaces).await?;
     let options = &configuration.options;
     let names = options.interfaces.join(",");
     info!(interfaces = names, port = options.port, limit = proxy.limit, mark = %options.steering.mark, "ready");
@@ -151,9 +156,13 @@ pub async fn run(
     proxy.keeper.service_manager.stopping(drain);
     tokio::select! {
         () = proxy.drain(drain) => {}
-        () = stopped(&mut stop, &mut stop_too) => info!("stopping at once"),
+        () = stopped(&mut stop, &mut stop_too) => {
+            info!("stopping at once");
+            proxy.reset_flows().await;
+        }
     }
     proxy.report();
+    proxy.take_down().await;
     Ok(())
 }
 
@@ -161,6 +170,10 @@ pub async fn run(
 const HANDSHAKES: Duration = Duration::from_secs(2);
 /// The same when nobody waits for the stop: long enough for answers that had to be repeated.
 const HANDSHAKES_LEFT: Duration = Duration::from_secs(10);
+/// How long flows may take to end at once.
+const RESETS: Duration = Duration::from_secs(2);
+/// How long a stop waits until the peers have acknowledged the last FINs. After that nobody repeats them.
+const LAST_FINS: Duration = Duration::from_secs(5);
 
 async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
     tokio::select! {
@@ -169,12 +182,14 @@ async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
     }
 }
 
-/// Everything that is set up, in the order in which it is taken down again: the programs stop marking before the rules
-/// that deliver what is marked go.
+/// Everything that is set up, in the order in which it is taken down again: the programs stop redirecting before the
+/// devices go.
 struct Proxy {
     observatory: Observatory,
-    steering: Steering,
-    routes: Routes,
+    attachments: Attachments,
+    programs: Programs,
+    clients: Device,
+    servers: Device,
     /// None once another has taken over.
     instance: Option<Arc<Instance>>,
     rate_control: Option<RateControl>,
@@ -190,26 +205,26 @@ struct Proxy {
 }
 
 impl Proxy {
-    async fn start(options: &Options, cgroup: Result<OwnCgroup>) -> Result<Self> {
-        preflight::check()?;
+    async fn start(options: &Options, cgroup: Result<OwnCgroup>, namespaces: Namespaces) -> Result<Self> {
         if options.sniff_interface.is_some() {
             warn!(
                 "-s is ignored: SYN options are recorded by eBPF on every intercepted interface, without a sniffer"
             );
         }
-        let interfaces = route::interfaces().await?;
+        let interfaces = interfaces::list().await?;
         check_interfaces(&options.interfaces, &interfaces)?;
-        preflight::warn_of_source_nat(options.steering.source);
-        let table = options.steering.table;
+        let mark = options.steering.mark;
+        let claim = mark.value;
         let predecessor = match options.takeover {
-            true => Predecessor::find(&options.interfaces, table)?,
+            true => Predecessor::find(&options.interfaces, claim)?,
             false => None,
         };
         let instance = match predecessor {
             Some(_) => None,
-            None => Some(Instance::claim(&options.interfaces, table)?),
+            None => Some(Instance::claim(&options.interfaces, claim)?),
         };
-        let legs = leg_config(options)?;
+        namespaces.settle(ignores_marks(options)?);
+        let legs = leg_config(options, &namespaces.clients)?;
         let mut rate_control = None;
         let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
         profiles.iter().for_each(announce);
@@ -218,54 +233,55 @@ impl Proxy {
             || thread::available_parallelism().map_or(1, usize::from),
             usize::from,
         );
-        let workers = Workers::start(threads).context("cannot start the worker threads")?;
+        // They make the server legs.
+        let workers = namespaces.servers.run(|| Workers::start(threads));
+        let workers = workers.context("cannot start the worker threads")?;
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
+        let mut clients = Device::new(device::CLIENTS, namespaces.clients).await?;
+        let mut servers = Device::new(device::SERVERS, namespaces.servers).await?;
         let selection = Selection::new(&options.steering.only, &options.steering.bypass);
-        let mark = options.steering.mark;
-        let config = steer::Config {
+        let config = programs::Config {
             mark,
+            devices: [&clients, &servers],
             limit,
             selection: &selection,
             log_syns: options.steering.log_syns,
-            beside_another: predecessor.is_some(),
         };
-        let mut steering = Steering::load(&config)?;
-        steering.beat()?;
-        if let Err(error) = cgroup.and_then(|cgroup| steering.enable_initial_windows(cgroup)) {
+        let mut programs = Programs::load(&config)?;
+        programs.beat()?;
+        if let Err(error) = cgroup.and_then(|cgroup| programs.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
-        let place = Place {
-            port: options.port.get(),
-            shared: predecessor.is_some(),
-        };
-        let listeners = {
+        let listeners = clients.namespace().run(|| {
             let _entered = workers.acceptor().enter();
-            Listeners::bind(place, &options.tcp, &legs, &links)?
-        };
+            Listeners::bind(options.port.get(), &options.tcp, &legs, &links)
+        })?;
+        let mut attachments = Attachments::new(predecessor.is_some());
+        attachments.attach_device(&mut programs, &clients, true)?;
+        attachments.attach_device(&mut programs, &servers, false)?;
         let changes = Changes::subscribe()?;
-        let mut routes = match predecessor {
-            Some(_) => Routes::beside(mark, table),
-            None => Routes::new(mark, table).await?,
-        };
-        routes.reconcile(&interfaces).await?;
         let intercepted = options.interfaces.clone();
         let shared = Arc::new(Shared {
             settings: ArcSwap::from_pointee(Settings::new(options, legs, Instant::now())),
             links,
+            host: Namespace::of_host()?,
+            interfaces: ArcSwap::default(),
             paths: Arc::default(),
-            table: Arc::new(FlowTable::new(steering.flows().clone())),
+            table: Arc::new(FlowTable::new(programs.flows().clone())),
             metrics: Metrics::default(),
             conduits: ConduitPool::new(pipes),
             stop: CancellationToken::new(),
         });
+        follow_mtus(&interfaces, &shared, &mut clients, &mut servers).await?;
         let view = View {
             shared: shared.clone(),
-            counters: steering.counters().clone(),
+            counters: programs.counters().clone(),
             intercepted: intercepted.clone(),
             attached: AttachedNow::default(),
-            policy: routes.policy(),
+            mark,
+            devices: vec![clients.name.clone(), servers.name.clone()],
             port: options.port.get(),
             limit,
             started: SystemTime::now(),
@@ -276,18 +292,14 @@ impl Proxy {
         if predecessor.is_none() {
             observatory.open(places.0, places.1)?;
         }
-        steering.open(&listeners)?;
-        steering.attach(
-            &interfaces,
-            |name| intercepted.iter().any(|wanted| wanted == name),
-            &shared.links,
-        )?;
+        programs.open(&listeners, clients.namespace())?;
+        let wanted = |name: &str| intercepted.iter().any(|wanted| wanted == name);
+        programs.describe(&interfaces, wanted, &shared.links)?;
+        attachments.follow(&mut programs, &interfaces, wanted)?;
         let instance = match (instance, predecessor) {
             (None, Some(predecessor)) => {
                 let process = predecessor.process;
-                let relieved = predecessor.relieve(&options.interfaces, table).await;
-                // They stay the other's if it has not let go.
-                let instance = relieved.inspect_err(|_| routes.hand_over())?;
+                let instance = predecessor.relieve(&options.interfaces, claim).await?;
                 info!(
                     process,
                     "taken over: the process before goes on with its open flows"
@@ -300,14 +312,16 @@ impl Proxy {
             }
             (instance, _) => instance,
         };
-        observatory.view.attached.set(steering.attachments());
+        observatory.view.attached.set(attachments.list());
         observatory.view.set_ready(true);
         // All that may have taken long, on a busy machine, and the first round is still to come.
-        steering.beat()?;
+        programs.beat()?;
         Ok(Self {
             observatory,
-            steering,
-            routes,
+            attachments,
+            programs,
+            clients,
+            servers,
             instance: instance.map(Arc::new),
             rate_control,
             listeners,
@@ -339,7 +353,12 @@ impl Proxy {
             tokio::select! {
                 () = &mut stop => return None,
                 successor = &mut successor => return Some(successor),
-                _ = rounds.tick() => self.keeper.round(&mut self.steering, &self.shared, &self.workers),
+                _ = rounds.tick() => {
+                    self.keeper.round(&mut self.programs, &self.shared, &self.workers);
+                    if !self.attachments.are_intact(&mut self.programs) {
+                        self.adapt().await;
+                    }
+                }
                 () = self.changes.next() => self.adapt().await,
                 _ = hangup.recv(), if reloader.is_idle() => {
                     self.keeper.service_manager.reloading();
@@ -385,46 +404,48 @@ impl Proxy {
         );
     }
 
-    /// Puts back what others removed, and follows interfaces that come and go.
+    /// Puts back what others removed, and follows interfaces that come, go and change.
     async fn adapt(&mut self) {
         // Changes come in bursts, and what is done here causes some.
         sleep(Duration::from_millis(20)).await;
         self.changes.skip_pending();
-        let adapt = async {
-            let interfaces = route::interfaces().await?;
-            let before: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
-            let added = self.routes.reconcile(&interfaces).await?;
-            let intercepted = &self.intercepted;
-            self.steering.attach(
-                &interfaces,
-                |name| intercepted.iter().any(|wanted| wanted == name),
-                &self.shared.links,
-            )?;
-            self.observatory.view.attached.set(self.steering.attachments());
-            let after: Vec<String> = self.steering.intercepting().map(str::to_owned).collect();
-            if before != after {
-                info!(
-                    before = before.join(","),
-                    now = after.join(","),
-                    "intercepted interfaces changed"
-                );
-            }
-            anyhow::Ok(added)
-        };
-        match adapt.await {
-            Ok(0) => {}
-            Ok(added) => info!(added, "policy rules and routes put in place"),
-            Err(error) => warn!("cannot follow a change of the network: {error:#}"),
+        let before: Vec<String> = self.attachments.intercepting().map(str::to_owned).collect();
+        if let Err(error) = self.try_adapt().await {
+            warn!("cannot follow a change of the network: {error:#}");
         }
+        let after: Vec<String> = self.attachments.intercepting().map(str::to_owned).collect();
+        if before != after {
+            info!(
+                before = before.join(","),
+                now = after.join(","),
+                "intercepted interfaces changed"
+            );
+        }
+    }
+
+    async fn try_adapt(&mut self) -> Result<()> {
+        for (device, is_clients) in [(&mut self.clients, true), (&mut self.servers, false)] {
+            if device.restore().await? {
+                self.attachments
+                    .attach_device(&mut self.programs, device, is_clients)?;
+            }
+        }
+        let interfaces = interfaces::list().await?;
+        follow_mtus(&interfaces, &self.shared, &mut self.clients, &mut self.servers).await?;
+        let intercepted = &self.intercepted;
+        let wanted = |name: &str| intercepted.iter().any(|wanted| wanted == name);
+        self.programs.describe(&interfaces, wanted, &self.shared.links)?;
+        let followed = self.attachments.follow(&mut self.programs, &interfaces, wanted);
+        self.observatory.view.attached.set(self.attachments.list());
+        followed
     }
 
     /// Leaves everything but the open flows to another instance.
     async fn hand_over(&mut self, successor: Successor) {
-        if let Err(error) = self.steering.retire() {
+        if let Err(error) = self.programs.retire() {
             warn!("{error:#}");
-            self.steering.close();
+            self.programs.close();
         }
-        self.routes.hand_over();
         self.instance = None;
         self.observatory.view.set_ready(false);
         self.observatory.close().await;
@@ -449,21 +470,38 @@ impl Proxy {
     /// Has new connections pass, lets open flows come to their end, and ends at `deadline` those that have not.
     async fn drain(&mut self, deadline: Duration) {
         self.observatory.view.set_ready(false);
-        self.steering.close();
-        if timeout(deadline, self.finish(HANDSHAKES)).await.is_err() {
+        self.programs.close();
+        if timeout(deadline, self.finish(HANDSHAKES)).await.is_ok() {
+            self.keeper.write_table(&self.shared);
+        } else {
             info!(
                 flows = self.shared.table.count(),
                 "resetting the flows that are still open"
             );
-            self.shared.stop.cancel();
-            let _ = timeout(Duration::from_secs(2), self.workers.finished()).await;
+            self.reset_flows().await;
         }
+    }
+
+    /// Ends all flows, by a reset of both legs, before what their packets pass is taken away.
+    async fn reset_flows(&mut self) {
+        self.keeper.write_table(&self.shared);
+        self.shared.stop.cancel();
+        let _ = timeout(RESETS, self.workers.finished()).await;
+    }
+
+    /// Waits until the peers have acknowledged the last FINs, bounded, before the devices go.
+    async fn take_down(self) {
         self.accepting.cancel();
+        let _ = timeout(LAST_FINS, async {
+            while self.clients.has_unacknowledged_fins() || self.servers.has_unacknowledged_fins() {
+                sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
     }
 
     /// What became of everything, in two lines.
     fn report(&mut self) {
-        self.keeper.write_table(&self.shared);
         let metrics = &self.shared.metrics;
         let (up, down) = metrics.bytes();
         let counts = |counts: Vec<(String, u64)>| {
@@ -476,7 +514,7 @@ impl Proxy {
         };
         let kernel = Counter::ALL
             .iter()
-            .map(|counter| (counter.name().to_owned(), self.steering.count(*counter)));
+            .map(|counter| (counter.name().to_owned(), self.programs.count(*counter)));
         let events = Event::ALL
             .iter()
             .map(|event| (event.name().to_owned(), metrics.events(*event)));
@@ -498,8 +536,11 @@ async fn asked(instance: Option<Arc<Instance>>) -> Successor {
 
 fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
     for name in wanted {
-        if !present.values().any(|interface| interface == name) {
-            let names: Vec<&str> = present.values().map(String::as_str).collect();
+        if !present.values().any(|interface| interface.name == *name) {
+            let names: Vec<&str> = present
+                .values()
+                .map(|interface| interface.name.as_str())
+                .collect();
             bail!(
                 "interface {name}: there is none of that name that can be intercepted; there are {}",
                 names.join(", ")
@@ -509,9 +550,37 @@ fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
     Ok(())
 }
 
-/// How the options want legs to be made, if the kernel can.
-fn leg_config(options: &Options) -> Result<LegConfig> {
-    let legs = LegConfig::new(options);
+/// Lets legs, and both ends' segment sizes, go by the packet sizes of the interfaces.
+async fn follow_mtus(
+    interfaces: &Interfaces,
+    shared: &Shared,
+    clients: &mut Device,
+    servers: &mut Device,
+) -> Result<()> {
+    let mtus = || {
+        interfaces
+            .iter()
+            .map(|(index, interface)| (*index, interface.mtu))
+    };
+    shared.interfaces.store(Arc::new(interfaces.clone()));
+    clients.follow(Mtus::of(mtus())).await?;
+    servers.follow(Mtus::of(mtus())).await
+}
+
+/// Whether a leg's congestion control ignores congestion marks: BBR's first version does, and pepsal's own, which links have
+/// unless they name another.
+fn ignores_marks(options: &Options) -> Result<bool> {
+    let default = preflight::default_congestion()?;
+    let tcp = &options.tcp;
+    let named = [&tcp.congestion, &tcp.client_congestion, &tcp.server_congestion];
+    let mut of_legs = named.into_iter().flatten().chain([&default]);
+    Ok(!options.links.is_empty() || of_legs.any(|algorithm| algorithm.starts_with("bbr")))
+}
+
+/// How the options want legs to be made, if the kernel can. `namespace` is one of the legs' own.
+fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
+    let inside = namespace.run(preflight::default_congestion)?;
+    let legs = LegConfig::new(options, &inside);
     for algorithm in legs.congestion() {
         if RateControl::is_named(algorithm) {
             bail!(
@@ -530,7 +599,7 @@ fn link_profiles(
     rate_control: &mut Option<RateControl>,
 ) -> Result<Vec<LinkProfile>> {
     for name in options.links.iter().map(|link| &link.interface) {
-        if !interfaces.values().any(|interface| interface == name) {
+        if !interfaces.values().any(|interface| interface.name == *name) {
             bail!("--link {name}: there is no interface of that name");
         }
     }
@@ -596,7 +665,6 @@ async fn accept(pair: Arc<Pair>, shared: Arc<Shared>, workers: Arc<Workers>) {
 }
 
 async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Workers) {
-    let own = listener.get_ref().local_addr().ok();
     let accept = |listener: &Socket| {
         let (socket, client) = listener.accept4(SOCK_NONBLOCK | SOCK_CLOEXEC)?;
         Ok((socket.local_addr()?, socket, client))
@@ -604,10 +672,6 @@ async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Worker
     let mut pause = Duration::from_millis(5);
     loop {
         match listener.async_io(Interest::READABLE, accept).await {
-            Ok((server, socket, _)) if Some(&server) == own.as_ref() => {
-                shared.metrics.count(Event::DirectRefused);
-                refuse(&socket);
-            }
             Ok((server, socket, client)) => {
                 // Others are not accepted from such listeners.
                 let (Some(server), Some(client)) = (server.as_socket(), client.as_socket()) else {
@@ -628,11 +692,6 @@ async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Worker
             }
         }
     }
-}
-
-fn refuse(accepted: &Socket) {
-    // Dropped right after, it is closed one way or the other.
-    let _ = socket::reset_on_close(accepted.as_fd(), true);
 }
 
 fn is_of_connection(error: &io::Error) -> bool {

@@ -511,6 +511,12 @@ impl Links {
         }
     }
 
+    /// Forgets an interface that is gone.
+    pub fn unbind(&self, ifindex: u32) {
+        let mut numbered = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        numbered.by_ifindex.remove(&ifindex);
+    }
+
     /// The link behind the interface of an index.
     pub fn of(&self, ifindex: u32) -> Option<Arc<Link>> {
         let numbered = self.read();

@@ -1,5 +1,5 @@
-//! The proxy's own listeners. New connections reach them by their place in the eBPF map, not by their address, which is
-//! on the loopback so that nobody outside can connect to it.
+//! The proxy's own listeners, in the namespace of the client legs. New connections reach them by their place in the eBPF
+//! map, not by their address, which is on the loopback.
 
 use std::{
     io,
@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use socket2::{Domain, Socket, Type};
 use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
@@ -48,22 +48,6 @@ impl Pair {
     }
 }
 
-/// Where a pair listens on the loopback.
-#[derive(Debug, Clone, Copy)]
-pub struct Place {
-    /// Zero leaves it to the kernel.
-    pub port: u16,
-    /// Whether the instance that this one follows has the port, too.
-    pub shared: bool,
-}
-
-impl Place {
-    const ANY: Self = Self {
-        port: 0,
-        shared: false,
-    };
-}
-
 /// The listeners of all links: first those for interfaces without a profile, which have the port that the user chose.
 #[derive(Debug)]
 pub struct Listeners {
@@ -72,12 +56,12 @@ pub struct Listeners {
 }
 
 impl Listeners {
-    /// Binds all.
+    /// Binds all, in the calling thread's namespace.
     ///
     /// # Errors
-    /// When the port is taken.
-    pub fn bind(place: Place, tcp: &TcpArgs, legs: &LegConfig, links: &Links) -> Result<Self> {
-        let mut pairs = vec![Arc::new(bind_pair(place, tcp, legs, None)?)];
+    /// When a socket cannot be had.
+    pub fn bind(port: u16, tcp: &TcpArgs, legs: &LegConfig, links: &Links) -> Result<Self> {
+        let mut pairs = vec![Arc::new(bind_pair(port, tcp, legs, None)?)];
         pairs.extend(bind_links(tcp, legs, &links.all())?);
         Ok(Self { pairs })
     }
@@ -101,61 +85,46 @@ impl Listeners {
 /// # Errors
 /// When a socket cannot be had.
 pub fn bind_links(tcp: &TcpArgs, legs: &LegConfig, links: &[Arc<Link>]) -> Result<Vec<Arc<Pair>>> {
-    let bind = |link| bind_pair(Place::ANY, tcp, legs, Some(link)).map(Arc::new);
+    let bind = |link| bind_pair(ANY_PORT, tcp, legs, Some(link)).map(Arc::new);
     links.iter().map(bind).collect()
 }
 
-fn bind_pair(place: Place, tcp: &TcpArgs, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
-    let v4 = match bind(Ipv4Addr::LOCALHOST.into(), place, tcp, legs, link) {
-        Ok(listener) => listener,
-        Err(error) => return refuse(error, "127.0.0.1", place.port),
-    };
-    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), place, tcp, legs, link) {
+/// The kernel chooses.
+const ANY_PORT: u16 = 0;
+
+fn bind_pair(port: u16, tcp: &TcpArgs, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
+    let v4 = bind(Ipv4Addr::LOCALHOST.into(), port, tcp, legs, link)
+        .with_context(|| format!("cannot listen on 127.0.0.1 port {port}"))?;
+    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, tcp, legs, link) {
         Ok(listener) => Some(listener),
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => return refuse(error, "::1", place.port),
         Err(error) => {
-            warn!(
-                "IPv6 connections are not intercepted: cannot listen on [::1]:{}: {error}",
-                place.port
-            );
+            warn!("IPv6 connections are not intercepted: cannot listen on [::1]:{port}: {error}");
             None
         }
     };
     Ok(Pair { v4, v6 })
 }
 
-fn refuse<T>(error: io::Error, addr: &str, port: u16) -> Result<T> {
-    if error.kind() == io::ErrorKind::AddrInUse {
-        bail!("port {port} is in use on {addr}: choose another with -p, or stop who listens there");
-    }
-    Err(error).with_context(|| format!("cannot listen on {addr} port {port}"))
-}
-
 fn bind(
     addr: IpAddr,
-    place: Place,
+    port: u16,
     tcp: &TcpArgs,
     legs: &LegConfig,
     link: Option<&Arc<Link>>,
 ) -> io::Result<Listener> {
-    let addr = SocketAddr::new(addr, place.port);
+    let addr = SocketAddr::new(addr, port);
     let listener = Socket::new(
         Domain::for_address(addr),
         Type::STREAM.nonblocking().cloexec(),
         None,
     )?;
     listener.set_reuse_address(true)?;
-    if place.shared {
-        listener.set_reuse_port(true)?;
-    }
     socket::set_transparent(&listener, addr.is_ipv6())?;
     if addr.is_ipv6() {
         socket::set_v6_only(&listener)?;
     }
     tune(&listener, tcp, legs, link)?;
     listener.bind(&addr.into())?;
-    // Only now, so that a port that is in use is refused; for the instance that takes over.
-    listener.set_reuse_port(true)?;
     listener.listen(BACKLOG)?;
     // SAFETY: a socket owns its descriptor, and nothing replaces it.
     Ok(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?)
@@ -185,6 +154,6 @@ fn tune(
     }
     legs.tune(listener.as_fd(), link.map(Arc::as_ref));
     // What the SYN-ACK announces; on an accepted socket it is too late for that. Zero is the path's.
-    let mss = link.and_then(|link| link.profile.mss.value).or(tcp.mss);
+    let mss = legs.mss_of(link.map(Arc::as_ref));
     socket::set_mss(listener, mss.unwrap_or(0))
 }

@@ -20,7 +20,8 @@ use pepsal::{
     config::{self, Configuration},
     ctl,
     log::Log,
-    privileges,
+    preflight, privileges,
+    wire::Namespaces,
 };
 
 fn main() -> ExitCode {
@@ -65,13 +66,18 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     }
     // Where cgroup v2 is hidden, it has to be mounted; and sockets belong to the group that their process was in.
     let cgroup = OwnCgroup::enter();
-    privileges::drop(options.user.as_deref())?;
+    preflight::check()?;
+    if let Some(user) = &options.user {
+        privileges::become_user(user)?;
+    }
+    let namespaces = Namespaces::new()?;
+    privileges::drop()?;
     // Flows have threads and runtimes of their own.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let ran = runtime.block_on(pepsal::run(configuration, &log, cgroup, || {
+    let ran = runtime.block_on(pepsal::run(configuration, &log, cgroup, namespaces, || {
         if let Some(told) = background {
             detach(told);
         }

@@ -9,10 +9,9 @@ use std::{
     time::Duration,
 };
 
-use nix::net::if_::if_indextoname;
 use prometheus_client::metrics::histogram::Histogram;
 
-use crate::flow::CloseReason;
+use crate::{flow::CloseReason, wire::interfaces::Interfaces};
 
 macro_rules! events {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
@@ -39,14 +38,10 @@ macro_rules! events {
 events! {
     /// A connection was accepted and became a flow.
     Accepted = "accepted",
-    /// A connection to the listener's own address was refused.
-    DirectRefused = "direct_refused",
     /// A connection was accepted whose SYN record had expired.
     RecordMissing = "record_missing",
-    /// The client's port was bound although a local service has it too.
-    SourceForced = "source_forced",
-    /// The server leg has the client's address, but not its port.
-    SourcePortLost = "source_port_lost",
+    /// A connection was reset at accept: as many flows as allowed were open.
+    OverLimit = "over_limit",
     /// Some of the SYN's options could not be set on the server leg.
     OptionsNotReplicated = "options_not_replicated",
     /// A record expired before its connection was accepted.
@@ -144,14 +139,14 @@ impl Metrics {
     }
 
     /// Where the legs behind the interface of an index are counted; nowhere when there is no such interface.
-    pub fn traffic(&self, ifindex: u32) -> Option<Arc<Traffic>> {
+    pub fn traffic(&self, ifindex: u32, interfaces: &Interfaces) -> Option<Arc<Traffic>> {
         let known = |interfaces: &HashMap<u32, Arc<Traffic>>| interfaces.get(&ifindex).cloned();
         let read = self.interfaces.read().unwrap_or_else(PoisonError::into_inner);
         if let Some(traffic) = known(&read) {
             return Some(traffic);
         }
         drop(read);
-        let interface = if_indextoname(ifindex).ok()?.into_string().ok()?;
+        let interface = interfaces.get(&ifindex)?.name.clone();
         let mut interfaces = self.interfaces.write().unwrap_or_else(PoisonError::into_inner);
         // An interface that was made anew has another index, and counts on under its name.
         let same = interfaces.values().find(|traffic| traffic.interface == interface);

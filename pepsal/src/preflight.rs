@@ -4,9 +4,9 @@ use std::{fs, io, path::Path};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tracing::{debug, warn};
+use tracing::warn;
 
-use crate::{cli::Source, nat, socket};
+use crate::socket;
 
 /// The oldest kernel whose features suffice.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
@@ -15,14 +15,13 @@ const OLDEST_KERNEL: (u32, u32) = (6, 1);
 const OTHER_DESCRIPTORS: u64 = 256;
 
 /// Capabilities that are needed, with their numbers in `uapi/linux/capability.h`.
-const CAPABILITIES: [(&str, u32); 5] = [
+const CAPABILITIES: [(&str, u32); 4] = [
     ("CAP_NET_BIND_SERVICE", 10),
     ("CAP_NET_ADMIN", 12),
     ("CAP_NET_RAW", 13),
-    ("CAP_PERFMON", 38),
-    ("CAP_BPF", 39),
+    // To make network namespaces, at the start only. It includes CAP_BPF and CAP_PERFMON.
+    ("CAP_SYS_ADMIN", 21),
 ];
-const CAP_SYS_ADMIN: u32 = 21;
 
 /// Checks privileges and kernel.
 ///
@@ -39,24 +38,6 @@ pub fn check() -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// What becomes of connections whose source a chain translates, and what to do about it.
-pub const NAT_REMEDY: &str = "--source gateway, or --bypass for the connections that it applies to";
-
-/// Says which rules of the host's would make connections hang that reach the server from the client's address.
-pub fn warn_of_source_nat(source: Source) {
-    if source == Source::Gateway {
-        return;
-    }
-    match nat::source_nat() {
-        Ok(chains) => {
-            for chain in chains {
-                warn!("{chain} translates clients' addresses, so that connections hang: give {NAT_REMEDY}");
-            }
-        }
-        Err(error) => debug!("cannot tell who translates addresses: {error}"),
-    }
 }
 
 /// The first two numbers of a kernel's release.
@@ -96,8 +77,7 @@ pub fn check_capabilities(status: &str) -> Result<()> {
     let has = |bit: u32| effective & (1 << bit) != 0;
     let missing: Vec<&str> = CAPABILITIES
         .iter()
-        // CAP_SYS_ADMIN includes what CAP_BPF and CAP_PERFMON were split from.
-        .filter(|(_, bit)| !(has(*bit) || *bit >= 38 && has(CAP_SYS_ADMIN)))
+        .filter(|(_, bit)| !has(*bit))
         .map(|(name, _)| *name)
         .collect();
     if !missing.is_empty() {
@@ -203,13 +183,12 @@ mod tests {
     #[test]
     fn missing_capabilities_are_named() {
         assert!(check_capabilities("CapEff:\t000001ffffffffff\n").is_ok());
-        assert!(check_capabilities("CapEff:\t000000c000003400\n").is_ok());
         assert!(check_capabilities("CapEff:\t0000000000203400\n").is_ok());
         let error = check_capabilities("CapEff:\t0000000000001400\n")
             .unwrap_err()
             .to_string();
         assert!(
-            error.starts_with("missing CAP_NET_RAW, CAP_PERFMON, CAP_BPF:"),
+            error.starts_with("missing CAP_NET_RAW, CAP_SYS_ADMIN:"),
             "{error}"
         );
     }

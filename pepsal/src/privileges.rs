@@ -25,14 +25,24 @@ const KEPT: [Capability; 5] = [
     Capability::CAP_NET_BIND_SERVICE,
 ];
 
-/// Keeps five capabilities, if they are there, and gives up all others, for good; becomes `user`, if one is given; and has
-/// the kernel refuse system calls that the daemon does not make.
-///
-/// All of it belongs to the thread, and to those that it starts: so this comes before the runtime.
+/// Becomes `user` with its groups; all capabilities stay until [`drop`].
 ///
 /// # Errors
-/// When there is no such user, or the kernel refuses something other than the filter, which is only warned about.
-pub fn drop(user: Option<&str>) -> Result<()> {
+/// When there is no such user, or the kernel refuses.
+pub fn become_user(user: &str) -> Result<()> {
+    switch_to(user)?;
+    let permitted = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
+    caps::set(None, CapSet::Effective, &permitted).context("cannot use capabilities")
+}
+
+/// Keeps five capabilities, if they are there, gives up all others, for good, and has the kernel refuse system calls that
+/// the daemon does not make.
+///
+/// All of it belongs to the calling thread, and to those that it starts.
+///
+/// # Errors
+/// When the kernel refuses something other than the filter, which is only warned about.
+pub fn drop() -> Result<()> {
     let held = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
     let kept = kept(&held);
     // Kernels before 5.11 count eBPF maps as locked memory. Where this is refused, what is allowed may still do.
@@ -43,9 +53,6 @@ pub fn drop(user: Option<&str>) -> Result<()> {
             caps::drop(None, CapSet::Bounding, *capability)
                 .with_context(|| format!("cannot give up {capability}"))?;
         }
-    }
-    if let Some(name) = user {
-        switch_to(name)?;
     }
     let none = CapsHashSet::new();
     for (set, capabilities) in [

@@ -15,8 +15,7 @@ use crate::{
     flow::Settings,
     leg_config, link_profiles, listener,
     log::Log,
-    route,
-    selection::Selection,
+    wire::{interfaces, selection::Selection},
 };
 
 /// What was read: a configuration and its rules, worked out.
@@ -123,8 +122,8 @@ fn report(running: &Configuration, started: &Configuration, now: &Configuration)
 impl Proxy {
     /// Takes other options over: all that apply while flows are open, or none.
     async fn reconfigure(&mut self, options: &Options, selection: &Selection) -> Result<()> {
-        let legs = leg_config(options)?;
-        let interfaces = route::interfaces().await?;
+        let legs = leg_config(options, self.clients.namespace())?;
+        let interfaces = interfaces::list().await?;
         let profiles = link_profiles(options, &interfaces, &mut self.rate_control)?;
         let links = self.shared.links.clone();
         let (known, next) = (links.all(), links.prepare(profiles));
@@ -134,14 +133,14 @@ impl Proxy {
             );
         }
         let new = next.links[known.len()..].to_vec();
-        let pairs = {
+        let pairs = self.clients.namespace().run(|| {
             let _entered = self.workers.acceptor().enter();
-            listener::bind_links(&options.tcp, &legs, &new)?
-        };
+            listener::bind_links(&options.tcp, &legs, &new)
+        })?;
         // A pair that is not kept leaves its slot empty.
-        self.steering
+        self.programs
             .register(self.listeners.pairs.len() as u32, &pairs)?;
-        self.steering.select(selection)?;
+        self.programs.select(selection)?;
 
         // From here on nothing fails.
         for link in &next.links {

@@ -20,8 +20,8 @@ use crate::{
     metrics::{Event, Metrics, Traffic},
     relay::{Progress, Side},
     socket,
-    steer::{FlowMap, monotonic_ns},
     stream::Stream,
+    wire::{flow_map::FlowMap, programs::monotonic_ns},
 };
 
 /// How far a flow has come.
@@ -99,11 +99,11 @@ pub struct LegObservation {
 }
 
 impl Flow {
-    /// Lets a leg be looked at, which leaves through the interface of this index.
-    pub fn watch(&self, side: Side, stream: &Arc<Stream>, ifindex: u32, metrics: &Metrics) {
+    /// Lets a leg be looked at, whose interface is counted in `traffic`.
+    pub fn watch(&self, side: Side, stream: &Arc<Stream>, traffic: Option<Arc<Traffic>>) {
         let watched = Watched {
             stream: Arc::downgrade(stream),
-            traffic: metrics.traffic(ifindex),
+            traffic,
         };
         let first = self.legs[side as usize].set(watched);
         debug_assert!(first.is_ok(), "a flow has one leg on either side");
@@ -208,14 +208,14 @@ impl FlowTable {
     }
 
     /// Enters an accepted connection, and takes what the kernel recorded of its SYN. `stop` is cancelled when it has to
-    /// end.
+    /// end. `None` is one too many: its record had expired, and others have taken its place.
     pub fn enter(
         self: &Arc<Self>,
         client: SocketAddr,
         server: SocketAddr,
         stop: CancellationToken,
         metrics: &Metrics,
-    ) -> (Place, SynRecord) {
+    ) -> Option<(Place, SynRecord)> {
         let key = FlowKey::between(client, server);
         let flow = Arc::new(Flow {
             id: self.next_id.fetch_add(1, Ordering::Relaxed),
@@ -229,21 +229,25 @@ impl FlowTable {
             counted: Mutex::default(),
         });
         let mut open = self.lock();
-        let record = self.kernel.record(&key).unwrap_or_else(|| {
-            metrics.count(Event::RecordMissing);
-            // A full map means that the flow is one too many; it is here now, and the next ones pass.
-            let _ = self.kernel.insert(&key, &SynRecord::EMPTY.head);
-            SynRecord::EMPTY
-        });
+        let record = match self.kernel.record(&key) {
+            Some(record) => record,
+            None if self.kernel.insert(&key, &SynRecord::EMPTY.head).is_ok() => {
+                metrics.count(Event::RecordMissing);
+                SynRecord::EMPTY
+            }
+            None => {
+                metrics.count(Event::OverLimit);
+                return None;
+            }
+        };
         open.insert(key, flow.clone());
-        (
-            Place {
-                table: self.clone(),
-                key,
-                flow,
-            },
-            record,
-        )
+        let place = Place {
+            table: self.clone(),
+            key,
+            time_ns: record.time_ns,
+            flow,
+        };
+        Some((place, record))
     }
 
     /// How many flows are open or pending.
@@ -300,6 +304,8 @@ impl FlowTable {
 pub struct Place {
     table: Arc<FlowTable>,
     key: FlowKey,
+    /// When its SYN came.
+    time_ns: u64,
     /// The flow.
     pub flow: Arc<Flow>,
 }
@@ -313,7 +319,10 @@ impl Drop for Place {
             .is_some_and(|flow| Arc::ptr_eq(flow, &self.flow))
         {
             open.remove(&self.key);
-            self.table.kernel.remove(&self.key);
+            // Unless the record is that of a newer SYN already, whose connection is still to be accepted.
+            if self.table.kernel.time_ns(&self.key) == Some(self.time_ns) {
+                self.table.kernel.remove(&self.key);
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 
+use crate::leg::Leg;
 use crate::netns::Namespace;
 use crate::wait::holds_within;
 
@@ -107,6 +108,34 @@ impl Daemon {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The namespaces of its client legs and of its server legs.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn namespaces(&self) -> Result<[Namespace; 2]> {
+        let process = self.pid();
+        let of_thread = |name: &str| {
+            for task in fs::read_dir(format!("/proc/{process}/task"))? {
+                let task = task?;
+                if fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name) {
+                    let thread = task.file_name().to_string_lossy().parse()?;
+                    return Namespace::of_thread(process, thread, name);
+                }
+            }
+            bail!("process {process} has no thread {name}")
+        };
+        Ok([of_thread("pepsal-clients")?, of_thread("pepsal-servers")?])
+    }
+
+    /// Its client legs and its server legs.
+    ///
+    /// # Errors
+    /// When it has ended, or `ss` fails.
+    pub fn legs(&self) -> Result<Vec<Leg>> {
+        let [clients, servers] = self.namespaces()?;
+        Ok([Leg::all(&clients)?, Leg::all(&servers)?].concat())
     }
 
     /// The path of its admin socket.

@@ -1,13 +1,16 @@
-//! What a daemon adds to a namespace, as the tools of iproute2 show it.
+//! The state of a namespace, as the tools of iproute2 and nftables show it, and what a daemon adds to it.
 
 use std::fmt;
+use std::fs;
 use std::io::ErrorKind;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 
 use crate::netns::Namespace;
 
-/// The policy rules, routes and packet filters of a namespace at one moment, to be compared with those of another.
+/// The interfaces, addresses, policy rules, routes, packet filters and kernel settings of a namespace at one moment, to be
+/// compared with those of another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint(Vec<String>);
 
@@ -20,20 +23,29 @@ impl Footprint {
     pub fn of(namespace: &Namespace) -> Result<Self> {
         let mut lines = Vec::new();
         for command in [
+            "ip -br link",
+            "ip -br address",
             "ip -4 rule",
             "ip -6 rule",
             "ip -4 route show table all",
             "ip -6 route show table all",
             "tc filter show dev lan0 ingress",
             "tc filter show dev sat0 ingress",
+            "tc filter show dev lan0 egress",
+            "tc filter show dev sat0 egress",
             "tc qdisc show",
             "ss -Hltn",
+            "nft list ruleset",
             "bpftool net show",
         ] {
             let mut words = command.split(' ');
             let program = words.next().expect("every command has a first word");
             let output = match namespace.command(program).args(words).output() {
-                Err(error) if error.kind() == ErrorKind::NotFound && program == "bpftool" => continue,
+                Err(error)
+                    if error.kind() == ErrorKind::NotFound && ["bpftool", "nft"].contains(&program) =>
+                {
+                    continue;
+                }
                 output => output.with_context(|| command.to_owned())?,
             };
             let text = String::from_utf8_lossy(&output.stdout);
@@ -41,10 +53,17 @@ impl Footprint {
                 .lines()
                 .map(str::trim_end)
                 .filter(|line| !is_volatile(line) && !may_stay(line));
-            lines.extend(shown.map(|line| format!("{command}: {line}")));
+            lines.extend(shown.map(|line| format!("{command}: {}", without_peer(line))));
         }
+        lines.extend(namespace.run(|| settings(Path::new("/proc/sys/net"))));
         lines.sort();
         Ok(Self(lines))
+    }
+
+    /// The same without packet filters, which on kernels without tcx outlive a killed daemon.
+    pub fn without_filters(&self) -> Self {
+        let is_filter = |line: &&String| line.starts_with("tc filter ") || line.starts_with("bpftool ");
+        Self(self.0.iter().filter(|line| !is_filter(line)).cloned().collect())
     }
 
     /// The lines that contain `text`.
@@ -53,6 +72,33 @@ impl Footprint {
             .iter()
             .map(String::as_str)
             .filter(move |line| line.contains(text))
+    }
+}
+
+/// Those that change by themselves, or belong to all namespaces.
+const CHANGING: [&str; 2] = ["nf_conntrack_count", "tcp_available_congestion_control"];
+
+/// Every kernel setting below a folder, with its value.
+fn settings(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut settings = Vec::new();
+    for path in entries.map(|entry| entry.path()) {
+        if path.is_dir() {
+            settings.extend(self::settings(&path));
+        } else if let Ok(value) = fs::read_to_string(&path)
+            && !CHANGING.iter().any(|name| path.ends_with(name))
+        {
+            settings.push(format!("sysctl {} = {}", path.display(), value.trim()));
+        }
+    }
+    settings
+}
+
+/// A line without the index of a device's other end, which is another namespace's.
+fn without_peer(line: &str) -> String {
+    match line.split_once("@if") {
+        Some((name, rest)) => format!("{name}{}", rest.trim_start_matches(|c: char| c.is_ascii_digit())),
+        None => line.to_owned(),
     }
 }
 

@@ -46,6 +46,18 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// The namespace of a thread.
+    ///
+    /// # Errors
+    /// When there is no such thread any more.
+    pub fn of_thread(process: u32, thread: u32, name: &str) -> Result<Self> {
+        let path = format!("/proc/{process}/task/{thread}/ns/net");
+        Ok(Self {
+            name: name.to_owned(),
+            handle: Arc::new(File::open(&path).context(path)?),
+        })
+    }
+
     /// The name given to [`Namespace::new`].
     pub fn name(&self) -> &str {
         &self.name

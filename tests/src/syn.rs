@@ -59,6 +59,12 @@ impl SavedSyn {
         self.bytes[if self.is_v4() { 8 } else { 7 }]
     }
 
+    /// Whether a pepsal sent it: its legs start with the gateway's [`GATEWAY_HOPS`](crate::topology::GATEWAY_HOPS), hosts of
+    /// the testbed with twice as many.
+    pub fn is_split(&self) -> bool {
+        self.ttl() <= crate::topology::GATEWAY_HOPS
+    }
+
     /// Source address.
     pub fn source(&self) -> IpAddr {
         if self.is_v4() {

@@ -228,8 +228,21 @@ impl Subnet {
     }
 }
 
-/// A namespace whose addresses can be used at once and whose transfers learn nothing from earlier ones.
+/// The time to live, or hop limit, that forwarders send with; it is the kernel's usual one.
+pub const GATEWAY_HOPS: u8 = 64;
+/// That of hosts, so that their packets are told from those of a gateway.
+const HOST_HOPS: u8 = 128;
+
+/// A namespace that sends with a time to live of its own.
 fn host(name: &str) -> Result<Namespace> {
+    let namespace = neighbour(name)?;
+    namespace.sysctl("net.ipv4.ip_default_ttl", HOST_HOPS)?;
+    namespace.sysctl("net.ipv6.conf.default.hop_limit", HOST_HOPS)?;
+    Ok(namespace)
+}
+
+/// A namespace whose addresses can be used at once and whose transfers learn nothing from earlier ones.
+fn neighbour(name: &str) -> Result<Namespace> {
     let namespace = Namespace::new(name)?;
     namespace.sysctl("net.ipv6.conf.all.accept_dad", 0)?;
     namespace.sysctl("net.ipv6.conf.default.accept_dad", 0)?;
@@ -238,7 +251,7 @@ fn host(name: &str) -> Result<Namespace> {
 }
 
 fn forwarder(name: &str) -> Result<Namespace> {
-    let namespace = host(name)?;
+    let namespace = neighbour(name)?;
     namespace.sysctl("net.ipv4.conf.all.forwarding", 1)?;
     namespace.sysctl("net.ipv6.conf.all.forwarding", 1)?;
     Ok(namespace)

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use pepsal_tests::{
-    Accepted, Connector, Daemon, Family, Footprint, Leg, Listener, Server, Topology, Transfer, eventually,
+    Accepted, Connector, Daemon, Family, Footprint, Listener, Server, Topology, Transfer, eventually,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -81,7 +81,7 @@ impl Scene {
     fn is_split(&self, family: Family) -> Result<bool> {
         let outcome = Transfer::upload(10_000).run(&self.topology.client, self.server.address(family))?;
         ensure!(outcome.intact);
-        Ok(outcome.syn.ttl() == 64)
+        Ok(outcome.syn.is_split())
     }
 
     /// Lets the daemon read another configuration, and returns what it says to that, from the line with `answer` on.
@@ -116,7 +116,7 @@ impl Flow {
     }
 
     fn is_split(&self) -> bool {
-        self.server.syn.ttl() == 64
+        self.server.syn.is_split()
     }
 
     /// 256 KiB each way, checked.
@@ -298,7 +298,7 @@ fn reload_changes_selection_link_and_log_level_and_leaves_open_flows_alone() -> 
     flow.exchange()?;
     let pacing = |scene: &Scene, flow: &Flow| -> Result<Option<u64>> {
         let ends = (flow.client.local_addr()?, flow.client.peer_addr()?);
-        let legs = Leg::all(&scene.topology.gateway)?;
+        let legs = scene.daemon.legs()?;
         let server_leg = legs.iter().find(|leg| (leg.local, leg.peer) == ends);
         Ok(server_leg.context("the server leg")?.pacing_bps)
     };
@@ -334,7 +334,7 @@ fn reload_changes_selection_link_and_log_level_and_leaves_open_flows_alone() -> 
     assert!(next.is_split());
     assert_eq!(pacing(&scene, &next)?, None);
     let client = next.client.local_addr()?;
-    let legs = Leg::all(&scene.topology.gateway)?;
+    let legs = scene.daemon.legs()?;
     let leg = legs
         .iter()
         .find(|leg| leg.peer == client)
@@ -426,13 +426,13 @@ fn no_connection_is_judged_by_anything_but_the_old_or_the_new_rules() -> Result<
             while !done.load(Ordering::Relaxed) {
                 let stream = Connector::default().connect(client, (Family::V4.server(), v4).into())?;
                 ensure!(
-                    listener.accept(PATIENCE)?.syn.ttl() == 64,
+                    listener.accept(PATIENCE)?.syn.is_split(),
                     "one that both rules take passed"
                 );
                 drop(stream);
                 let stream = Connector::default().connect(client, (Family::V6.server(), v6).into())?;
                 ensure!(
-                    passing.accept(PATIENCE)?.syn.ttl() != 64,
+                    !passing.accept(PATIENCE)?.syn.is_split(),
                     "one that both rules leave alone was split"
                 );
                 drop(stream);

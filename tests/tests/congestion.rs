@@ -4,7 +4,7 @@
 use std::{thread, time::Duration};
 
 use anyhow::{Result, ensure};
-use pepsal_tests::{Daemon, Family, Leg, Link, LinkProfile, Server, Topology, Transfer, eventually};
+use pepsal_tests::{Daemon, Family, Link, LinkProfile, Server, Topology, Transfer, eventually};
 
 /// So slow that an emulated processor keeps up.
 const RATE: &str = "5mbit";
@@ -64,14 +64,14 @@ fn upload(algorithm: &str, loss: f64, seed: u64) -> Result<Duration> {
     } else {
         format!("{link},cc={algorithm}")
     };
-    let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--link", &link])?;
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--link", &link])?;
     let server = Server::start(&topology.server)?;
     let transfer = Transfer::upload(BYTES).seed(seed);
     let outcome = thread::scope(|scope| -> Result<_> {
         let outcome = scope.spawn(|| transfer.run(&topology.client, server.address(Family::V4)));
         // The kernel may have refused pepsal's own.
         let port = server.port();
-        eventually(PATIENCE, || uses(&topology, port, algorithm));
+        eventually(PATIENCE, || uses(&daemon, port, algorithm));
         outcome.join().expect("a transfer does not panic")
     })?;
     ensure!(outcome.intact, "damaged");
@@ -79,8 +79,8 @@ fn upload(algorithm: &str, loss: f64, seed: u64) -> Result<Duration> {
 }
 
 /// Whether the server leg has that congestion control.
-fn uses(topology: &Topology, port: u16, algorithm: &str) -> bool {
-    let legs = Leg::all(&topology.gateway).unwrap_or_default();
+fn uses(daemon: &Daemon, port: u16, algorithm: &str) -> bool {
+    let legs = daemon.legs().unwrap_or_default();
     legs.iter()
         .any(|leg| leg.peer.port() == port && leg.congestion.starts_with(algorithm))
 }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use pepsal_tests::{
-    Accepted, Connector, Daemon, Direction, Family, Leg, Listener, Namespace, Server, Topology, Transfer,
+    Accepted, Connector, Daemon, Direction, Family, Listener, Namespace, Server, Topology, Transfer,
     eventually, reset,
 };
 use serde_json::{Value, json};
@@ -208,16 +208,7 @@ fn occupied_places_are_refused_in_one_line() -> Result<()> {
     let daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
     assert!(daemon.log().contains("no metrics are served"));
     let path = daemon.admin_socket().to_str().context("a path of ASCII")?;
-    let arguments = [
-        "-i",
-        "sat0",
-        "--table",
-        "6000",
-        "-p",
-        "6000",
-        "--admin-socket",
-        path,
-    ];
+    let arguments = ["-i", "sat0", "--admin-socket", path];
     let refused = Daemon::expect_failure(&topology.gateway, &arguments)?;
     assert!(
         refused.log.contains("is in use by another process"),
@@ -293,7 +284,7 @@ fn listed_flows_are_those_that_the_kernel_has() -> Result<()> {
         assert_eq!(shown["client"], json!(client));
         assert_eq!(shown["server"], json!(flow.client.peer_addr()?));
         assert_eq!(shown["state"], "open");
-        let kernel = Leg::all(&bed.topology.gateway)?;
+        let kernel = bed.daemon.legs()?;
         for (side, interface, peer) in [
             ("client", "lan0", client),
             ("server", "sat0", flow.client.peer_addr()?),
@@ -640,52 +631,6 @@ fn doctor_finds_what_keeps_pepsal_from_working() -> Result<()> {
     expect("error", "forwarding", "ipv4 is not forwarded from lan0")?;
     gateway.sysctl("net.ipv4.conf.lan0.forwarding", 1)?;
 
-    gateway.ip("rule add priority 10 fwmark 0x10000000/0x10000000 lookup main")?;
-    expect(
-        "error",
-        "rules",
-        "ipv4 rule 10 is asked first and takes pepsal's packets",
-    )?;
-    gateway.ip("rule del priority 10")?;
-    run(gateway, "ip -6 rule add priority 11 from fd01::/64 lookup main")?;
-    expect("warning", "rules", "ipv6 rule 11 is asked first and takes some")?;
-    run(gateway, "ip -6 rule del priority 11")?;
-    gateway.ip("rule add priority 2000 fwmark 0x30000000/0x30000000 lookup main")?;
-    expect("warning", "rules", "goes by bits of pepsal's mark")?;
-    gateway.ip("rule del priority 2000")?;
-
-    let nft = |ruleset: &str| -> Result<()> {
-        let status = gateway.command("nft").arg(ruleset).status().context("nft")?;
-        ensure!(status.success(), "nft {ruleset}");
-        Ok(())
-    };
-    nft("add table inet f; add chain inet f in { type filter hook input priority 0; policy drop; }")?;
-    expect(
-        "error",
-        "firewall",
-        "chain in of inet f drops what pepsal intercepts",
-    )?;
-    nft("insert rule inet f in meta mark and 0x10000000 == 0x10000000 accept")?;
-    assert_eq!(doctor()?, (true, vec![]));
-
-    nft("add table ip n; add chain ip n out { type nat hook postrouting priority srcnat; }")?;
-    nft("add rule ip n out tcp dport 25 accept")?;
-    assert_eq!(doctor()?, (true, vec![]));
-    nft("add rule ip n out oifname sat0 masquerade")?;
-    expect(
-        "warning",
-        "NAT",
-        "chain out of ip n translates clients' addresses",
-    )?;
-    nft("delete table ip n")?;
-    run(
-        gateway,
-        "iptables-nft -t nat -A POSTROUTING -o sat0 -j MASQUERADE",
-    )?;
-    expect("warning", "NAT", "chain POSTROUTING of ip nat translates")?;
-    nft("delete table ip nat")?;
-    assert_eq!(doctor()?, (true, vec![]));
-
     run(gateway, "tc qdisc add dev lan0 clsact")?;
     run(gateway, "tc filter add dev lan0 ingress u32 match u32 0 0")?;
     expect("warning", "TC programs", "u32 by a filter on lan0")
@@ -695,25 +640,6 @@ fn run(namespace: &Namespace, command: &str) -> Result<()> {
     let words: Vec<&str> = command.split(' ').collect();
     let status = namespace.command(words[0]).args(&words[1..]).status()?;
     ensure!(status.success(), "{command}");
-    Ok(())
-}
-
-#[test]
-fn masquerading_is_warned_of_and_source_gateway_works_with_it() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    run(
-        &topology.gateway,
-        "iptables-nft -t nat -A POSTROUTING -o sat0 -j MASQUERADE",
-    )?;
-    let warning = "chain POSTROUTING of ip nat translates clients' addresses, so that connections hang";
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    assert!(daemon.log().contains(warning), "{}", daemon.log());
-    daemon.terminate()?;
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--source", "gateway"])?;
-    assert!(!daemon.log().contains(warning), "{}", daemon.log());
-    let outcome = Transfer::upload(100_000).run(&topology.client, server.address(Family::V4))?;
-    assert!(outcome.intact && outcome.syn.ttl() == 64, "{outcome:?}");
     Ok(())
 }
 

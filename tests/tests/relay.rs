@@ -747,10 +747,9 @@ impl Bed {
 
     /// Whether the gateway's kernel still has the connection with the end that calls it `leg`.
     fn gateway_has(&self, family: Family, leg: Leg) -> bool {
-        let sockets = tcp_sockets(&self.topology.gateway, family);
-        sockets
-            .iter()
-            .any(|socket| socket.leg == leg.seen_from_the_gateway())
+        let namespaces = self.daemon.namespaces().into_iter().flatten();
+        let mut sockets = namespaces.flat_map(|namespace| tcp_sockets(&namespace, family));
+        sockets.any(|socket| socket.leg == leg.seen_from_the_gateway())
     }
 }
 
@@ -791,7 +790,7 @@ fn connected(bed: &Bed, family: Family, listener: &Listener) -> Result<Flow> {
     let client = Connector::default().connect(&bed.topology.client, address)?;
     let server = listener.accept(PATIENCE)?;
     // A forwarded SYN would have one less; without this the tests would be of the kernel alone.
-    ensure!(server.syn.ttl() == 64, "the connection was not intercepted");
+    ensure!(server.syn.is_split(), "the connection was not intercepted");
     Ok(Flow {
         client,
         server: server.stream,

@@ -1,7 +1,7 @@
 //! More than one gateway behind a router that shares flows out with a resilient next-hop group.
 
 use anyhow::{Result, ensure};
-use pepsal_tests::{Cancel, Connector, Daemon, Family, Leg, Namespace, Server, Session, Transfer};
+use pepsal_tests::{Cancel, Connector, Daemon, Family, Namespace, Server, Session, Transfer};
 
 /// ```text
 ///                 gateway 1
@@ -72,13 +72,13 @@ impl Site {
         let start = |gateway| Daemon::start(gateway, &["-i", "lan0"]);
         Ok([start(&self.gateways[0])?, start(&self.gateways[1])?])
     }
+}
 
-    /// Connections from the client that a gateway has split.
-    fn flows(&self, gateway: usize) -> Result<usize> {
-        let clients = Family::BOTH.map(Family::client);
-        let legs = Leg::all(&self.gateways[gateway])?;
-        Ok(legs.iter().filter(|leg| clients.contains(&leg.peer.ip())).count())
-    }
+/// Connections from the client that a daemon has split.
+fn flows(daemon: &Daemon) -> Result<usize> {
+    let clients = Family::BOTH.map(Family::client);
+    let legs = daemon.legs()?;
+    Ok(legs.iter().filter(|leg| clients.contains(&leg.peer.ip())).count())
 }
 
 /// A veth pair, the router's end with host number 1 and the default route to it from the other.
@@ -103,21 +103,21 @@ fn join(router: &Namespace, near: &str, host: &Namespace, far: &str, v4: &str, v
 fn flows_are_shared_out_and_when_a_gateway_dies_the_other_takes_new_ones() -> Result<()> {
     let site = Site::new()?;
     let server = Server::start(&site.server)?;
-    let [first, _second] = site.daemons()?;
+    let [first, second] = site.daemons()?;
     let mut sessions = [Vec::new(), Vec::new()];
     for family in Family::BOTH {
         for _ in 0..8 {
             let (connector, address) = (Connector::default(), server.address(family));
             let session = Session::open(&connector, &site.client, address, &Cancel::default())?;
             assert!(session.download(10_000, 1)?.1);
-            let is_firsts = site.flows(0)? > sessions[0].len();
+            let is_firsts = flows(&first)? > sessions[0].len();
             sessions[usize::from(!is_firsts)].push(session);
         }
     }
     let shares = sessions.each_ref().map(Vec::len);
     assert!(shares.iter().all(|share| *share > 0), "{shares:?}");
     assert_eq!(
-        [site.flows(0)?, site.flows(1)?],
+        [flows(&first)?, flows(&second)?],
         shares,
         "each is split by one gateway"
     );

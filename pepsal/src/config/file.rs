@@ -113,7 +113,10 @@ impl Reader<'_> {
 
     fn key(&mut self, at: usize, name: &str, value: &Spanned<DeValue<'_>>) {
         let Some(key) = keys::find(name) else {
-            return self.unknown(at, name);
+            return match keys::REMOVED.iter().find(|(removed, _)| *removed == name) {
+                Some((_, why)) => self.problem(at, &format!("{name}: {why}")),
+                None => self.unknown(at, name),
+            };
         };
         match self.arguments(key, value) {
             // A false says nothing that the command line would have to override.

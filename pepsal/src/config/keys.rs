@@ -53,7 +53,6 @@ pub const KEYS: &[Key] = &[
     key("steering.source", "source", Live),
     key("steering.replicate", "replicate", Live),
     key("steering.mark", "mark", AtStart),
-    key("steering.table", "table", AtStart),
     key("steering.log-syns", "log_syns", AtStart),
     key("tcp.congestion", "congestion", Live),
     key("tcp.client-congestion", "client_congestion", Live),
@@ -66,6 +65,9 @@ pub const KEYS: &[Key] = &[
     key("metrics.listen", "metrics_listen", AtStart),
     key("admin.socket", "admin_socket", AtStart),
 ];
+
+/// Keys that there were, and why there are none any more.
+pub const REMOVED: &[(&str, &str)] = &[("steering.table", crate::cli::TABLE_REMOVED)];
 
 /// The table whose tables are links: `[link.sat0]`.
 pub const LINK: &str = "link";

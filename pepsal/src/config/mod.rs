@@ -25,7 +25,7 @@ pub use problem::{Problem, Text};
 use crate::{
     cli::{Cli, Options},
     link::LinkSpec,
-    selection::Rule,
+    wire::selection::Rule,
 };
 
 /// What the daemon runs with, and where it is from.

@@ -51,11 +51,10 @@ fn show(status: &Status) -> String {
             }
         ),
         format!(
-            "steering   port {}, mark {}, table {} with routes for {}",
+            "steering   port {}, mark {}, devices {}",
             status.port,
             status.mark,
-            status.table,
-            or_none(&status.routes)
+            or_none(&status.devices)
         ),
         format!(
             "flows      {} open, {} pending, at most {}; {} up, {} down",
@@ -79,16 +78,11 @@ fn show(status: &Status) -> String {
             } else {
                 "recognises legs"
             };
-            vec![
-                on.name.clone(),
-                does.into(),
-                on.attached_by.clone(),
-                or_none(&on.rules),
-            ]
+            vec![on.name.clone(), does.into(), on.attached_by.clone()]
         })
         .collect();
     let mut shown = lines.join("\n") + "\n";
-    shown.push_str(&text::table(&["INTERFACE", "DOES", "BY", "RULES"], &rows, 4));
+    shown.push_str(&text::table(&["INTERFACE", "DOES", "BY"], &rows, 3));
     if !status.links.is_empty() {
         shown.push('\n');
         shown.push_str(&links(status));

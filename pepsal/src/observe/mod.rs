@@ -33,9 +33,9 @@ use tracing::info;
 
 use self::socket_file::SocketFile;
 use crate::{
+    cli::Mark,
     flow::Shared,
-    route::Policy,
-    steer::{Attached, Counters},
+    wire::{attachment::Attached, counters::Counters},
 };
 
 /// What is seen: the running daemon.
@@ -48,8 +48,10 @@ pub struct View {
     pub intercepted: Vec<String>,
     /// Where the programs are attached at present.
     pub attached: AttachedNow,
-    /// The rules and routes that deliver what is marked.
-    pub policy: Policy,
+    /// The mark of server legs' packets on their way into an interface's ingress.
+    pub mark: Mark,
+    /// The host ends of the devices.
+    pub devices: Vec<String>,
     /// Port of the listeners.
     pub port: u16,
     /// Most flows at once.

@@ -127,14 +127,12 @@ pub struct Status {
     pub missing: Vec<String>,
     /// Port of the listeners.
     pub port: u16,
-    /// The mark of steered packets, as value/mask.
+    /// The mark of server legs' packets on their way into an interface's ingress, as value/mask.
     pub mark: String,
-    /// The table of the local routes.
-    pub table: u32,
+    /// The host ends of the legs' device pairs.
+    pub devices: Vec<String>,
     /// Where programs are attached.
     pub interfaces: Vec<Interface>,
-    /// The families that have the local route.
-    pub routes: Vec<String>,
     /// The links that are described.
     pub links: Vec<LinkStatus>,
     /// Flows at present.
@@ -158,8 +156,6 @@ pub struct Interface {
     pub intercepts: bool,
     /// How the program is attached: `tcx` or `clsact`.
     pub attached_by: String,
-    /// The families that have a rule for it.
-    pub rules: Vec<String>,
 }
 
 /// A link that is described, and how it is used.

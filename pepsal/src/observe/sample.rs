@@ -6,7 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use nix::libc::tcp_info;
+use nix::{libc::tcp_info, net::if_::if_nametoindex};
 use pepsal_ebpf::Counter;
 use socket2::SockAddr;
 use tokio::time::Instant;
@@ -25,8 +25,6 @@ use crate::{
     table::{Flow, LegObservation, State},
 };
 
-const FAMILIES: [&str; 2] = ["ipv4", "ipv6"];
-
 impl Status {
     /// Looks at the daemon, and at what the kernel has of it.
     pub async fn of(view: &View) -> Self {
@@ -36,24 +34,11 @@ impl Status {
         if !view.is_ready() {
             missing.push("it is starting or stopping: new connections pass".to_owned());
         }
-        let present = view.policy.present().await.unwrap_or_else(|error| {
-            missing.push(format!("rules and routes are unknown: {error:#}"));
-            Default::default()
-        });
-        let with = |is_there: &dyn Fn(usize) -> bool| {
-            let there = (0..).zip(FAMILIES).filter(|(i, _)| is_there(*i));
-            there.map(|(_, family)| family.to_owned()).collect::<Vec<_>>()
-        };
         let interfaces: Vec<Interface> = view
             .attached
             .get()
             .into_iter()
             .map(|on| Interface {
-                rules: with(&|i| {
-                    present.rules[i]
-                        .as_ref()
-                        .is_some_and(|rules| rules.contains(&on.interface))
-                }),
                 name: on.interface,
                 intercepts: on.intercepts,
                 attached_by: if on.is_tcx { "tcx" } else { "clsact" }.to_owned(),
@@ -66,22 +51,9 @@ impl Status {
                 ));
             }
         }
-        for (i, family) in (0..).zip(FAMILIES) {
-            // A family that the host does not have.
-            if present.rules[i].is_none() || (i == 1 && !present.routes[1]) {
-                continue;
-            }
-            if !present.routes[i] {
-                missing.push(format!(
-                    "table {} has no local route for {family}",
-                    view.policy.table
-                ));
-            }
-            for on in interfaces
-                .iter()
-                .filter(|on| !on.rules.iter().any(|of| of == family))
-            {
-                missing.push(format!("interface {} has no {family} rule", on.name));
+        for device in &view.devices {
+            if if_nametoindex(device.as_str()).is_err() {
+                missing.push(format!("device {device} is not there: new connections pass"));
             }
         }
         let flows = shared.table.snapshot();
@@ -108,9 +80,8 @@ impl Status {
             ready: view.is_ready(),
             missing,
             port: view.port,
-            mark: view.policy.mark.to_string(),
-            table: view.policy.table,
-            routes: with(&|i| present.routes[i]),
+            mark: view.mark.to_string(),
+            devices: view.devices.clone(),
             interfaces,
             links: shared.links.current().iter().map(link).collect(),
             flows: FlowCounts {

@@ -13,7 +13,7 @@ use nix::net::if_::if_nametoindex;
 use pepsal_ebpf::{Counter, EXTENSION_MAX, FlowKey, SynHead, SynRecord};
 use pepsal_tests::Family;
 
-use crate::gateway::{Gateway, STEER, count, ethernet, mark_of, program, record, test_run};
+use crate::gateway::{Gateway, Outcome, STEER, count, ethernet, program, record, test_run};
 use crate::generator::Generator;
 use crate::oracle::{Ends, FragmentOf, Kind, Seen, Segment, see};
 use crate::segment::Tcp;
@@ -104,14 +104,14 @@ impl Comparison<'_> {
         let frame = ethernet(packet);
         let seen = see(packet, frame[12] == 0x86);
         let expected = self.model.expect(&seen);
-        let mark = test_run(program(self.ebpf, STEER)?, &frame, self.model.lan0)?;
+        let outcome = test_run(program(self.ebpf, STEER)?, &frame, self.model.lan0)?;
         let Some(counted) = self.moved(expected.counters())? else {
             let counted = self.moved(Counter::ALL)?;
             bail!("{counted:?} instead of {:?}: {seen:?}", expected.counters());
         };
         ensure!(
-            mark == mark_of(counted),
-            "{counted:?} with mark {mark:#x}: {seen:?}"
+            outcome == Outcome::of(counted, self.model.lan0),
+            "{counted:?}: {outcome:x?}: {seen:?}"
         );
         match &expected {
             Expected::Recorded(_, syn) => self.model.check(syn, &self.record(syn.ends)?),
@@ -153,6 +153,13 @@ impl Comparison<'_> {
     }
 }
 
+fn is_link_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => address.is_link_local(),
+        IpAddr::V6(address) => address.is_unicast_link_local(),
+    }
+}
+
 enum Expected {
     Only([Counter; 1]),
     /// And what is recorded.
@@ -188,7 +195,7 @@ impl Model {
             Seen::Segment(segment) if segment.kind == Kind::Syn && !self.legs.contains(&segment.ends) => {
                 return self.expect_of_syn(segment);
             }
-            Seen::Segment(segment) => self.expect_of_segment(segment.ends, segment.kind),
+            Seen::Segment(segment) => self.expect_of_segment(segment.ends),
             Seen::CutSegment {
                 ends,
                 kind: Kind::Syn,
@@ -197,11 +204,14 @@ impl Model {
                     Counter::Simultaneous,
                     Counter::Malformed,
                     Counter::NotForwarded,
+                    Counter::LinkLocal,
+                    Counter::Expiring,
                     Counter::Waypoint,
                     Counter::Signed,
+                    Counter::Joining,
                 ]);
             }
-            Seen::CutSegment { ends, kind } => self.expect_of_segment(*ends, *kind),
+            Seen::CutSegment { ends, .. } => self.expect_of_segment(*ends),
             Seen::Error { ends } if self.legs.contains(ends) => Counter::IcmpError,
             Seen::Error { .. } => Counter::Foreign,
             Seen::Fragment {
@@ -230,13 +240,11 @@ impl Model {
         Expected::Only([counter])
     }
 
-    fn expect_of_segment(&self, ends: Ends, kind: Kind) -> Counter {
+    fn expect_of_segment(&self, ends: Ends) -> Counter {
         if self.legs.contains(&ends) {
             Counter::Steered
         } else if self.pending.contains(&ends) {
             Counter::Pending
-        } else if kind == Kind::SynAck && self.pending.contains(&(ends.1, ends.0)) {
-            Counter::Bypassed
         } else {
             Counter::Foreign
         }
@@ -246,11 +254,20 @@ impl Model {
         let counter = match self.forwarded_to(syn.ends) {
             _ if self.pending.contains(&(syn.ends.1, syn.ends.0)) => Counter::Simultaneous,
             None => Counter::NotForwarded,
+            Some(_) if is_link_local(syn.ends.0.ip()) => Counter::LinkLocal,
             Some(_) if syn.is_padded() => {
-                return Expected::Passed(&[Counter::Malformed, Counter::Waypoint, Counter::Signed]);
+                return Expected::Passed(&[
+                    Counter::Malformed,
+                    Counter::Expiring,
+                    Counter::Waypoint,
+                    Counter::Signed,
+                    Counter::Joining,
+                ]);
             }
             Some(_) if syn.is_at_waypoint() => Counter::Waypoint,
+            Some(_) if syn.ttl <= 1 => Counter::Expiring,
             Some(_) if syn.is_signed() => Counter::Signed,
+            Some(_) if syn.joins() => Counter::Joining,
             Some(_) => {
                 let is_pending = self.pending.contains(&syn.ends);
                 let counter = if is_pending {

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap, lpm_trie};
 use aya::programs::tc::qdisc_add_clsact;
 use aya::programs::{SchedClassifier, SkLookup, TcAttachType, TestRun, TestRunOptions};
@@ -15,8 +15,8 @@ use aya::{Ebpf, EbpfLoader};
 use nix::net::if_::if_nametoindex;
 use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{
-    Counter, ExtensionHeaders, FlowKey, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey, SynHead, SynRecord,
-    listener_v4, listener_v6, map_addr,
+    Counter, DEVICE_MAC, ExtensionHeaders, FlowKey, Interface, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey,
+    SynHead, SynRecord, listener_v4, listener_v6, map_addr,
 };
 use pepsal_tests::{Connector, Family, Listener, Topology};
 
@@ -24,9 +24,9 @@ use crate::segment::{ACK, Tcp};
 
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Intercepts and recognises.
+/// Ingress: what is for client legs, and new connections.
 pub const STEER: &str = "pepsal_steer";
-/// Recognises only.
+/// Egress: what is for server legs.
 pub const REPLIES: &str = "pepsal_replies";
 
 /// Gives the listeners what is recorded.
@@ -39,7 +39,16 @@ pub const MARK: u32 = 0x40;
 pub const MARK_MASK: u32 = 0xc0;
 /// What others have set, with both bits of ours wrong.
 pub const OTHERS: u32 = 0xdead_be80;
-pub const STEERED: u32 = OTHERS & !MARK_MASK | MARK;
+/// `TC_ACT_REDIRECT`: the packet goes to a device of pepsal's.
+const REDIRECT: u32 = 7;
+
+/// The namespace that the program runs in (`BPF_F_CURRENT_NETNS`), where the tests' legs are.
+const CURRENT_NETNS: u32 = u32::MAX;
+/// Every namespace has the loopback, which stands for both devices.
+const DEVICE: u32 = 1;
+
+/// The link-layer address of `lan0`.
+pub const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 
 pub const LIMIT: u32 = 4;
 /// So long that no test comes to it by itself.
@@ -60,10 +69,16 @@ impl Gateway {
 
     pub fn with_heartbeat_bound(bound: Duration) -> Result<Self> {
         let topology = Topology::new()?;
+        topology.gateway.ip("link set lan0 address 02:00:00:00:00:01")?;
         let bound_ns = bound.as_nanos() as u64;
         let mut ebpf = EbpfLoader::new()
             .override_global("MARK", &MARK, true)
             .override_global("MARK_MASK", &MARK_MASK, true)
+            .override_global("INSTANCE", &1_u16, true)
+            .override_global("CLIENTS_IFINDEX", &DEVICE, true)
+            .override_global("SERVERS_IFINDEX", &DEVICE, true)
+            .override_global("CLIENTS_NETNS", &CURRENT_NETNS, true)
+            .override_global("SERVERS_NETNS", &CURRENT_NETNS, true)
             .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
             .map_max_entries("FLOWS", LIMIT)
             .load_file(object()?)?;
@@ -99,6 +114,9 @@ impl Gateway {
             listeners,
         };
         gateway.beat(Duration::ZERO)?;
+        let interfaces = gateway.ebpf.map_mut("INTERFACES").context("INTERFACES")?;
+        let mut interfaces: HashMap<_, u32, Interface> = interfaces.try_into()?;
+        interfaces.insert(lan0, Interface::new(Some(MAC), true), 0)?;
         let mut sets: HashMap<_, u32, PortSet> = gateway
             .ebpf
             .map_mut("PORT_SETS")
@@ -160,8 +178,8 @@ impl Gateway {
         Ok(keys.iter().try_for_each(|key| flows.remove(key))?)
     }
 
-    /// Runs a program on a frame that has arrived on `lan0`, and returns what it counted. Checks the verdict, that one
-    /// thing is counted, and that the mark is set or left as it was.
+    /// Runs a program on a frame that has arrived on `lan0`, or leaves by it, and returns the verdict that it counted. Checks
+    /// that it counted one, and that the packet is redirected or left as it was.
     pub fn run(&mut self, name: &str, frame: &[u8]) -> Result<Counter> {
         let counts = |gateway: &Self| {
             Counter::ALL
@@ -172,7 +190,7 @@ impl Gateway {
         let before = counts(self)?;
         let lan0 = self.lan0;
         let program = program(&mut self.ebpf, name)?;
-        let mark = self.topology.gateway.run(|| test_run(program, frame, lan0))?;
+        let outcome = self.topology.gateway.run(|| test_run(program, frame, lan0))?;
         let counted: Vec<Counter> = Counter::ALL
             .iter()
             .zip(before.iter().zip(counts(self)?))
@@ -183,8 +201,8 @@ impl Gateway {
             .collect();
         ensure!(counted.len() == 1, "counted as {counted:?}");
         ensure!(
-            mark == mark_of(counted[0]),
-            "{:?} with mark {mark:#x}",
+            outcome == Outcome::of(counted[0], lan0),
+            "{:?}: {outcome:x?}",
             counted[0]
         );
         Ok(counted[0])
@@ -221,16 +239,29 @@ impl Gateway {
     }
 }
 
-/// The mark of a packet that is counted so.
-pub fn mark_of(counter: Counter) -> u32 {
-    use Counter::{IcmpError, Intercepted, Pending, Retransmitted, Steered};
-    match counter {
-        Intercepted | Retransmitted | Steered | Pending | IcmpError => STEERED,
-        _ => OTHERS,
+/// What becomes of a packet.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It goes on, as it was.
+    Passed,
+    /// It goes to the clients' side, marked with its interface.
+    ToClients(u32),
+    /// It goes to the servers' side.
+    ToServers,
+}
+
+impl Outcome {
+    /// That of a packet that arrived on, or leaves by, an interface and is counted so. ICMP errors go to either side.
+    pub fn of(counter: Counter, ifindex: u32) -> Self {
+        use Counter::{IcmpError, Intercepted, Pending, Retransmitted, Returned, Steered};
+        match counter {
+            Intercepted | Retransmitted | Steered | Pending | IcmpError => Self::ToClients(ifindex),
+            Returned => Self::ToServers,
+            _ => Self::Passed,
+        }
     }
 }
 
-/// How many packets are counted so.
 /// What is recorded of a flow's SYN.
 pub fn record(ebpf: &Ebpf, flow: &FlowKey) -> Result<SynRecord> {
     let heads: HashMap<_, FlowKey, SynHead> = ebpf.map("FLOWS").context("FLOWS")?.try_into()?;
@@ -247,10 +278,20 @@ pub fn count(ebpf: &Ebpf, counter: Counter) -> Result<u64> {
 }
 
 /// Runs a program, in the namespace of the calling thread, on a frame that has arrived on an interface. Checks that the
-/// verdict is to go on and the frame as it was, and returns the mark.
-pub fn test_run(program: &SchedClassifier, frame: &[u8], ifindex: u32) -> Result<u32> {
+/// frame is as it was, but for the link-layer address that the servers' device wants.
+pub fn test_run(program: &SchedClassifier, frame: &[u8], ifindex: u32) -> Result<Outcome> {
+    test_run_marked(program, frame, ifindex, OTHERS)
+}
+
+/// The same for a packet with this mark.
+pub fn test_run_marked(
+    program: &SchedClassifier,
+    frame: &[u8],
+    ifindex: u32,
+    mark_in: u32,
+) -> Result<Outcome> {
     let mut context = [0; SK_BUFF_LEN];
-    context[8..12].copy_from_slice(&OTHERS.to_ne_bytes());
+    context[8..12].copy_from_slice(&mark_in.to_ne_bytes());
     context[40..44].copy_from_slice(&ifindex.to_ne_bytes());
     let mut context_out = [0; SK_BUFF_LEN];
     let mut frame_out = vec![0; frame.len() + 64];
@@ -261,16 +302,23 @@ pub fn test_run(program: &SchedClassifier, frame: &[u8], ifindex: u32) -> Result
         ctx_out: Some(&mut context_out),
         ..TestRunOptions::default()
     })?;
-    let verdict = result.return_value;
-    ensure!(verdict == NEXT, "verdict {}", verdict as i32);
-    ensure!(
-        &frame_out[..result.data_size_out as usize] == frame,
-        "the packet is changed"
-    );
     let [.., a, b, c, d] = context_out[..12] else {
         unreachable!("it is longer")
     };
-    Ok(u32::from_ne_bytes([a, b, c, d]))
+    let mark = u32::from_ne_bytes([a, b, c, d]);
+    let frame_out = &frame_out[..result.data_size_out as usize];
+    let is_as_it_was = frame_out == frame;
+    match (result.return_value, mark) {
+        (NEXT, mark) if is_as_it_was && mark == mark_in => Ok(Outcome::Passed),
+        (REDIRECT, mark) if mark == mark_in && frame_out == [&DEVICE_MAC[..], &frame[6..]].concat() => {
+            Ok(Outcome::ToServers)
+        }
+        (REDIRECT, mark) if is_as_it_was => Ok(Outcome::ToClients(mark)),
+        (verdict, mark) => bail!(
+            "verdict {} with mark {mark:#x}, frame {frame_out:02x?}",
+            verdict as i32
+        ),
+    }
 }
 
 /// `struct __sk_buff` of `uapi/linux/bpf.h`: mark at 8, ifindex at 40.
@@ -302,5 +350,5 @@ pub fn ethernet(packet: &[u8]) -> Vec<u8> {
     } else {
         [0x08, 0x00]
     };
-    [&[0; 12][..], &ethertype, packet].concat()
+    [&MAC[..], &[0; 6], &ethertype, packet].concat()
 }

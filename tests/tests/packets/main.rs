@@ -16,7 +16,10 @@ use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{Counter, EXTENSION_MAX, NO_LINK, PORT_SET_BYTES, PortSet, listener_v4, listener_v6};
 use pepsal_tests::{Connector, Family, Listener, eventually};
 
-use gateway::{Gateway, LIMIT, PATIENCE, REPLIES, STEER, ethernet};
+use gateway::{
+    Gateway, LIMIT, MAC, MARK, MARK_MASK, OTHERS, Outcome, PATIENCE, REPLIES, STEER, ethernet, program,
+    test_run_marked,
+};
 use segment::*;
 
 mod differential;
@@ -46,6 +49,43 @@ fn syn_that_must_not_be_split_passes() -> Result<()> {
         }
     }
     assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn syn_that_no_router_or_no_proxy_may_take_passes() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for (family, link_local) in [(Family::V4, "169.254.1.1"), (Family::V6, "fe80::1")] {
+        let syn = Tcp::syn(family);
+        let local = Tcp {
+            source: (link_local.parse::<IpAddr>()?, CLIENT_PORT).into(),
+            ..syn.clone()
+        };
+        // The kernel has no route for those of IPv6.
+        assert!([Counter::LinkLocal, Counter::NotForwarded].contains(&gateway.steer(&local.packet())?));
+        for (ttl, expected) in [
+            (0, Counter::Expiring),
+            (1, Counter::Expiring),
+            (2, Counter::Intercepted),
+        ] {
+            let counted = gateway.steer(&Tcp { ttl, ..syn.clone() }.packet())?;
+            assert_eq!(counted, expected, "{family:?} with {ttl} hops left");
+        }
+        gateway.forget_flows()?;
+        // MP_CAPABLE is answered without, MP_JOIN is not for pepsal to answer.
+        for (subtype, expected) in [(0, Counter::Intercepted), (1, Counter::Joining)] {
+            let multipath = Tcp {
+                tcp_options: [&[30, 12, subtype << 4][..], &[7; 9]].concat(),
+                ..syn.clone()
+            };
+            assert_eq!(
+                gateway.steer(&multipath.packet())?,
+                expected,
+                "{family:?} {subtype}"
+            );
+        }
+        gateway.forget_flows()?;
+    }
     Ok(())
 }
 
@@ -379,7 +419,7 @@ fn icmp_errors_about_legs_are_steered_and_all_other_messages_pass() -> Result<()
                 Family::V4 => [3, 11, 12].contains(&icmp_type),
                 Family::V6 => (1..=4).contains(&icmp_type),
             };
-            for name in [STEER, REPLIES] {
+            for name in [STEER] {
                 let about_leg = gateway.run(name, &ethernet(&leg.icmp_error(icmp_type, header_len + 8)))?;
                 let about_stranger =
                     gateway.run(name, &ethernet(&stranger.icmp_error(icmp_type, header_len + 8)))?;
@@ -497,10 +537,13 @@ fn segments_of_a_flow_that_is_being_set_up_are_steered() -> Result<()> {
             .find(|(key, _)| *key == syn.key())
             .context("the flow")?;
         assert_eq!(record.ttl, 63, "the newest SYN counts");
-        for name in [STEER, REPLIES] {
-            let ack = ethernet(&Tcp::with_flags(family, ACK).packet());
-            assert_eq!(gateway.run(name, &ack)?, Counter::Pending);
-        }
+        let ack = Tcp::with_flags(family, ACK).packet();
+        assert_eq!(gateway.steer(&ack)?, Counter::Pending);
+        assert_eq!(
+            gateway.run(REPLIES, &ethernet(&ack))?,
+            Counter::Foreign,
+            "no server leg is recorded"
+        );
         let answer = Tcp::with_flags(family, ACK).swapped();
         assert_eq!(
             gateway.steer(&answer.packet())?,
@@ -512,16 +555,16 @@ fn segments_of_a_flow_that_is_being_set_up_are_steered() -> Result<()> {
 }
 
 #[test]
-fn segments_of_legs_are_steered_on_every_interface() -> Result<()> {
+fn segments_of_legs_are_taken_on_ingress_and_on_egress() -> Result<()> {
     let mut gateway = Gateway::new()?;
     for family in Family::BOTH {
         let (leg, _ends) = gateway.leg(family)?;
-        for name in [STEER, REPLIES] {
+        for (name, counter) in [(STEER, Counter::Steered), (REPLIES, Counter::Returned)] {
             for flags in [ACK, 0x04, 0x11, SYN, SYN | ACK] {
                 let segment = Tcp { flags, ..leg.clone() };
                 assert_eq!(
                     gateway.run(name, &ethernet(&segment.packet()))?,
-                    Counter::Steered,
+                    counter,
                     "{flags:#x}"
                 );
             }
@@ -532,11 +575,11 @@ fn segments_of_legs_are_steered_on_every_interface() -> Result<()> {
 }
 
 #[test]
-fn syn_on_an_interface_that_is_not_intercepted_passes() -> Result<()> {
+fn syn_that_leaves_by_an_interface_passes() -> Result<()> {
     let mut gateway = Gateway::new()?;
     for family in Family::BOTH {
         let syn = ethernet(&Tcp::syn(family).packet());
-        assert_eq!(gateway.run(REPLIES, &syn)?, Counter::NotIntercepted);
+        assert_eq!(gateway.run(REPLIES, &syn)?, Counter::Foreign);
     }
     assert!(gateway.flows()?.is_empty());
     Ok(())
@@ -828,20 +871,66 @@ fn syn_takes_over_ports_of_a_connection_in_time_wait() -> Result<()> {
 }
 
 #[test]
-fn tagged_frame_passes_on_the_parent_of_its_vlan() -> Result<()> {
+fn frames_of_other_devices_and_hosts_pass() -> Result<()> {
     let mut gateway = Gateway::new()?;
     gateway.attach()?;
-    let syn = ethernet(&Tcp::syn(Family::V4).packet());
-    let tagged = [&syn[..12], &[0x81, 0x00, 0x00, 0x64], &syn[12..]].concat();
-    for frame in [&tagged, &syn] {
-        let frame = [&[0xff; 6], &frame[6..]].concat();
+    gateway.topology.gateway.ip("link set lan0 promisc on")?;
+    let syn = |port: u16| {
+        let source = SocketAddr::new(Family::V4.client(), port);
+        ethernet(
+            &Tcp {
+                source,
+                ..Tcp::syn(Family::V4)
+            }
+            .packet(),
+        )
+    };
+    let tagged = |port, vlan: u8| {
+        let syn = syn(port);
+        [&syn[..12], &[0x81, 0x00, 0x00, vlan], &syn[12..]].concat()
+    };
+    // A VLAN's comes again on the VLAN's own device; a priority tag (VID 0) makes none of its own.
+    for (to, frame) in [
+        (MAC, tagged(1001, 100)),
+        ([2, 0, 0, 0, 0, 9], syn(1002)),
+        ([0xff; 6], syn(1003)),
+        (MAC, tagged(1004, 0)),
+        (MAC, syn(1005)),
+    ] {
+        let frame = [&to[..], &frame[6..]].concat();
         gateway.topology.client.run(|| send_frame("eth0", &frame))?;
     }
     eventually(PATIENCE, || {
-        gateway.count(Counter::Intercepted).is_ok_and(|count| count == 1)
+        gateway.count(Counter::Intercepted).is_ok_and(|count| count == 2)
     });
     assert_eq!(gateway.count(Counter::Vlan)?, 1);
-    assert_eq!(gateway.flows()?.len(), 1, "that of the untagged one");
+    assert_eq!(gateway.count(Counter::OtherHost)?, 2);
+    let mut ports: Vec<u16> = gateway
+        .flows()?
+        .iter()
+        .map(|(key, _)| key.client().port())
+        .collect();
+    ports.sort_unstable();
+    assert_eq!(ports, [1004, 1005]);
+    Ok(())
+}
+
+#[test]
+fn packet_of_another_instances_server_leg_is_left_to_that() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        let frame = ethernet(&Tcp::syn(family).packet());
+        let marked = OTHERS & !MARK_MASK | MARK;
+        let lan0 = gateway.lan0;
+        let program = program(&mut gateway.ebpf, STEER)?;
+        let outcome = gateway
+            .topology
+            .gateway
+            .run(|| test_run_marked(program, &frame, lan0, marked))?;
+        assert_eq!(outcome, Outcome::Passed, "with its mark");
+    }
+    assert_eq!(gateway.count(Counter::Injected)?, 2);
+    assert!(gateway.flows()?.is_empty());
     Ok(())
 }
 

@@ -88,6 +88,14 @@ impl Segment {
     }
 }
 
+impl Segment {
+    /// Whether it joins a connection of several paths (RFC 8684, 3.2).
+    pub fn joins(&self) -> bool {
+        options(&self.tcp_options)
+            .any(|option| option.kind == 30 && option.data.first().is_some_and(|first| first >> 4 == 1))
+    }
+}
+
 struct TypeLengthValue<'a> {
     kind: u8,
     data: &'a [u8],

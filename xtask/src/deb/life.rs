@@ -13,8 +13,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use pepsal_tests::{
-    Cancel, Connector, Direction, Family, Footprint, Namespace, Server, Session, Topology, Transfer,
-    eventually,
+    Cancel, Connector, Direction, Family, Footprint, Namespace, SavedSyn, Server, Session, Topology,
+    Transfer, eventually,
 };
 
 use super::{root::Root, system::System};
@@ -304,7 +304,7 @@ impl Life {
     fn transfer(&self, transfer: &Transfer, server: SocketAddr, seen: Seen) -> Result<()> {
         let outcome = transfer.run(&self.topology.client, server)?;
         ensure!(outcome.intact, "a flow to {server} is damaged");
-        let was = Seen::of(outcome.syn.ttl());
+        let was = Seen::of(&outcome.syn);
         ensure!(was == seen, "a flow to {server} was {was:?}, and not {seen:?}");
         Ok(())
     }
@@ -318,11 +318,11 @@ enum Seen {
 }
 
 impl Seen {
-    /// By the client's SYN at the server: one that was only forwarded has lost a hop.
-    fn of(ttl: u8) -> Self {
-        match ttl {
-            64 => Self::Split,
-            _ => Self::Passed,
+    /// By the client's SYN at the server.
+    fn of(syn: &SavedSyn) -> Self {
+        match syn.is_split() {
+            true => Self::Split,
+            false => Self::Passed,
         }
     }
 }

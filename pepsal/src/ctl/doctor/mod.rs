@@ -1,10 +1,9 @@
 //! `pepsal doctor`: what of this host would keep pepsal from working, or from working well. It needs no daemon, and changes
 //! nothing.
 //!
-//! [`host`] is about the kernel and its limits, [`network`] about what happens to packets, [`firewall`] about who drops
-//! or changes them.
+//! [`host`] is about the kernel and its limits, [`network`] about what happens to packets. The firewall, address translation
+//! and routing of the host are not looked at: they see the flows as without pepsal.
 
-mod firewall;
 mod host;
 mod network;
 
@@ -14,10 +13,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use serde::Serialize;
 
-use crate::{
-    cli::{Mark, Source},
-    route,
-};
+use crate::wire::interfaces;
 
 /// What pepsal is going to be started with.
 #[derive(Debug, Clone, Args)]
@@ -26,17 +22,9 @@ pub struct Arguments {
     #[arg(short = 'i', long = "interface", value_name = "INTERFACE")]
     interfaces: Vec<String>,
 
-    /// The packet mark that pepsal is going to use
-    #[arg(long, value_name = "VALUE[/MASK]", default_value = "0x10000000/0x10000000")]
-    mark: Mark,
-
     /// Most connections at once
     #[arg(short = 'c', long = "conns", value_name = "MAXCONN", default_value_t = 2112)]
     max_connections: u32,
-
-    /// Whose address servers are going to see
-    #[arg(long, value_name = "WHOSE", default_value = "client")]
-    source: Source,
 
     /// TCP fast open is going to be used
     #[arg(short = 'f', long)]
@@ -114,7 +102,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         .context("cannot start the runtime")?;
     let mut findings = host::look(arguments.max_connections, arguments.fastopen);
     runtime.block_on(async {
-        let mut interfaces: Vec<String> = route::interfaces().await?.into_values().collect();
+        let present = interfaces::list().await?.into_values();
+        let mut interfaces: Vec<String> = present.map(|interface| interface.name).collect();
         if !arguments.interfaces.is_empty() {
             for name in &arguments.interfaces {
                 if !interfaces.contains(name) {
@@ -124,9 +113,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
             }
             interfaces.retain(|name| arguments.interfaces.contains(name));
         }
-        findings.extend(network::look(&interfaces, arguments.mark).await);
-        findings.extend(firewall::look(arguments.mark));
-        findings.extend(firewall::look_for_nat(arguments.source));
+        findings.extend(network::look(&interfaces));
         anyhow::Ok(())
     })?;
     findings.sort_by_key(|finding| finding.severity);

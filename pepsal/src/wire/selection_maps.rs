@@ -14,7 +14,7 @@ use aya::{
 };
 use pepsal_ebpf::{PortSet, PrefixKey};
 
-use crate::{selection::Selection, steer::take_map};
+use crate::wire::{programs::take_map, selection::Selection};
 
 /// The maps, and what is in them.
 pub struct SelectionMaps {

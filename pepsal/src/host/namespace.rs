@@ -1,0 +1,115 @@
+//! Network namespaces of the daemon's own. They have no name: nothing is left of them when the process is gone.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd},
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::mpsc::{Sender, channel},
+    thread,
+};
+
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::privileges;
+
+/// A network namespace, and the thread of this process that is in it. Sockets, threads and interfaces that are made there
+/// belong to it.
+#[derive(Debug)]
+pub struct Namespace {
+    file: File,
+    work: Sender<Work<'static>>,
+}
+
+type Work<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+impl Namespace {
+    /// Makes a namespace, in which nothing is up. Its thread gives its privileges up right after.
+    ///
+    /// # Errors
+    /// Without CAP_SYS_ADMIN, which is the only thing that needs it.
+    pub fn new(name: &str) -> Result<Self> {
+        Self::entered_by(name, enter_new)
+    }
+
+    /// The namespace that the calling thread is in.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub fn of_host() -> Result<Self> {
+        Self::entered_by("pepsal-host", open)
+    }
+
+    fn entered_by(name: &str, enter: fn() -> Result<File>) -> Result<Self> {
+        let (work, to_do) = channel::<Work<'static>>();
+        let (made, result) = channel();
+        thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let file = enter();
+            let is_made = file.is_ok();
+            // Nobody waits for it once `new` has returned.
+            let _ = made.send(file);
+            if is_made {
+                to_do.into_iter().for_each(|work| work());
+            }
+        })?;
+        let file = result.recv().context("a namespace's thread has ended")??;
+        Ok(Self { file, work })
+    }
+
+    /// Runs `work` on the namespace's thread and returns its value. Panics as `work` does.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let (done, result) = channel();
+        let work: Work<'_> = Box::new(move || {
+            let value = catch_unwind(AssertUnwindSafe(work));
+            // The caller waits for it.
+            let _ = done.send(value);
+        });
+        // SAFETY: what the work borrows outlives it, since this function returns only when the work has been done, or
+        // dropped with the channel.
+        let work = unsafe { std::mem::transmute::<Work<'_>, Work<'static>>(work) };
+        let sent = self.work.send(work);
+        match (sent, result.recv()) {
+            (Ok(()), Ok(Ok(value))) => value,
+            (Ok(()), Ok(Err(panic))) => resume_unwind(panic),
+            _ => unreachable!("a namespace's thread ends after the namespace"),
+        }
+    }
+
+    /// Opens a netlink socket in the namespace, served by the calling task's runtime.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn netlink(&self) -> Result<rtnetlink::Handle> {
+        let runtime = tokio::runtime::Handle::current();
+        let (connection, handle, _) = self.run(|| {
+            let _entered = runtime.enter();
+            rtnetlink::new_connection()
+        })?;
+        tokio::spawn(connection);
+        Ok(handle)
+    }
+}
+
+impl AsFd for Namespace {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn enter_new() -> Result<File> {
+    unshare(CloneFlags::CLONE_NEWNET).map_err(|error| match error {
+        nix::errno::Errno::EPERM => anyhow::anyhow!(
+            "cannot make a network namespace: missing CAP_SYS_ADMIN, which is needed at the start only: run as root, or \
+             grant it to the service"
+        ),
+        other => anyhow::Error::new(io::Error::from(other)).context("cannot make a network namespace"),
+    })?;
+    let file = open()?;
+    privileges::drop()?;
+    Ok(file)
+}
+
+fn open() -> Result<File> {
+    File::open("/proc/thread-self/ns/net").context("cannot open a network namespace")
+}

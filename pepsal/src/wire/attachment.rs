@@ -1,0 +1,301 @@
+//! Where the programs are attached: to the host's interfaces, which come and go, and to the devices.
+
+use std::{cell::LazyCell, collections::BTreeMap, io, mem, thread};
+
+use anyhow::{Context, Result};
+use aya::{
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
+    },
+    sys::SyscallError,
+};
+use nix::net::if_::if_nametoindex;
+use tracing::{debug, info, warn};
+
+use crate::{
+    instance,
+    wire::{
+        device::{Device, INNER},
+        interfaces::Interfaces,
+        programs::{Programs, program},
+    },
+};
+
+/// Ingress of intercepted interfaces.
+const STEER: &str = "pepsal_steer";
+/// Egress of all interfaces.
+const REPLIES: &str = "pepsal_replies";
+/// Host ends of the devices, ingress.
+const CLIENTS_OUT: &str = "pepsal_clients_out";
+const SERVERS_OUT: &str = "pepsal_servers_out";
+/// Inner ends, egress.
+const LABEL: &str = "pepsal_label";
+
+/// The programs that are attached to interfaces and devices.
+pub(super) const PROGRAMS: [&str; 5] = [STEER, REPLIES, CLIENTS_OUT, SERVERS_OUT, LABEL];
+
+/// A hook of an interface, and the program on it.
+#[derive(Debug, Clone, Copy)]
+enum Hook {
+    Steer,
+    Replies,
+    ClientsOut,
+    ServersOut,
+    Label,
+}
+
+impl Hook {
+    fn program(self) -> &'static str {
+        match self {
+            Self::Steer => STEER,
+            Self::Replies => REPLIES,
+            Self::ClientsOut => CLIENTS_OUT,
+            Self::ServersOut => SERVERS_OUT,
+            Self::Label => LABEL,
+        }
+    }
+
+    fn direction(self) -> TcAttachType {
+        match self {
+            Self::Steer | Self::ClientsOut | Self::ServersOut => TcAttachType::Ingress,
+            Self::Replies | Self::Label => TcAttachType::Egress,
+        }
+    }
+}
+
+/// The attached programs. They are detached when this is dropped; links of tcx also when the process is gone.
+pub struct Attachments {
+    devices: [Option<DeviceLinks>; 2],
+    interfaces: BTreeMap<u32, Attachment>,
+    tcx_refused: bool,
+    beside_another: bool,
+}
+
+struct DeviceLinks {
+    _host: SchedClassifierLink,
+    _inner: SchedClassifierLink,
+}
+
+struct Attachment {
+    name: String,
+    intercepts: bool,
+    /// Kept when the interface is not intercepted any more: flows that came in by it still do.
+    steer: Option<SchedClassifierLink>,
+    _replies: SchedClassifierLink,
+}
+
+/// An interface that programs are attached to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Its name.
+    pub interface: String,
+    /// Whether new connections are intercepted there; packets for server legs are recognised everywhere.
+    pub intercepts: bool,
+    /// Whether it is by tcx, which vanishes with the process, or by a filter of the clsact qdisc.
+    pub is_tcx: bool,
+}
+
+impl Attachments {
+    /// None yet. `beside_another` says whether another instance's programs are attached and have to stay.
+    pub fn new(beside_another: bool) -> Self {
+        Self {
+            devices: [None, None],
+            interfaces: BTreeMap::new(),
+            tcx_refused: false,
+            beside_another,
+        }
+    }
+
+    /// Attaches to the devices of the clients' and the servers' side.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn attach_device(
+        &mut self,
+        programs: &mut Programs,
+        device: &Device,
+        is_clients: bool,
+    ) -> Result<()> {
+        let hook = if is_clients {
+            Hook::ClientsOut
+        } else {
+            Hook::ServersOut
+        };
+        let links = DeviceLinks {
+            _host: self.attach(programs, &device.name, hook)?,
+            _inner: device
+                .namespace()
+                .run(|| self.attach(programs, INNER, Hook::Label))?,
+        };
+        self.devices[usize::from(!is_clients)] = Some(links);
+        Ok(())
+    }
+
+    /// Attaches to the interfaces that are new and forgets those that are gone. `intercepts` says on which of them new
+    /// connections are taken.
+    ///
+    /// # Errors
+    /// When an interface that intercepts cannot be attached to.
+    pub fn follow(
+        &mut self,
+        programs: &mut Programs,
+        interfaces: &Interfaces,
+        intercepts: impl Fn(&str) -> bool,
+    ) -> Result<()> {
+        let tcx = !self.tcx_refused;
+        self.interfaces.retain(|index, attachment| {
+            interfaces.get(index).is_some_and(|interface| {
+                let is_intact = !tcx || attachment.is_intact(&interface.name, programs);
+                is_intact && (attachment.steer.is_some() || !intercepts(&interface.name))
+            })
+        });
+        let is_alone = LazyCell::new(instance::is_alone);
+        for (index, interface) in interfaces {
+            let (name, intercepts) = (&interface.name, intercepts(&interface.name));
+            if let Some(attachment) = self.interfaces.get_mut(index) {
+                attachment.name.clone_from(name);
+                attachment.intercepts = intercepts;
+                continue;
+            }
+            if !self.beside_another && *is_alone {
+                purge(name);
+            }
+            match self.attach_interface(programs, name, intercepts) {
+                Ok(attachment) => {
+                    debug!(interface = name, intercepts, "attached");
+                    self.interfaces.insert(*index, attachment);
+                }
+                // Gone again: there will be news of it.
+                Err(_) if if_nametoindex(name.as_str()).is_err() => {}
+                Err(error) if intercepts => return Err(error),
+                Err(error) => warn!(
+                    interface = name,
+                    "packets for server legs are not recognised on it: {error:#}"
+                ),
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_interface(
+        &mut self,
+        programs: &mut Programs,
+        name: &str,
+        intercepts: bool,
+    ) -> Result<Attachment> {
+        let replies = self.attach(programs, name, Hook::Replies)?;
+        let steer = intercepts
+            .then(|| self.attach(programs, name, Hook::Steer))
+            .transpose()?;
+        Ok(Attachment {
+            name: name.to_owned(),
+            intercepts,
+            steer,
+            _replies: replies,
+        })
+    }
+
+    /// Before other programs: those see what goes on to the host, and what leaves for the client, once each.
+    fn attach(
+        &mut self,
+        programs: &mut Programs,
+        interface: &str,
+        hook: Hook,
+    ) -> Result<SchedClassifierLink> {
+        let program: &mut SchedClassifier = program(&mut programs.ebpf, hook.program())?;
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let link = match program.attach_with_options(interface, hook.direction(), options) {
+            // Before Linux 6.6, or built without CONFIG_NET_XGRESS.
+            Err(ProgramError::SyscallError(SyscallError { io_error, .. })) if is_unknown(&io_error) => {
+                if !self.tcx_refused {
+                    self.tcx_refused = true;
+                    info!("this kernel has no tcx: attaching to the clsact qdisc");
+                }
+                // It may be there already, and is not ours to remove.
+                let _ = qdisc_add_clsact(interface);
+                let options = TcAttachOptions::Netlink(NlOptions::default());
+                program.attach_with_options(interface, hook.direction(), options)
+            }
+            other => other,
+        };
+        let link = link.with_context(|| format!("cannot attach to interface {interface}"))?;
+        Ok(program.take_link(link)?)
+    }
+
+    /// The interfaces whose new connections are intercepted at present.
+    pub fn intercepting(&self) -> impl Iterator<Item = &str> {
+        self.interfaces
+            .values()
+            .filter(|attachment| attachment.intercepts)
+            .map(|attachment| attachment.name.as_str())
+    }
+
+    /// Where the programs are attached at present.
+    pub fn list(&self) -> Vec<Attached> {
+        let attached = self.interfaces.values().map(|attachment| Attached {
+            interface: attachment.name.clone(),
+            intercepts: attachment.intercepts,
+            is_tcx: !self.tcx_refused,
+        });
+        attached.collect()
+    }
+
+    /// Whether somebody has detached a program from an interface since.
+    pub fn are_intact(&self, programs: &mut Programs) -> bool {
+        self.tcx_refused
+            || self
+                .interfaces
+                .values()
+                .all(|attachment| attachment.is_intact(&attachment.name, programs))
+    }
+}
+
+impl Drop for Attachments {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // Legs are still open, whose resets need them: links end with the process.
+            mem::forget((mem::take(&mut self.devices), mem::take(&mut self.interfaces)));
+        }
+    }
+}
+
+impl Attachment {
+    fn is_intact(&self, interface: &str, programs: &mut Programs) -> bool {
+        is_attached(programs, interface, Hook::Replies)
+            && (self.steer.is_none() || is_attached(programs, interface, Hook::Steer))
+    }
+}
+
+/// Whether a program is on its hook; where that cannot be told it is.
+fn is_attached(programs: &mut Programs, interface: &str, hook: Hook) -> bool {
+    let program: Result<&mut SchedClassifier> = program(&mut programs.ebpf, hook.program());
+    let Some(id) = program
+        .ok()
+        .and_then(|program| program.info().ok())
+        .map(|info| info.id())
+    else {
+        return true;
+    };
+    match SchedClassifier::query_tcx(interface, hook.direction()) {
+        Ok((_, attached)) => attached.iter().any(|program| program.id() == id),
+        Err(_) => true,
+    }
+}
+
+/// Attached filters outlive a killed process on kernels without tcx; whose they are does not show. None found, or no qdisc,
+/// is as good.
+fn purge(interface: &str) {
+    for hook in [Hook::Steer, Hook::Replies] {
+        while qdisc_detach_program(interface, hook.direction(), hook.program()).is_ok() {
+            info!(interface, "removed a filter that an earlier instance left behind");
+        }
+    }
+}
+
+fn is_unknown(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(nix::libc::EINVAL | nix::libc::EOPNOTSUPP)
+    )
+}

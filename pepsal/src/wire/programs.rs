@@ -1,0 +1,317 @@
+//! The eBPF programs and their maps: loads the programs, fills the maps, and reads them.
+
+use std::{io, os::fd::AsRawFd, sync::Arc, time::Duration};
+
+use anyhow::{Context, Result, anyhow, bail};
+use aya::{
+    Ebpf, EbpfLoader,
+    maps::{Array, HashMap, Map, MapData, PerCpuArray, SockMap},
+    programs::{
+        CgroupSockopt, ProgramError, SchedClassifier, SkLookup, cgroup_sockopt::CgroupSockoptLink,
+        links::CgroupAttachMode, sk_lookup::SkLookupLink,
+    },
+};
+use nix::time::{ClockId, clock_gettime};
+use pepsal_ebpf::{Counter, Interface, LINKS_MAX, NO_LINK, listener_v4, listener_v6};
+use tokio::io::{Interest, unix::AsyncFd};
+use tracing::debug;
+
+use crate::{
+    cgroup::OwnCgroup,
+    cli::Mark,
+    host::namespace::Namespace,
+    link::Links,
+    listener::{Listeners, Pair},
+    wire::{
+        attachment, counters::Counters, device::Device, flow_map::FlowMap, interfaces::Interfaces,
+        selection::Selection, selection_maps::SelectionMaps,
+    },
+};
+
+/// The eBPF object that the build embedded, empty when it had none.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pepsal.bpf.o"));
+
+const LISTENER: &str = "pepsal_listener";
+const WINDOW: &str = "pepsal_window";
+
+/// How long the daemon may be without a heartbeat before new connections pass it by.
+const HEARTBEAT_BOUND: Duration = Duration::from_secs(3);
+
+/// What the programs are loaded with.
+pub struct Config<'a> {
+    /// The mark of server legs' packets on their way into an interface's ingress.
+    pub mark: Mark,
+    /// The devices of the clients' and the servers' side.
+    pub devices: [&'a Device; 2],
+    /// Most flows at once.
+    pub limit: u32,
+    /// Which connections are intercepted.
+    pub selection: &'a Selection,
+    /// Whether every intercepted SYN is logged.
+    pub log_syns: bool,
+}
+
+/// The loaded programs and their maps. They are gone when this is dropped, and when the process is gone.
+pub struct Programs {
+    pub(super) ebpf: Ebpf,
+    flows: Arc<FlowMap>,
+    counters: Arc<Counters>,
+    heartbeat: Array<MapData, u64>,
+    listeners: SockMap<MapData>,
+    links: HashMap<MapData, u32, u32>,
+    interfaces: HashMap<MapData, u32, Interface>,
+    selection: SelectionMaps,
+    lookup: Option<SkLookupLink>,
+    windows: Option<(CgroupSockoptLink, OwnCgroup)>,
+}
+
+impl Programs {
+    /// Loads the programs and fills the maps; nothing is attached yet.
+    ///
+    /// # Errors
+    /// When there is no eBPF object, or the kernel refuses it.
+    pub fn load(config: &Config<'_>) -> Result<Self> {
+        if OBJECT.is_empty() {
+            bail!("this binary was built without its eBPF programs: build it with `cargo xtask build`");
+        }
+        let (mark, mask) = (config.mark.value, config.mark.mask);
+        let [clients, servers] = config.devices;
+        // Never zero, which is what other packets have.
+        let instance = (std::process::id() % u32::from(u16::MAX)) as u16 + 1;
+        let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
+        let log_syns = u8::from(config.log_syns);
+        let mut ebpf = EbpfLoader::new()
+            .override_global("MARK", &mark, true)
+            .override_global("MARK_MASK", &mask, true)
+            .override_global("INSTANCE", &instance, true)
+            .override_global("CLIENTS_IFINDEX", &clients.ifindex, true)
+            .override_global("SERVERS_IFINDEX", &servers.ifindex, true)
+            .override_global("CLIENTS_NETNS", &clients.netns_id, true)
+            .override_global("SERVERS_NETNS", &servers.netns_id, true)
+            .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+            .override_global("LOG_SYNS", &log_syns, true)
+            .map_max_entries("FLOWS", config.limit)
+            .load(OBJECT)
+            .context("the kernel refuses the eBPF maps")?;
+        for name in attachment::PROGRAMS {
+            let program: &mut SchedClassifier = program(&mut ebpf, name)?;
+            program.load().map_err(|error| refused(name, error))?;
+        }
+        let lookup: &mut SkLookup = program(&mut ebpf, LISTENER)?;
+        lookup.load().map_err(|error| refused(LISTENER, error))?;
+        // From here on the programs hold the maps, which are taken out of the object one by one.
+        let mut selection = SelectionMaps::take(&mut ebpf)?;
+        selection.install(config.selection, || ())?;
+        if config.log_syns {
+            forward_log(&mut ebpf)?;
+        }
+        Ok(Self {
+            flows: Arc::new(FlowMap::new(
+                HashMap::try_from(take_map(&mut ebpf, "FLOWS")?)?,
+                HashMap::try_from(take_map(&mut ebpf, "EXTENSIONS")?)?,
+            )),
+            counters: Arc::new(Counters(PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?)),
+            heartbeat: Array::try_from(take_map(&mut ebpf, "HEARTBEAT")?)?,
+            listeners: SockMap::try_from(take_map(&mut ebpf, "LISTENERS")?)?,
+            links: HashMap::try_from(take_map(&mut ebpf, "LINKS")?)?,
+            interfaces: HashMap::try_from(take_map(&mut ebpf, "INTERFACES")?)?,
+            selection,
+            ebpf,
+            lookup: None,
+            windows: None,
+        })
+    }
+
+    /// Gives new connections to these listeners, which are in this namespace.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn open(&mut self, listeners: &Listeners, namespace: &Namespace) -> Result<()> {
+        self.register(0, &listeners.pairs)?;
+        if self.lookup.is_none() {
+            let program: &mut SkLookup = program(&mut self.ebpf, LISTENER)?;
+            let link = program
+                .attach(namespace)
+                .context("cannot attach to the socket lookup of the legs' namespace")?;
+            self.lookup = Some(program.take_link(link)?);
+        }
+        Ok(())
+    }
+
+    /// Takes note of the listeners of links, from the number of the first on.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn register(&mut self, first: u32, pairs: &[Arc<Pair>]) -> Result<()> {
+        for (link, pair) in (first..).zip(pairs) {
+            self.listeners
+                .set(listener_v4(link), &pair.v4.as_raw_fd(), 0)
+                .context("cannot register the IPv4 listener")?;
+            if let Some(v6) = &pair.v6 {
+                self.listeners
+                    .set(listener_v6(link), &v6.as_raw_fd(), 0)
+                    .context("cannot register the IPv6 listener")?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets other rules of selection hold from now on, for connections that are not there yet.
+    ///
+    /// # Errors
+    /// When the kernel has no room for them; those that held before still do then.
+    pub fn select(&mut self, selection: &Selection) -> Result<()> {
+        let heartbeat = &mut self.heartbeat;
+        // A beat that fails now is tried again, and told, with the next round.
+        let beat = || drop(heartbeat.set(0, monotonic_ns(), 0));
+        self.selection.install(selection, beat)
+    }
+
+    /// Lets new connections pass from now on. Those that are being set up are still accepted.
+    pub fn close(&mut self) {
+        for slot in 0..listener_v4(LINKS_MAX + 1) {
+            // An empty slot is what is wanted.
+            let _ = self.listeners.clear_index(&slot);
+        }
+    }
+
+    /// Leaves new connections to another instance from now on, and still takes those that are being set up.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn retire(&mut self) -> Result<()> {
+        // Programs take no new connection for a daemon that shows no sign of life.
+        self.heartbeat.set(0, 0, 0).context("cannot write the heartbeat")
+    }
+
+    /// Lets the daemon set the initial windows of the sockets that it has opened since it is in `cgroup`.
+    ///
+    /// # Errors
+    /// Where the kernel is too old for the program. The daemon can do without.
+    pub fn enable_initial_windows(&mut self, cgroup: OwnCgroup) -> Result<()> {
+        let program: &mut CgroupSockopt = program(&mut self.ebpf, WINDOW)?;
+        program.load().map_err(|error| refused(WINDOW, error))?;
+        let link = program
+            .attach(cgroup.open()?, CgroupAttachMode::Single)
+            .context("cannot attach to the cgroup")?;
+        self.windows = Some((program.take_link(link)?, cgroup));
+        Ok(())
+    }
+
+    /// Describes the interfaces and their links to the programs, before they are attached to them. `intercepts` says on
+    /// which of them new connections are taken.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn describe(
+        &mut self,
+        interfaces: &Interfaces,
+        intercepts: impl Fn(&str) -> bool,
+        links: &Links,
+    ) -> Result<()> {
+        for index in stale(self.interfaces.keys(), interfaces) {
+            let _ = self.interfaces.remove(&index);
+        }
+        for index in stale(self.links.keys(), interfaces) {
+            let _ = self.links.remove(&index);
+            links.unbind(index);
+        }
+        for (index, interface) in interfaces {
+            let described = Interface::new(interface.mac, intercepts(&interface.name));
+            let inserted = self.interfaces.insert(index, described, 0);
+            inserted.context("cannot register an interface")?;
+            match links.bind(*index, &interface.name) {
+                // It may never have had one.
+                NO_LINK => drop(self.links.remove(index)),
+                link => self
+                    .links
+                    .insert(index, link, 0)
+                    .context("cannot register a link")?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The flows that the kernel knows.
+    pub fn flows(&self) -> &Arc<FlowMap> {
+        &self.flows
+    }
+
+    /// Shows the programs that the daemon is alive.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn beat(&mut self) -> Result<()> {
+        self.heartbeat
+            .set(0, monotonic_ns(), 0)
+            .context("cannot write the heartbeat")
+    }
+
+    /// How often something was decided, on all processors together.
+    pub fn count(&self, counter: Counter) -> u64 {
+        self.counters.count(counter)
+    }
+
+    /// What the programs count.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+}
+
+/// The keys of a map whose interfaces are gone.
+fn stale(keys: aya::maps::MapKeys<'_, u32>, interfaces: &Interfaces) -> Vec<u32> {
+    keys.filter_map(Result::ok)
+        .filter(|index| !interfaces.contains_key(index))
+        .collect()
+}
+
+pub(super) fn program<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<T>
+where
+    T: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| anyhow!("the eBPF object has no program {name}"))?;
+    Ok(program.try_into()?)
+}
+
+/// Takes a map out of a loaded object.
+pub(super) fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
+    ebpf.take_map(name)
+        .ok_or_else(|| anyhow!("the eBPF object has no map {name}"))
+}
+
+/// One line for the user; the verifier's many go to the log.
+fn refused(name: &str, error: ProgramError) -> anyhow::Error {
+    match error {
+        ProgramError::LoadError {
+            io_error,
+            verifier_log,
+        } => {
+            debug!("{verifier_log}");
+            anyhow!("the kernel refuses the eBPF program {name}: {io_error} (-v shows the verifier's log)")
+        }
+        other => anyhow!("the kernel refuses the eBPF program {name}: {other}"),
+    }
+}
+
+/// Passes what the programs log on to `tracing`.
+fn forward_log(ebpf: &mut Ebpf) -> Result<()> {
+    let logger = aya_log::EbpfLogger::init(ebpf).context("cannot read the log of the eBPF programs")?;
+    // SAFETY: the logger keeps one descriptor, its own, for as long as it lives.
+    let mut logger =
+        unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }.map_err(io::Error::from)?;
+    tokio::spawn(async move {
+        while let Ok(mut ready) = logger.readable_mut().await {
+            ready.get_inner_mut().flush();
+            ready.clear_ready();
+        }
+    });
+    Ok(())
+}
+
+/// CLOCK_MONOTONIC, as `bpf_ktime_get_ns` reads it.
+pub fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+}
