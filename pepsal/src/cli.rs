@@ -4,7 +4,12 @@ use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::{ctl, link::LinkSpec, observe::http::Place, wire::selection::Rule};
+use crate::{
+    ctl,
+    link::LinkSpec,
+    observe::http::Place,
+    wire::{claims, selection::Rule},
+};
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
 ///
@@ -181,6 +186,15 @@ pub struct Options {
     /// Run as this user, with the capabilities that are needed; files and sockets have to be open to that user
     #[arg(long, value_name = "NAME", help_heading = "Proxy")]
     pub user: Option<String>,
+
+    /// Directory in which instances claim their interfaces; those that could have one in common have to share it
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = claims::RUNTIME_DIRECTORY,
+        help_heading = "Proxy"
+    )]
+    pub runtime_dir: PathBuf,
 
     /// How long the server may take to answer before the client's connection is reset
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = some_time, help_heading = "Proxy")]

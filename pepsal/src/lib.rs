@@ -21,7 +21,7 @@
 //!
 //! Around them: [`host`] has the namespaces, [`cli`] and the file of [`config`] say what is wanted, at start and
 //! at each reload, [`cgroup`] is the daemon's own, [`privileges`] gives up what is not needed, [`preflight`] says whether
-//! it all can be had, [`instance`] that nobody else has it, [`log`] tells, [`keeper`] looks after what needs looking after,
+//! it all can be had, [`wire::claims`] that no other instance has it, [`log`] tells, [`keeper`] looks after what needs looking after,
 //! [`notify`] tells the service manager, and [`run`] holds it all.
 
 pub mod btf;
@@ -34,7 +34,6 @@ pub mod ctl;
 mod fault;
 pub mod flow;
 pub mod host;
-pub mod instance;
 pub mod keeper;
 pub mod leg;
 pub mod link;
@@ -89,7 +88,6 @@ use crate::{
     config::Configuration,
     flow::{CloseReason, Settings, Shared},
     host::namespace::Namespace,
-    instance::{Instance, Predecessor, Successor},
     keeper::Keeper,
     leg::LegConfig,
     link::{Link, LinkProfile, Links},
@@ -103,6 +101,7 @@ use crate::{
     wire::{
         Namespaces,
         attachment::Attachments,
+        claims::{self, Claims, Predecessor, Requests, Successor},
         device::{self, Device, Mtus},
         interfaces::{self, Changes, Interfaces},
         programs::{self, Programs},
@@ -190,8 +189,9 @@ struct Proxy {
     programs: Programs,
     clients: Device,
     servers: Device,
-    /// None once another has taken over.
-    instance: Option<Arc<Instance>>,
+    /// None once another has taken over, like `requests`.
+    claims: Option<Claims>,
+    requests: Option<Arc<Requests>>,
     rate_control: Option<RateControl>,
     listeners: Listeners,
     intercepted: Vec<String>,
@@ -214,15 +214,16 @@ impl Proxy {
         let interfaces = interfaces::list().await?;
         check_interfaces(&options.interfaces, &interfaces)?;
         let mark = options.steering.mark;
-        let claim = mark.value;
+        let directory = claims::Directory::open(&options.runtime_dir)?;
         let predecessor = match options.takeover {
-            true => Predecessor::find(&options.interfaces, claim)?,
+            true => Predecessor::find(&directory, &options.interfaces)?,
             false => None,
         };
-        let instance = match predecessor {
+        let claims = match predecessor {
             Some(_) => None,
-            None => Some(Instance::claim(&options.interfaces, claim)?),
+            None => Some(Claims::acquire(&directory, &options.interfaces)?),
         };
+        let requests = Requests::listen(&directory)?;
         namespaces.settle(ignores_marks(options)?);
         let legs = leg_config(options, &namespaces.clients)?;
         let mut rate_control = None;
@@ -258,7 +259,7 @@ impl Proxy {
             let _entered = workers.acceptor().enter();
             Listeners::bind(options.port.get(), &options.tcp, &legs, &links)
         })?;
-        let mut attachments = Attachments::new(predecessor.is_some());
+        let mut attachments = Attachments::new(predecessor.is_some(), directory.clone());
         attachments.attach_device(&mut programs, &clients, true)?;
         attachments.attach_device(&mut programs, &servers, false)?;
         let changes = Changes::subscribe()?;
@@ -296,10 +297,10 @@ impl Proxy {
         let wanted = |name: &str| intercepted.iter().any(|wanted| wanted == name);
         programs.describe(&interfaces, wanted, &shared.links)?;
         attachments.follow(&mut programs, &interfaces, wanted)?;
-        let instance = match (instance, predecessor) {
+        let claims = match (claims, predecessor) {
             (None, Some(predecessor)) => {
                 let process = predecessor.process;
-                let instance = predecessor.relieve(&options.interfaces, claim).await?;
+                let claims = predecessor.take_over().await?;
                 info!(
                     process,
                     "taken over: the process before goes on with its open flows"
@@ -308,9 +309,9 @@ impl Proxy {
                 if let Err(error) = observatory.open(places.0, places.1) {
                     warn!("{error:#}");
                 }
-                Some(instance)
+                Some(claims)
             }
-            (instance, _) => instance,
+            (claims, _) => claims,
         };
         observatory.view.attached.set(attachments.list());
         observatory.view.set_ready(true);
@@ -322,7 +323,8 @@ impl Proxy {
             programs,
             clients,
             servers,
-            instance: instance.map(Arc::new),
+            claims,
+            requests: Some(Arc::new(requests)),
             rate_control,
             listeners,
             intercepted,
@@ -346,7 +348,7 @@ impl Proxy {
         self.accept_from(&self.listeners.pairs.clone());
         self.keep_budgets(&self.shared.links.all());
         let mut stop = pin!(stop);
-        let mut successor = pin!(asked(self.instance.clone()));
+        let mut successor = pin!(requested(self.requests.clone()));
         let mut rounds = interval(keeper::ROUND);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -446,14 +448,16 @@ impl Proxy {
             warn!("{error:#}");
             self.programs.close();
         }
-        self.instance = None;
+        self.requests = None;
         self.observatory.view.set_ready(false);
         self.observatory.close().await;
         // Before it can speak for itself.
         if let Some(process) = successor.process() {
             self.keeper.service_manager.succeeded_by(process);
         }
-        successor.tell().await;
+        if let Some(claims) = self.claims.take() {
+            successor.hand_over(claims).await;
+        }
     }
 
     /// Lets open flows come to their end, those too whose handshake is completed within `handshakes`.
@@ -526,10 +530,10 @@ impl Proxy {
     }
 }
 
-/// Never, once the claims are given up.
-async fn asked(instance: Option<Arc<Instance>>) -> Successor {
-    match instance {
-        Some(instance) => instance.successor().await,
+/// Resolves when another instance requests a takeover; never after the hand-over.
+async fn requested(requests: Option<Arc<Requests>>) -> Successor {
+    match requests {
+        Some(requests) => requests.next().await,
         None => pending().await,
     }
 }

@@ -21,7 +21,7 @@ use pepsal::{
     ctl,
     log::Log,
     preflight, privileges,
-    wire::Namespaces,
+    wire::{Namespaces, claims},
 };
 
 fn main() -> ExitCode {
@@ -68,6 +68,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     let cgroup = OwnCgroup::enter();
     preflight::check()?;
     if let Some(user) = &options.user {
+        claims::Directory::make_for(&options.runtime_dir, user)?;
         privileges::become_user(user)?;
     }
     let namespaces = Namespaces::new()?;

@@ -332,6 +332,10 @@ fn command(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Command 
     if is_daemon && admin_socket(arguments.iter().map(OsStr::new)).is_none() {
         command.arg(ADMIN_SOCKET).arg(own_admin_socket());
     }
+    // A pepsal that is installed on this machine has the usual one.
+    if is_daemon && !arguments.contains(&RUNTIME_DIR) {
+        command.arg(RUNTIME_DIR).arg(namespace.runtime_directory());
+    }
     command
 }
 
@@ -348,6 +352,7 @@ fn admin_socket<'a>(mut arguments: impl Iterator<Item = &'a OsStr>) -> Option<Pa
 }
 
 const ADMIN_SOCKET: &str = "--admin-socket";
+const RUNTIME_DIR: &str = "--runtime-dir";
 
 /// A path that no other daemon has.
 fn own_admin_socket() -> PathBuf {

@@ -1,14 +1,17 @@
 //! Network namespaces without names.
 
+use std::env;
 use std::fmt::{self, Display};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::panic;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{self, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -23,6 +26,26 @@ use nix::sys::signal::{SigSet, Signal};
 pub struct Namespace {
     name: String,
     handle: Arc<File>,
+    runtime: RuntimeDirectory,
+}
+
+/// Where the daemons of a namespace claim their interfaces; removed when this is dropped.
+struct RuntimeDirectory(PathBuf);
+
+impl RuntimeDirectory {
+    /// A path that no other namespace has.
+    fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        Self(env::temp_dir().join(format!("pepsal-run-{}-{number}", process::id())))
+    }
+}
+
+impl Drop for RuntimeDirectory {
+    fn drop(&mut self) {
+        // A namespace without a daemon has none.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Namespace {
@@ -41,6 +64,7 @@ impl Namespace {
         let namespace = Self {
             name: name.to_owned(),
             handle: Arc::new(handle),
+            runtime: RuntimeDirectory::new(),
         };
         namespace.ip("link set lo up")?;
         Ok(namespace)
@@ -55,12 +79,27 @@ impl Namespace {
         Ok(Self {
             name: name.to_owned(),
             handle: Arc::new(File::open(&path).context(path)?),
+            runtime: RuntimeDirectory::new(),
         })
     }
 
     /// The name given to [`Namespace::new`].
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The runtime directory of the namespace's daemons, which the first of them makes.
+    pub fn runtime_directory(&self) -> &Path {
+        &self.runtime.0
+    }
+
+    /// The file by which a daemon claims an interface of this namespace.
+    ///
+    /// # Errors
+    /// When the namespace cannot be looked at.
+    pub fn claim(&self, interface: &str) -> Result<PathBuf> {
+        let inode = self.handle.metadata().context("the namespace's file")?.ino();
+        Ok(self.runtime.0.join(format!("claims/{inode}.{interface}")))
     }
 
     /// Where other processes find this namespace: iproute2 takes it for a `netns` argument.

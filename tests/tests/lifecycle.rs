@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpStream};
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -13,12 +12,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{self, Signal};
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::Pid;
 use pepsal_tests::{
     Accepted, Connector, Daemon, Family, Footprint, Listener, Namespace, Server, Topology, Transfer,
     eventually,
 };
+use socket2::{Domain, SockAddr, Socket, Type};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -334,7 +333,10 @@ fn second_instance_on_the_same_interface_is_refused_and_the_first_works_on() -> 
     let pid = first.pid();
     for (arguments, complaint) in [(
         &["-i", "sat0", "-i", "lan0"],
-        format!("pepsal: interface lan0: another pepsal (process {pid}) intercepts it already: "),
+        format!(
+            "pepsal: interface lan0: another pepsal (process {pid}) intercepts it already: stop that one first, or take \
+             over from it with --takeover"
+        ),
     )] {
         let line = refusal(&topology.gateway, arguments)?;
         assert!(line.starts_with(&complaint), "{line}");
@@ -343,6 +345,108 @@ fn second_instance_on_the_same_interface_is_refused_and_the_first_works_on() -> 
             "after {arguments:?}"
         );
     }
+    Ok(())
+}
+
+#[test]
+fn claim_of_a_killed_instance_is_free_at_once() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    first.kill()?;
+    assert!(topology.gateway.claim("lan0")?.exists(), "only its lock is gone");
+    let second = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let owner = owner_of_lan0(&topology.gateway).map(Pid::as_raw);
+    assert_eq!(owner, Some(second.pid().cast_signed()));
+    assert!(is_split(&topology, server.address(Family::V4))?);
+    second.terminate()?;
+    assert!(!topology.gateway.claim("lan0")?.exists());
+    Ok(())
+}
+
+/// The names by which earlier versions claimed interfaces and tables, with a listener that never accepts.
+fn squat(namespace: &Namespace) -> Result<Vec<UnixStream>> {
+    namespace.run(|| {
+        let mut held = Vec::new();
+        for name in ["pepsal/interface/lan0", "pepsal/table/5000"] {
+            let name = SockAddr::unix(format!("\0{name}"))?;
+            let listener = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+            listener.bind(&name)?;
+            listener.listen(0)?;
+            let waiting = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+            waiting.connect(&name)?;
+            held.extend([UnixStream::from(listener), waiting.into()]);
+        }
+        Ok(held)
+    })
+}
+
+/// Runs a line of shell as nobody; whether it succeeds.
+fn as_nobody(namespace: &Namespace, line: &str) -> Result<bool> {
+    let mut command = namespace.command("setpriv");
+    command
+        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
+        .args(["sh", "-c", line])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    Ok(command.status()?.success())
+}
+
+#[test]
+fn another_user_can_neither_prevent_a_start_nor_delay_it() -> Result<()> {
+    let topology = Topology::new()?;
+    let gateway = &topology.gateway;
+    let server = Server::start(&topology.server)?;
+    let _squatter = squat(gateway)?;
+    // A killed daemon leaves the files that somebody would have to get hold of.
+    Daemon::start(gateway, &["-i", "lan0"])?.kill()?;
+    let claim = gateway.claim("lan0")?;
+    let claims = claim.parent().context("it lies in a directory")?;
+    let (runtime, claims, claim) = (
+        gateway.runtime_directory().display(),
+        claims.display(),
+        claim.display(),
+    );
+    assert!(
+        as_nobody(gateway, &format!("ls {runtime}"))?,
+        "the user can run a command"
+    );
+    for attempt in [
+        format!("ls {claims}"),
+        format!("flock -n {claim} true"),
+        format!(": >> {claim}"),
+        format!(": > {claims}/other"),
+        format!("mv {claims} {runtime}/other"),
+        format!(": > {runtime}/other"),
+    ] {
+        assert!(!as_nobody(gateway, &attempt)?, "{attempt}");
+    }
+    let start = Instant::now();
+    let daemon = Daemon::start(gateway, &["-i", "lan0"])?;
+    assert!(start.elapsed() < PATIENCE);
+    for attempt in [
+        format!("flock -n {claim} true"),
+        format!(": > {claims}/{}:1", daemon.pid()),
+    ] {
+        assert!(!as_nobody(gateway, &attempt)?, "{attempt}");
+    }
+    assert!(is_split(&topology, server.address(Family::V4))?);
+    Ok(())
+}
+
+#[test]
+fn runtime_directory_that_another_user_has_is_refused() -> Result<()> {
+    let topology = Topology::new()?;
+    let runtime = topology.gateway.runtime_directory();
+    fs::create_dir(runtime)?;
+    std::os::unix::fs::chown(runtime, Some(65534), None)?;
+    let line = refusal(&topology.gateway, &["-i", "lan0"])?;
+    let complaint = format!(
+        "pepsal: {} belongs to another user (id 65534): ",
+        runtime.display()
+    );
+    assert!(line.starts_with(&complaint), "{line}");
+    Daemon::start(&topology.gateway, &["-i", "lan0", "--user", "nobody"])?;
     Ok(())
 }
 
@@ -470,13 +574,12 @@ fn syns_are_logged_from_the_kernel_when_asked_for() -> Result<()> {
     Ok(())
 }
 
-/// Who holds the claim on `lan0` in a namespace.
+/// The process that has the claim on `lan0` in a namespace, which removes it when it stops.
 fn owner_of_lan0(namespace: &Namespace) -> Option<Pid> {
-    namespace.run(|| {
-        let address = std::os::unix::net::SocketAddr::from_abstract_name("pepsal/interface/lan0").ok()?;
-        let stream = UnixStream::connect_addr(&address).ok()?;
-        Some(Pid::from_raw(getsockopt(&stream, PeerCredentials).ok()?.pid()))
-    })
+    let claim = namespace.claim("lan0").ok()?;
+    Some(Pid::from_raw(
+        fs::read_to_string(claim).ok()?.trim().parse().ok()?,
+    ))
 }
 
 /// Ends a daemon in the background that the test has not ended itself.

@@ -1,6 +1,8 @@
 //! How one daemon follows another while traffic goes on.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -104,6 +106,69 @@ fn without_another_a_takeover_is_an_ordinary_start() -> Result<()> {
     let topology = Topology::new()?;
     let daemon = Daemon::start(&topology.gateway, &TAKEOVER)?;
     assert_eq!(daemon.terminate()?.code(), Some(0));
+    Ok(())
+}
+
+/// Connections to a daemon's socket for takeovers.
+fn silent_connections(topology: &Topology, daemon: &Daemon) -> Result<Vec<UnixStream>> {
+    let claim = topology.gateway.claim("lan0")?;
+    let suffix = format!(":{}", daemon.pid());
+    let socket = fs::read_dir(claim.parent().context("it lies in a directory")?)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.to_string_lossy().ends_with(&suffix))
+        .context("a socket that is named for the process")?;
+    let connections = (0..8).map(|_| UnixStream::connect(&socket));
+    Ok(connections.collect::<std::io::Result<_>>()?)
+}
+
+#[test]
+fn connections_that_request_nothing_do_not_delay_a_takeover() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let first = Daemon::start(&topology.gateway, &BOTH)?;
+    let _silent = silent_connections(&topology, &first)?;
+    let second = Daemon::start(&topology.gateway, &TAKEOVER)?;
+    first.wait_for_log("relieved")?;
+    let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4))?;
+    assert_eq!(outcome.syn.ttl(), 64);
+    assert_eq!(first.wait()?.code(), Some(0));
+    drop(second);
+    Ok(())
+}
+
+#[test]
+fn successor_claims_what_it_wants_and_releases_the_rest() -> Result<()> {
+    let topology = Topology::new()?;
+    let owner = |interface| -> Result<Option<u32>> {
+        let owner = fs::read_to_string(topology.gateway.claim(interface)?).ok();
+        Ok(owner.and_then(|owner| owner.trim().parse().ok()))
+    };
+    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let second = Daemon::start(&topology.gateway, &TAKEOVER)?;
+    let pid = Some(second.pid());
+    assert_eq!((owner("lan0")?, owner("sat0")?), (pid, pid));
+    first.wait()?;
+    let third = Daemon::start(&topology.gateway, &["-i", "sat0", "--takeover"])?;
+    second.wait()?;
+    assert_eq!((owner("lan0")?, owner("sat0")?), (None, Some(third.pid())));
+    third.terminate()?;
+    assert_eq!(owner("sat0")?, None);
+    Ok(())
+}
+
+#[test]
+fn takeover_from_two_at_once_is_refused() -> Result<()> {
+    let topology = Topology::new()?;
+    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let other = ["-i", "sat0", "-p", "5001", "--table", "5001", "--mark", "0x2"];
+    let second = Daemon::start(&topology.gateway, &other)?;
+    let exit = Daemon::expect_failure(&topology.gateway, &TAKEOVER)?;
+    let expected = format!(
+        "cannot take over from both process {} (interface lan0) and process {} (interface sat0): stop one of them",
+        first.pid(),
+        second.pid()
+    );
+    assert!(exit.log.contains(&expected), "{}", exit.log);
     Ok(())
 }
 

@@ -41,6 +41,7 @@ pub const KEYS: &[Key] = &[
     key("proxy.logfile", "logfile", AtStart),
     key("proxy.monitoring-pid", "monitoring_pid", AtStart),
     key("proxy.user", "user", AtStart),
+    key("proxy.runtime-dir", "runtime_dir", AtStart),
     key("proxy.gc-interval", "gc_interval", Live),
     key("proxy.plifetime", "pending_lifetime", Live),
     key("proxy.connect-timeout", "connect_timeout", Live),

@@ -13,13 +13,11 @@ use aya::{
 use nix::net::if_::if_nametoindex;
 use tracing::{debug, info, warn};
 
-use crate::{
-    instance,
-    wire::{
-        device::{Device, INNER},
-        interfaces::Interfaces,
-        programs::{Programs, program},
-    },
+use crate::wire::{
+    claims,
+    device::{Device, INNER},
+    interfaces::Interfaces,
+    programs::{Programs, program},
 };
 
 /// Ingress of intercepted interfaces.
@@ -70,6 +68,7 @@ pub struct Attachments {
     interfaces: BTreeMap<u32, Attachment>,
     tcx_refused: bool,
     beside_another: bool,
+    claims: claims::Directory,
 }
 
 struct DeviceLinks {
@@ -97,13 +96,15 @@ pub struct Attached {
 }
 
 impl Attachments {
-    /// None yet. `beside_another` says whether another instance's programs are attached and have to stay.
-    pub fn new(beside_another: bool) -> Self {
+    /// None yet. `beside_another` says whether another instance's programs are attached and have to stay, `claims` where
+    /// instances show that they run.
+    pub fn new(beside_another: bool, claims: claims::Directory) -> Self {
         Self {
             devices: [None, None],
             interfaces: BTreeMap::new(),
             tcx_refused: false,
             beside_another,
+            claims,
         }
     }
 
@@ -150,7 +151,8 @@ impl Attachments {
                 is_intact && (attachment.steer.is_some() || !intercepts(&interface.name))
             })
         });
-        let is_alone = LazyCell::new(instance::is_alone);
+        let claims = self.claims.clone();
+        let is_alone = LazyCell::new(|| claims.is_alone());
         for (index, interface) in interfaces {
             let (name, intercepts) = (&interface.name, intercepts(&interface.name));
             if let Some(attachment) = self.interfaces.get_mut(index) {

@@ -7,9 +7,10 @@
 //! firewall, address translation and accounting see the server leg's connection as the client's own.
 //!
 //! [`flow_map`] has a record of each flow's SYN, [`counters`] every verdict, [`selection`] the rules for new connections,
-//! in the maps of [`selection_maps`].
+//! in the maps of [`selection_maps`]. [`claims`] are how one instance knows of another.
 
 pub mod attachment;
+pub mod claims;
 pub mod counters;
 pub mod device;
 pub mod flow_map;
