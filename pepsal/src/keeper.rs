@@ -11,12 +11,16 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
+use futures_util::FutureExt;
 use pepsal_ebpf::Counter;
 use rustix::{
     io::Errno,
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
-use tokio::time::Instant;
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::Instant,
+};
 use tracing::{info, warn};
 
 use crate::{
@@ -46,6 +50,8 @@ pub struct Keeper {
     intercepted: u64,
     /// Whether connections were being set up when that was last looked at.
     unsettled: bool,
+    /// The walk over the map of flows that is under way, on a thread that may block.
+    expiry: Option<JoinHandle<(u64, u64)>>,
     next_expiry: Instant,
     monitor: Option<Monitor>,
     table_file: Option<File>,
@@ -71,6 +77,7 @@ impl Keeper {
             refused: 0,
             intercepted: 0,
             unsettled: false,
+            expiry: None,
             next_expiry: Instant::now(),
             monitor: monitor.map(Monitor::open).transpose()?,
             table_file: table_file.map(open).transpose()?,
@@ -107,21 +114,29 @@ impl Keeper {
     }
 
     /// Nothing is listed as long as no SYN was intercepted since all of them were settled.
-    fn expire(&mut self, programs: &Programs, shared: &Shared) {
+    fn expire(&mut self, programs: &Programs, shared: &Arc<Shared>) {
+        if let Some(expiry) = self.expiry.take_if(|expiry| expiry.is_finished()) {
+            // One that panicked is begun again.
+            let (expired, young) = expiry.now_or_never().and_then(Result::ok).unwrap_or((0, 1));
+            for _ in 0..expired {
+                shared.metrics.count(Event::RecordExpired);
+            }
+            self.unsettled = young > 0;
+        }
         let intercepted = programs.count(Counter::Intercepted);
-        if Instant::now() < self.next_expiry || (intercepted == self.intercepted && !self.unsettled) {
+        let is_settled = intercepted == self.intercepted && !self.unsettled;
+        if self.expiry.is_some() || Instant::now() < self.next_expiry || is_settled {
             return;
         }
         self.next_expiry = Instant::now() + EXPIRY_INTERVAL;
         self.intercepted = intercepted;
-        let (expired, young) = shared.table.expire(match self.full {
+        let age = match self.full {
             Some(_) => HANDSHAKE_WHEN_FULL,
             None => HANDSHAKE,
-        });
-        for _ in 0..expired {
-            shared.metrics.count(Event::RecordExpired);
-        }
-        self.unsettled = young > 0;
+        };
+        // At a high limit it takes longer than a round may.
+        let shared = shared.clone();
+        self.expiry = Some(spawn_blocking(move || shared.table.expire(age)));
     }
 
     fn watch_limit(&mut self, refused: u64, open: u64) {

@@ -277,6 +277,7 @@ impl Proxy {
         });
         follow_mtus(&interfaces, &shared, &mut clients, &mut servers).await?;
         let view = View {
+            latest: Default::default(),
             shared: shared.clone(),
             counters: programs.counters().clone(),
             intercepted: intercepted.clone(),

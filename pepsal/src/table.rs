@@ -262,15 +262,15 @@ impl FlowTable {
 
     /// How many flows the kernel's map has, open ones among them.
     pub fn entries(&self) -> usize {
-        self.kernel.keys().len()
+        self.kernel.all().len()
     }
 
     /// How many connections the kernel has admitted that are not accepted yet.
     pub fn pending(&self) -> usize {
-        // Thousands of system calls: not while flows wait for the lock.
-        let keys = self.kernel.keys();
+        // Before flows have to wait for the lock.
+        let entries = self.kernel.all();
         let open = self.lock();
-        keys.iter().filter(|key| !open.contains_key(key)).count()
+        entries.iter().filter(|(key, _)| !open.contains_key(key)).count()
     }
 
     /// Frees the places of connections whose handshake was not completed within `age`, and returns how many there were
@@ -278,11 +278,16 @@ impl FlowTable {
     pub fn expire(&self, age: Duration) -> (u64, u64) {
         let oldest = monotonic_ns().saturating_sub(age.as_nanos() as u64);
         let (mut expired, mut young) = (0, 0);
-        for key in self.kernel.keys() {
+        for (key, head) in self.kernel.all() {
             let open = self.lock();
             if open.contains_key(&key) {
                 continue;
             }
+            if head.time_ns >= oldest {
+                young += 1;
+                continue;
+            }
+            // A new SYN may have come since the walk.
             match self.kernel.time_ns(&key) {
                 Some(time_ns) if time_ns < oldest => {
                     self.kernel.remove(&key);

@@ -1,13 +1,19 @@
 //! Packets and peers that mean no good, or that are merely unusual.
 
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use aya::maps::{Array, Map, MapData, MapInfo};
 use nix::libc;
+use nix::sys::signal::{self, Signal};
+use nix::time::{ClockId, clock_gettime};
+use nix::unistd::Pid;
 use pepsal_tests::{
     Connector, Daemon, Exit, Family, Link, LinkProfile, Listener, Namespace, Server, Topology, Transfer,
     eventually, patience,
@@ -201,6 +207,129 @@ fn connections_go_on_being_made_in_a_flood_of_spoofed_syns() -> Result<()> {
     // The flood is not to fill the log as well.
     let lines = exit.log.matches("limit of connections").count();
     assert!(lines <= 4, "{lines} lines:\n{}", exit.log);
+    Ok(())
+}
+
+/// The map by which a daemon shows its programs that it is alive.
+fn heartbeat(daemon: &Daemon) -> Result<Array<MapData, u64>> {
+    for descriptor in fs::read_dir(format!("/proc/{}/fdinfo", daemon.pid()))? {
+        // One that is closed meanwhile is none that is looked for.
+        let information = fs::read_to_string(descriptor?.path()).unwrap_or_default();
+        let id = information
+            .lines()
+            .find_map(|line| line.strip_prefix("map_id:")?.trim().parse().ok());
+        if let Some(id) = id
+            && MapInfo::from_id(id)?.name_as_str() == Some("HEARTBEAT")
+        {
+            return Ok(Array::try_from(Map::Array(MapData::from_id(id)?))?);
+        }
+    }
+    bail!("the daemon has no such map")
+}
+
+/// How long ago the daemon has last shown that it is alive.
+fn heartbeat_age(heartbeat: &Array<MapData, u64>) -> Result<Duration> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+    let last = Duration::from_nanos(heartbeat.get(&0, 0)?);
+    Ok(Duration::from(now).saturating_sub(last))
+}
+
+/// Whether a process is traced, with all of its threads.
+fn is_traced(process: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{process}/task"))
+        .into_iter()
+        .flatten();
+    threads.flatten().all(|thread| {
+        fs::read_to_string(thread.path().join("status"))
+            .is_ok_and(|status| !status.contains("TracerPid:\t0\n"))
+    })
+}
+
+/// A scrape's answer; empty when others had to make room.
+fn scrape(gateway: &Namespace) -> Result<String> {
+    let mut stream = gateway.run(|| TcpStream::connect("127.0.0.1:9300"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut answer = String::new();
+    let asked = stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: pepsal\r\n\r\n");
+    let _ = asked.and_then(|()| stream.read_to_string(&mut answer));
+    Ok(answer)
+}
+
+#[test]
+fn hundred_who_scrape_a_full_map_share_a_walk_a_second_and_the_daemon_stays_alive() -> Result<()> {
+    /// As many as 20,000 descriptors allow for.
+    const SYNS: u32 = 9500;
+    const SCRAPERS: usize = 100;
+    const TIME: Duration = Duration::from_secs(3);
+    /// The programs' bound.
+    const ALIVE: Duration = Duration::from_secs(3);
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-c", "9800"])?;
+    let heartbeat = heartbeat(&daemon)?;
+    let forger = Forger::new(&topology.client)?;
+    for i in 0..SYNS {
+        let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + i);
+        forger.send((source, 1024), (v4(Family::V4.server()), 9), SYN, i)?;
+    }
+    let entries = || -> Option<f64> {
+        let answer = scrape(&topology.gateway).ok()?;
+        let line = answer
+            .lines()
+            .find_map(|line| line.strip_prefix("pepsal_flow_map_entries "))?;
+        line.parse().ok()
+    };
+    eventually(PATIENCE, || entries() == Some(f64::from(SYNS)));
+
+    let trace = std::env::temp_dir().join(format!("pepsal-trace-{}", std::process::id()));
+    let mut strace = Command::new("strace")
+        .args([
+            "-f",
+            "-qq",
+            "-e",
+            "trace=bpf",
+            "-p",
+            &daemon.pid().to_string(),
+            "-o",
+        ])
+        .arg(&trace)
+        .spawn()
+        .context("strace")?;
+    eventually(PATIENCE, || is_traced(daemon.pid()));
+    let start = Instant::now();
+    let scrapes = || -> Result<usize> {
+        let mut answered = 0;
+        while start.elapsed() < TIME {
+            answered += usize::from(scrape(&topology.gateway)?.ends_with("# EOF\n"));
+        }
+        Ok(answered)
+    };
+    let (answered, oldest) = thread::scope(|scope| -> Result<(usize, Duration)> {
+        let scrapers: Vec<_> = (0..SCRAPERS).map(|_| scope.spawn(scrapes)).collect();
+        let mut oldest = Duration::ZERO;
+        while !scrapers.iter().all(thread::ScopedJoinHandle::is_finished) {
+            oldest = oldest.max(heartbeat_age(&heartbeat)?);
+            thread::sleep(Duration::from_millis(5));
+        }
+        let mut answered = 0;
+        for scraper in scrapers {
+            answered += scraper.join().expect("scraping does not panic")?;
+        }
+        Ok((answered, oldest))
+    })?;
+    let seconds = start.elapsed().as_secs();
+    signal::kill(Pid::from_raw(strace.id().cast_signed()), Signal::SIGINT)?;
+    strace.wait()?;
+    let calls = fs::read_to_string(&trace)?
+        .matches("bpf(BPF_MAP_LOOKUP_BATCH")
+        .count();
+    fs::remove_file(&trace)?;
+    println!("{answered} answers in {seconds} s, {calls} system calls, heartbeat {oldest:?}");
+    assert!(answered > 0);
+    assert!(oldest < ALIVE, "no heartbeat for {oldest:?}");
+    // Some thousand entries to a call; one walk a second for those who scrape, and one every other for what expires.
+    let walks = seconds + 2 + seconds / 2 + 1;
+    assert!(calls as u64 <= 6 * walks, "{calls} calls in {seconds} s");
+    assert!(calls >= 6, "{calls} calls are less than two walks");
     Ok(())
 }
 

@@ -143,7 +143,7 @@ async fn read_line(read: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Line> {
 async fn answer(line: &[u8], view: &Arc<View>) -> Answer {
     let answered = match Asked::parse(line) {
         Err(refusal) => Err(refusal),
-        Ok(Asked::Status) => Ok(Answer::Status(Box::new(Status::of(view).await))),
+        Ok(Asked::Status) => status(view).await.map(Answer::Status),
         Ok(Asked::Flows(question, filter)) => flows(question, filter, view).await.map(Answer::Flows),
         Ok(Asked::Close(target)) => close(&target, view).map(Answer::Closed),
     };
@@ -193,6 +193,11 @@ impl Asked {
             Question::Close { flow } => Self::Close(Target::parse(&flow)?),
         })
     }
+}
+
+async fn status(view: &Arc<View>) -> Result<Box<Status>, String> {
+    let snapshot = view.snapshot().await.map_err(|error| format!("{error:#}"))?;
+    Ok(Box::new(snapshot.status.clone()))
 }
 
 async fn flows(question: FlowsQuestion, filter: Filter, view: &Arc<View>) -> Result<Flows, String> {

@@ -7,7 +7,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use pepsal_ebpf::Counter;
 use prometheus_client::{
     collector::Collector,
@@ -15,7 +15,6 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter, gauge::ConstGauge, histogram::Histogram},
     registry::Registry,
 };
-use tokio::task::spawn_blocking;
 
 use super::{View, process::Process};
 use crate::{
@@ -25,38 +24,22 @@ use crate::{
     table::{LegObservation, State},
 };
 
-/// The content type of what [`render`] makes.
+/// The content type of what [`Figures::render`] makes.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Looks at everything, and writes down what there is to see.
-///
-/// # Errors
-/// None in practice.
-pub async fn render(view: Arc<View>) -> Result<String> {
-    // Thousands of system calls: not on the threads that relay.
-    let render = move || {
-        let mut registry = Registry::with_prefix("pepsal");
-        registry.register_collector(Box::new(Snapshot::take(&view)));
-        let mut text = String::new();
-        encode(&mut text, &registry)?;
-        Ok(text)
-    };
-    spawn_blocking(render).await.context("cannot look at the flows")?
-}
-
 /// All figures at one moment.
-struct Snapshot {
+pub(super) struct Figures {
     started: SystemTime,
     limit: u32,
-    pending: u64,
-    open: u64,
+    pub(super) pending: usize,
+    pub(super) open: usize,
     map_entries: u64,
     process: Process,
     lines_suppressed: u64,
-    bytes: [u64; 2],
-    closed: Vec<(String, u64)>,
-    events: Vec<(&'static str, u64)>,
-    packets: Vec<(&'static str, u64)>,
+    pub(super) bytes: [u64; 2],
+    pub(super) closed: Vec<(String, u64)>,
+    pub(super) events: Vec<(&'static str, u64)>,
+    pub(super) packets: Vec<(&'static str, u64)>,
     connect: Histogram,
     duration: Histogram,
     intercepted: Vec<(String, bool)>,
@@ -84,8 +67,9 @@ struct LinkFigures {
     used: f64,
 }
 
-impl Snapshot {
-    fn take(view: &View) -> Self {
+impl Figures {
+    /// Looks at everything, by many system calls.
+    pub(super) fn take(view: &View) -> Self {
         let shared = &view.shared;
         let metrics = &shared.metrics;
         let (mut pending, mut open) = (0, 0);
@@ -153,6 +137,18 @@ impl Snapshot {
             links: shared.links.current().iter().map(link).collect(),
         }
     }
+
+    /// Writes them down.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub(super) fn render(self) -> Result<String> {
+        let mut registry = Registry::with_prefix("pepsal");
+        registry.register_collector(Box::new(self));
+        let mut text = String::new();
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
 }
 
 impl InterfaceFigures {
@@ -174,13 +170,13 @@ impl InterfaceFigures {
     }
 }
 
-impl fmt::Debug for Snapshot {
+impl fmt::Debug for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Snapshot").finish_non_exhaustive()
+        f.debug_struct("Figures").finish_non_exhaustive()
     }
 }
 
-impl Collector for Snapshot {
+impl Collector for Figures {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let mut out = Families(encoder);
         out.gauge(
@@ -205,9 +201,9 @@ impl Collector for Snapshot {
     }
 }
 
-impl Snapshot {
+impl Figures {
     fn encode_flows(&self, out: &mut Families<'_>) -> fmt::Result {
-        let single = |value: u64| [([], value as f64)];
+        let single = |value: usize| [([], value as f64)];
         out.gauge(
             "flows_open",
             "Flows whose two legs are connected",
@@ -224,7 +220,7 @@ impl Snapshot {
             "flows_limit",
             "The most flows at once; further connections pass",
             &[],
-            single(self.limit.into()),
+            single(self.limit as usize),
         )?;
         let closed = self.closed.iter().map(|(reason, n)| ([reason.as_str()], *n));
         out.counter(

@@ -28,7 +28,6 @@ use tracing::{debug, warn};
 
 use super::{
     View, exposition,
-    protocol::Status,
     socket_file::SocketFile,
     visitors::{self, Listener, Stream},
 };
@@ -142,21 +141,29 @@ async fn answer(request: Request<Incoming>, view: Arc<View>) -> Result<Response<
 }
 
 async fn metrics(view: Arc<View>) -> Response<Full<Bytes>> {
-    match exposition::render(view).await {
-        Ok(rendered) => {
-            let mut response = text(StatusCode::OK, rendered);
+    match view.snapshot().await {
+        Ok(snapshot) => {
+            let mut response = text(StatusCode::OK, snapshot.metrics.clone());
             response
                 .headers_mut()
                 .insert(CONTENT_TYPE, HeaderValue::from_static(exposition::CONTENT_TYPE));
             response
         }
-        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")),
+        Err(error) => failure(&error),
     }
 }
 
+fn failure(error: &anyhow::Error) -> Response<Full<Bytes>> {
+    text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n"))
+}
+
 /// Ready is who intercepts new connections wherever it was told to.
-async fn readiness(view: &View) -> Response<Full<Bytes>> {
-    let missing = Status::of(view).await.missing;
+async fn readiness(view: &Arc<View>) -> Response<Full<Bytes>> {
+    let snapshot = match view.snapshot().await {
+        Ok(snapshot) => snapshot,
+        Err(error) => return failure(&error),
+    };
+    let missing = &snapshot.status.missing;
     match missing.is_empty() {
         true => text(StatusCode::OK, "ready\n".into()),
         false => text(

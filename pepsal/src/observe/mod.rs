@@ -3,8 +3,8 @@
 //! - [`http`]: `/metrics`, in the text format of OpenMetrics ([`exposition`]), `/healthz` and `/readyz`, for Prometheus.
 //! - [`admin`]: lines of JSON ([`protocol`]) over a Unix socket, for the commands in [`crate::ctl`].
 //!
-//! Nothing is measured until somebody asks. Then every flow is looked at once, on a thread that may block, whoever asks
-//! and however often: one look at a time.
+//! Nothing is measured until somebody asks. Then every flow is looked at once, on a thread that may block. Metrics,
+//! readiness and status come from the same [`snapshot`], which is taken once a second at most, however many ask.
 //!
 //! Neither listener can keep connections from being relayed: who connects to them gets one of a fixed number of places,
 //! the longest there makes room for the next ([`visitors`]), and nobody is waited for.
@@ -15,6 +15,7 @@ pub mod http;
 mod process;
 pub mod protocol;
 mod sample;
+mod snapshot;
 mod socket_file;
 mod visitors;
 
@@ -31,7 +32,7 @@ use anyhow::Result;
 use tokio::task::JoinSet;
 use tracing::info;
 
-use self::socket_file::SocketFile;
+use self::{snapshot::Snapshot, socket_file::SocketFile};
 use crate::{
     cli::Mark,
     flow::Shared,
@@ -40,6 +41,8 @@ use crate::{
 
 /// What is seen: the running daemon.
 pub struct View {
+    /// The last look at all of it.
+    pub latest: snapshot::Latest,
     /// The flows and what is counted of them.
     pub shared: Arc<Shared>,
     /// What the kernel side counts.
@@ -71,6 +74,16 @@ impl View {
     /// Whether new connections are taken.
     pub fn is_ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Returns a snapshot that is at most a second old.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub async fn snapshot(self: &Arc<Self>) -> Result<Arc<Snapshot>> {
+        let (view, this) = (self.clone(), self.clone());
+        let is_current = move |snapshot: &Snapshot| snapshot.is_current(&view);
+        self.latest.get(is_current, Snapshot::take(this)).await
     }
 }
 

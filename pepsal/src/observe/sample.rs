@@ -7,39 +7,36 @@ use std::{
 };
 
 use nix::{libc::tcp_info, net::if_::if_nametoindex};
-use pepsal_ebpf::Counter;
 use socket2::SockAddr;
 use tokio::time::Instant;
 
 use super::{
     View,
+    exposition::Figures,
     protocol::{
         FlowCounts, FlowState, FlowStatus, Interface, LegName, LegStatus, Legs, Limit, LimitedBy, LinkStatus,
         Status, Ways,
     },
 };
 use crate::{
-    flow::CloseReason,
-    metrics::{Event, Metrics},
+    metrics::Metrics,
     socket,
     table::{Flow, LegObservation, State},
+    wire::attachment::Attached,
 };
 
 impl Status {
-    /// Looks at the daemon, and at what the kernel has of it.
-    pub async fn of(view: &View) -> Self {
+    /// The daemon, and what the kernel has of it: `attached`.
+    pub(super) fn of(view: &View, is_ready: bool, attached: &[Attached], figures: &Figures) -> Self {
         let shared = &view.shared;
-        let metrics = &shared.metrics;
         let mut missing = Vec::new();
-        if !view.is_ready() {
+        if !is_ready {
             missing.push("it is starting or stopping: new connections pass".to_owned());
         }
-        let interfaces: Vec<Interface> = view
-            .attached
-            .get()
-            .into_iter()
+        let interfaces: Vec<Interface> = attached
+            .iter()
             .map(|on| Interface {
-                name: on.interface,
+                name: on.interface.clone(),
                 intercepts: on.intercepts,
                 attached_by: if on.is_tcx { "tcx" } else { "clsact" }.to_owned(),
             })
@@ -56,10 +53,7 @@ impl Status {
                 missing.push(format!("device {device} is not there: new connections pass"));
             }
         }
-        let flows = shared.table.snapshot();
-        flows.iter().for_each(|flow| drop(flow.observe(metrics)));
-        let open = flows.iter().filter(|flow| flow.state() == State::Open).count();
-        let (up, down) = metrics.bytes();
+        let [up, down] = figures.bytes;
         let link = |link: &std::sync::Arc<crate::link::Link>| {
             let (rate, used) = link.budget.rate();
             LinkStatus {
@@ -77,7 +71,7 @@ impl Status {
                 .duration_since(view.started)
                 .unwrap_or_default()
                 .as_secs_f64(),
-            ready: view.is_ready(),
+            ready: is_ready,
             missing,
             port: view.port,
             mark: view.mark.to_string(),
@@ -85,24 +79,20 @@ impl Status {
             interfaces,
             links: shared.links.current().iter().map(link).collect(),
             flows: FlowCounts {
-                open,
-                pending: flows.len() - open,
+                open: figures.open,
+                pending: figures.pending,
                 limit: view.limit,
             },
             bytes: Ways { up, down },
-            closed: counts(CloseReason::ALL, |reason| (reason.name(), metrics.closed(reason))),
-            events: counts(Event::ALL, |event| {
-                (event.name().to_owned(), metrics.events(event))
-            }),
-            packets: counts(Counter::ALL, |counter| {
-                (counter.name().to_owned(), view.counters.count(counter))
-            }),
+            closed: figures.closed.iter().cloned().collect(),
+            events: counts(&figures.events),
+            packets: counts(&figures.packets),
         }
     }
 }
 
-fn counts<T: Copy>(all: &[T], count: impl Fn(T) -> (String, u64)) -> BTreeMap<String, u64> {
-    all.iter().map(|one| count(*one)).collect()
+fn counts(counts: &[(&str, u64)]) -> BTreeMap<String, u64> {
+    counts.iter().map(|(name, n)| ((*name).to_owned(), *n)).collect()
 }
 
 impl FlowStatus {

@@ -1,12 +1,23 @@
 //! The kernel's records of flows.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
-use aya::maps::{HashMap, MapData, MapError};
+use anyhow::{Result, bail};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use pepsal_ebpf::{ExtensionHeaders, FlowKey, SynHead, SynRecord};
+use tracing::warn;
+
+use crate::wire::batch;
 
 /// The kernel's map of flows: from a flow's SYN to its end, at most as many as the limit of connections.
-pub struct FlowMap(Mutex<FlowMaps>);
+pub struct FlowMap {
+    maps: Mutex<FlowMaps>,
+    /// The first of them, for walks over all of it: flows do not wait for the lock that long.
+    heads: OwnedFd,
+}
 
 struct FlowMaps {
     heads: HashMap<MapData, FlowKey, SynHead>,
@@ -15,11 +26,20 @@ struct FlowMaps {
 
 impl FlowMap {
     /// The map of the records' first parts, and that of their rare second parts.
-    pub(super) fn new(
-        heads: HashMap<MapData, FlowKey, SynHead>,
-        extensions: HashMap<MapData, FlowKey, ExtensionHeaders>,
-    ) -> Self {
-        Self(Mutex::new(FlowMaps { heads, extensions }))
+    ///
+    /// # Errors
+    /// When they are of another type.
+    pub(super) fn new(heads: Map, extensions: Map) -> Result<Self> {
+        let Map::HashMap(data) = &heads else {
+            bail!("the map of flows is of another type");
+        };
+        Ok(Self {
+            heads: data.fd().as_fd().try_clone_to_owned()?,
+            maps: Mutex::new(FlowMaps {
+                heads: HashMap::try_from(heads)?,
+                extensions: HashMap::try_from(extensions)?,
+            }),
+        })
     }
 
     /// When the flow's SYN came, in nanoseconds of CLOCK_MONOTONIC.
@@ -53,12 +73,15 @@ impl FlowMap {
         let _ = self.lock().heads.remove(flow);
     }
 
-    /// All flows at present.
-    pub fn keys(&self) -> Vec<FlowKey> {
-        self.lock().heads.keys().filter_map(Result::ok).collect()
+    /// All flows at present, without a lock, by a system call for some thousand of them.
+    pub fn all(&self) -> Vec<(FlowKey, SynHead)> {
+        batch::entries(self.heads.as_fd()).unwrap_or_else(|error| {
+            warn!("cannot read the kernel's map of flows: {error}");
+            Vec::new()
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, FlowMaps> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.maps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -10,6 +10,7 @@
 //! in the maps of [`selection_maps`]. [`claims`] are how one instance knows of another.
 
 pub mod attachment;
+pub mod batch;
 pub mod claims;
 pub mod counters;
 pub mod device;

@@ -107,9 +107,9 @@ impl Programs {
         }
         Ok(Self {
             flows: Arc::new(FlowMap::new(
-                HashMap::try_from(take_map(&mut ebpf, "FLOWS")?)?,
-                HashMap::try_from(take_map(&mut ebpf, "EXTENSIONS")?)?,
-            )),
+                take_map(&mut ebpf, "FLOWS")?,
+                take_map(&mut ebpf, "EXTENSIONS")?,
+            )?),
             counters: Arc::new(Counters(PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?)),
             heartbeat: Array::try_from(take_map(&mut ebpf, "HEARTBEAT")?)?,
             listeners: SockMap::try_from(take_map(&mut ebpf, "LISTENERS")?)?,
