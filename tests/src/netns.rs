@@ -152,24 +152,47 @@ impl Namespace {
     /// # Errors
     /// Names the namespace and repeats what iproute2 said of the first line that fails.
     pub fn ip(&self, commands: impl AsRef<str>) -> Result<()> {
-        let commands = commands.as_ref();
-        let mut ip = self
-            .command("ip")
-            .args(["-batch", "-"])
+        self.feed(&["ip", "-batch", "-"], "iproute2", commands.as_ref())
+    }
+
+    /// The same for `ip -6`, where rules and default routes have to say that they are of that family.
+    ///
+    /// # Errors
+    /// Likewise.
+    pub fn ip6(&self, commands: impl AsRef<str>) -> Result<()> {
+        self.feed(&["ip", "-6", "-batch", "-"], "iproute2", commands.as_ref())
+    }
+
+    /// Adds to the namespace's nftables what `ruleset` says, all of it or nothing.
+    ///
+    /// # Errors
+    /// Names the namespace and repeats what nft said.
+    pub fn nft(&self, ruleset: impl AsRef<str>) -> Result<()> {
+        self.feed(&["nft", "-f", "-"], "nftables", ruleset.as_ref())
+    }
+
+    /// Runs a program of Debian's `package` that reads `input`.
+    fn feed(&self, command: &[&str], package: &str, input: &str) -> Result<()> {
+        let mut child = self
+            .command(command[0])
+            .args(&command[1..])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .context("cannot run `ip` (Debian's package iproute2)")?;
-        let mut stdin = ip.stdin.take().expect("stdin was asked to be piped");
-        stdin.write_all(commands.as_bytes()).context("ip -batch")?;
+            .with_context(|| format!("cannot run `{}` (Debian's package {package})", command[0]))?;
+        let mut stdin = child.stdin.take().expect("stdin was asked to be piped");
+        stdin
+            .write_all(input.as_bytes())
+            .with_context(|| command.join(" "))?;
         drop(stdin);
-        let output = ip.wait_with_output().context("ip -batch")?;
+        let output = child.wait_with_output().with_context(|| command.join(" "))?;
         ensure!(
             output.status.success(),
-            "{}: ip {}: {}",
+            "{}: {} {}: {}",
             self.name,
-            commands.trim(),
+            command[0],
+            input.trim(),
             String::from_utf8_lossy(&output.stderr).trim()
         );
         Ok(())

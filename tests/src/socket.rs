@@ -125,6 +125,13 @@ pub struct Accepted {
     pub syn: SavedSyn,
 }
 
+impl Accepted {
+    /// Whether pepsal connected it: [`SavedSyn::is_split`].
+    pub fn is_split(&self) -> bool {
+        self.syn.is_split()
+    }
+}
+
 impl Listener {
     /// Listens in `namespace`; an unspecified address means all of its own family only, port 0 any port.
     ///

@@ -96,6 +96,13 @@ pub struct Outcome {
     pub syn: SavedSyn,
 }
 
+impl Outcome {
+    /// Whether pepsal connected to the server: [`SavedSyn::is_split`].
+    pub fn is_split(&self) -> bool {
+        self.syn.is_split()
+    }
+}
+
 impl Transfer {
     /// A transfer of `bytes` from client to server.
     pub fn upload(bytes: u64) -> Self {

@@ -81,7 +81,7 @@ impl Scene {
     fn is_split(&self, family: Family) -> Result<bool> {
         let outcome = Transfer::upload(10_000).run(&self.topology.client, self.server.address(family))?;
         ensure!(outcome.intact);
-        Ok(outcome.syn.is_split())
+        Ok(outcome.is_split())
     }
 
     /// Lets the daemon read another configuration, and returns what it says to that, from the line with `answer` on.
@@ -116,7 +116,7 @@ impl Flow {
     }
 
     fn is_split(&self) -> bool {
-        self.server.syn.is_split()
+        self.server.is_split()
     }
 
     /// 256 KiB each way, checked.
@@ -426,13 +426,13 @@ fn no_connection_is_judged_by_anything_but_the_old_or_the_new_rules() -> Result<
             while !done.load(Ordering::Relaxed) {
                 let stream = Connector::default().connect(client, (Family::V4.server(), v4).into())?;
                 ensure!(
-                    listener.accept(PATIENCE)?.syn.is_split(),
+                    listener.accept(PATIENCE)?.is_split(),
                     "one that both rules take passed"
                 );
                 drop(stream);
                 let stream = Connector::default().connect(client, (Family::V6.server(), v6).into())?;
                 ensure!(
-                    !passing.accept(PATIENCE)?.syn.is_split(),
+                    !passing.accept(PATIENCE)?.is_split(),
                     "one that both rules leave alone was split"
                 );
                 drop(stream);

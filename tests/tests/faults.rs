@@ -39,7 +39,7 @@ impl Connection {
 
     /// A split connection's SYN starts at the gateway, with all its hops before it.
     fn is_split(&self) -> bool {
-        self.server.syn.is_split()
+        self.server.is_split()
     }
 
     /// Some segments each way.
@@ -170,7 +170,7 @@ fn hung_worker_lets_new_connections_pass() -> Result<()> {
     assert!(is_next_split(&topology, Family::V4)?);
     let address = SocketAddr::new(Family::V4.server(), listener.port());
     // Every connection to this port hangs the worker that gets it, until they pass.
-    let passed = |accepted: &Accepted| !accepted.syn.is_split();
+    let passed = |accepted: &Accepted| !accepted.is_split();
     let _stuck = listener.wait_until_passed(&topology.client, address, PATIENCE, passed);
     daemon.signal(Signal::SIGKILL)?;
     daemon.wait()?;
@@ -298,7 +298,7 @@ fn without_memory_the_daemon_is_killed_and_new_connections_pass() -> Result<()> 
         // The kernel answers, and then the daemon has to have memory for it.
         open.push(Connector::default().connect(&topology.client, address)?);
         match listener.accept(patience(Duration::from_secs(1))) {
-            Ok(accepted) if accepted.syn.is_split() => {}
+            Ok(accepted) if accepted.is_split() => {}
             _ => break,
         }
         ensure!(open.len() < 2000, "a MiB holds more than {} flows", open.len());

@@ -141,7 +141,7 @@ fn fragments_of_a_flow_reach_it() -> Result<()> {
     let daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
     let outcome = Transfer::download(2_000_000).run(&topology.client, server.address(Family::V4))?;
     assert!(outcome.intact);
-    assert!(outcome.syn.is_split(), "not split");
+    assert!(outcome.is_split(), "not split");
     let exit = daemon.terminate()?;
     assert_eq!(count(&exit, "fragment"), 0, "{}", exit.log);
     Ok(())
@@ -339,7 +339,7 @@ fn flow(topology: &Topology, connector: &Connector) -> Result<(TcpStream, TcpStr
     let address = SocketAddr::new(Family::V4.server(), listener.port());
     let client = connector.connect(&topology.client, address)?;
     let accepted = listener.accept(patience(PATIENCE))?;
-    ensure!(accepted.syn.is_split(), "not split");
+    ensure!(accepted.is_split(), "not split");
     Ok((client, accepted.stream))
 }
 
@@ -402,7 +402,7 @@ fn many_idle_connections_do_not_keep_others_out() -> Result<()> {
     for family in Family::BOTH {
         let outcome = Transfer::download(500_000).run(&topology.client, server.address(family))?;
         assert!(outcome.intact);
-        assert!(outcome.syn.is_split());
+        assert!(outcome.is_split());
     }
     Ok(())
 }
@@ -494,7 +494,7 @@ fn clients_may_use_any_source_port() -> Result<()> {
                 .connect(&topology.client, address)
                 .with_context(|| format!("{family:?} port {port}"))?;
             let accepted = listener.accept(patience(PATIENCE))?;
-            assert!(accepted.syn.is_split(), "{family:?} port {port} is not split");
+            assert!(accepted.is_split(), "{family:?} port {port} is not split");
             assert_eq!(accepted.peer, client.local_addr()?);
             exchange(&client, &accepted.stream)?;
         }
@@ -586,7 +586,7 @@ fn ports_in_time_wait_get_a_flow_every_time_they_are_used_again() -> Result<()> 
         let client =
             connect_again(&connector, &topology, address).with_context(|| format!("round {round}"))?;
         let accepted = listener.accept(patience(PATIENCE))?;
-        ensure!(accepted.syn.is_split(), "round {round} is not split");
+        ensure!(accepted.is_split(), "round {round} is not split");
         exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
         client.shutdown(Shutdown::Write)?;
         ensure!((&accepted.stream).read(&mut [0])? == 0);

@@ -29,7 +29,7 @@ const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
 fn is_split(topology: &Topology, server: SocketAddr) -> Result<bool> {
     let outcome = Transfer::upload(1).run(&topology.client, server)?;
     assert!(outcome.intact);
-    Ok(outcome.syn.is_split())
+    Ok(outcome.is_split())
 }
 
 /// Runs the daemon with what it has to refuse, and returns its one line of error.
@@ -460,7 +460,7 @@ fn two_instances_on_different_interfaces_coexist_and_stop_apart() -> Result<()> 
         let address = SocketAddr::new(Family::V4.client(), inside.port());
         let outcome = Transfer::upload(100_000).run(&topology.server, address)?;
         assert!(outcome.intact);
-        Ok(outcome.syn.is_split())
+        Ok(outcome.is_split())
     };
     let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
     let second = ["-i", "sat0"];

@@ -106,7 +106,7 @@ impl Scene {
     fn open_by(&self, connector: &Connector, family: Family) -> Result<Flow> {
         let client = connector.connect(&self.topology.client, self.address(family))?;
         let server = self.listener(family).accept(PATIENCE)?;
-        assert!(server.syn.is_split(), "it is split");
+        assert!(server.is_split(), "it is split");
         Ok(Flow { client, server })
     }
 

@@ -700,9 +700,11 @@ impl Bed {
 
     /// Bounds what each kernel buffers for one socket: `ends` at client and server, `gateway` in between.
     fn limit_buffers(&self, ends: usize, gateway: usize) -> Result<()> {
+        let [client_legs, server_legs] = self.daemon.namespaces()?;
         for (namespace, most) in [
             (&self.topology.client, ends),
-            (&self.topology.gateway, gateway),
+            (&client_legs, gateway),
+            (&server_legs, gateway),
             (&self.topology.server, ends),
         ] {
             let first = most.min(128 * KIB);
@@ -790,7 +792,7 @@ fn connected(bed: &Bed, family: Family, listener: &Listener) -> Result<Flow> {
     let client = Connector::default().connect(&bed.topology.client, address)?;
     let server = listener.accept(PATIENCE)?;
     // A forwarded SYN would have one less; without this the tests would be of the kernel alone.
-    ensure!(server.syn.is_split(), "the connection was not intercepted");
+    ensure!(server.is_split(), "the connection was not intercepted");
     Ok(Flow {
         client,
         server: server.stream,

@@ -31,7 +31,7 @@ const UNIT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/pepsal.ser
 fn is_split(topology: &Topology, server: SocketAddr) -> Result<bool> {
     let outcome = Transfer::upload(100_000).run(&topology.client, server)?;
     assert!(outcome.intact);
-    Ok(outcome.syn.is_split())
+    Ok(outcome.is_split())
 }
 
 fn assert_relays(topology: &Topology, server: &Server) -> Result<()> {

@@ -22,7 +22,7 @@ const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
 
 /// Whether a connection was split: its SYN then starts at the gateway, with all its hops before it.
 fn is_split(accepted: &Accepted) -> bool {
-    accepted.syn.is_split()
+    accepted.is_split()
 }
 
 /// A connection with both its ends.
@@ -81,7 +81,7 @@ fn is_next_split(topology: &Topology, server: &Server, family: Family) -> Result
         outcome.peer,
         outcome.local
     );
-    Ok(outcome.syn.is_split())
+    Ok(outcome.is_split())
 }
 
 /// Both families' connections are split and carry payload both ways.
@@ -93,7 +93,7 @@ fn assert_splits(topology: &Topology) -> Result<()> {
                 .run(&topology.client, server.address(family))
                 .with_context(|| format!("{family:?} {transfer:?}"))?;
             assert!(outcome.intact, "{family:?}");
-            assert!(outcome.syn.is_split(), "{family:?} is not split");
+            assert!(outcome.is_split(), "{family:?} is not split");
             assert_eq!(outcome.peer, outcome.local, "{family:?}");
         }
     }
@@ -452,7 +452,7 @@ fn connections_that_arrive_on_a_tun_device_are_taken() -> Result<()> {
         let address = SocketAddr::new(family.client(), inside.port());
         let outcome = Transfer::upload(500_000).run(&topology.server, address)?;
         assert!(outcome.intact);
-        assert!(outcome.syn.is_split(), "{family:?} is not split");
+        assert!(outcome.is_split(), "{family:?} is not split");
     }
     Ok(())
 }
@@ -465,7 +465,7 @@ fn path_mtu_discovery_reaches_the_server_leg() -> Result<()> {
         let daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
         let outcome = Transfer::upload(4 << 20).run(&topology.client, server.address(family))?;
         assert!(outcome.intact);
-        assert!(outcome.syn.is_split(), "{family:?} is not split");
+        assert!(outcome.is_split(), "{family:?} is not split");
         assert!(count(&daemon.terminate()?, "icmp_error") > 0, "{family:?}");
     }
     Ok(())

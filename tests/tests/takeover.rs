@@ -31,7 +31,7 @@ fn load(topology: &Topology, server: SocketAddr, seed: u64, stop: &AtomicBool) -
             .run(&topology.client, server)
             .with_context(|| format!("flow {flows} of seed {seed}"))?;
         ensure!(outcome.intact, "flow {flows} of seed {seed} is damaged");
-        ensure!(outcome.syn.is_split(), "flow {flows} of seed {seed} passed by");
+        ensure!(outcome.is_split(), "flow {flows} of seed {seed} passed by");
         flows += 1;
     }
     Ok(flows)
@@ -95,7 +95,7 @@ fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()
         );
     }
     let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4))?;
-    assert!(outcome.syn.is_split(), "the rules are still there");
+    assert!(outcome.is_split(), "the devices are still there");
     last.terminate()?;
     assert_eq!(Footprint::of(&topology.gateway)?, before);
     Ok(())
@@ -130,7 +130,7 @@ fn connections_that_request_nothing_do_not_delay_a_takeover() -> Result<()> {
     let second = Daemon::start(&topology.gateway, &TAKEOVER)?;
     first.wait_for_log("relieved")?;
     let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4))?;
-    assert_eq!(outcome.syn.ttl(), 64);
+    assert!(outcome.is_split());
     assert_eq!(first.wait()?.code(), Some(0));
     drop(second);
     Ok(())
@@ -160,8 +160,7 @@ fn successor_claims_what_it_wants_and_releases_the_rest() -> Result<()> {
 fn takeover_from_two_at_once_is_refused() -> Result<()> {
     let topology = Topology::new()?;
     let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    let other = ["-i", "sat0", "-p", "5001", "--table", "5001", "--mark", "0x2"];
-    let second = Daemon::start(&topology.gateway, &other)?;
+    let second = Daemon::start(&topology.gateway, &["-i", "sat0"])?;
     let exit = Daemon::expect_failure(&topology.gateway, &TAKEOVER)?;
     let expected = format!(
         "cannot take over from both process {} (interface lan0) and process {} (interface sat0): stop one of them",
@@ -187,7 +186,7 @@ fn one_that_does_not_let_go_stays() -> Result<()> {
     assert!(exit.log.contains(&expected), "{}", exit.log);
     pepsal_tests::eventually(Duration::from_secs(20), || {
         let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4));
-        outcome.is_ok_and(|outcome| outcome.syn.is_split())
+        outcome.is_ok_and(|outcome| outcome.is_split())
     });
     Ok(())
 }

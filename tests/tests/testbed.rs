@@ -50,7 +50,7 @@ fn server_sees_the_options_of_the_clients_syn() -> Result<()> {
     assert_eq!(v4.syn.source(), Family::V4.client());
     assert_eq!(v4.syn.destination(), Family::V4.server());
     assert_eq!(v4.syn.ttl(), 127, "one router on the way");
-    assert!(!v4.syn.is_split());
+    assert!(!v4.is_split());
 
     let connector = Connector {
         traffic_class: 0x48,

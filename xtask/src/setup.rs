@@ -39,6 +39,7 @@ const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::BenchRelay, "iperf3", "iperf3"),
     (Needs::Test, "curl", "curl"),
     (Needs::Test, "haproxy", "haproxy"),
+    (Needs::Test, "nft", "nftables"),
     (Needs::Test, "nginx", "nginx-light"),
     (Needs::Test, "strace", "strace"),
     (Needs::Test, "systemd-analyze", "systemd"),

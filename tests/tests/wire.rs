@@ -1,0 +1,250 @@
+//! Ways of packets: interfaces of every kind, packet sizes, errors from routers, clients and servers side by side.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use pepsal_tests::{Daemon, Family, Namespace, Server, Topology, Transfer, eventually};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Enough for many segments of every size.
+const BYTES: u64 = 2_000_000;
+
+const PACKET_SIZES: [u32; 3] = [1280, 1500, 9000];
+
+/// Both ways between a client and a server, intact and split.
+fn assert_splits(client: &Namespace, server: SocketAddr) -> Result<()> {
+    for transfer in [Transfer::upload(BYTES), Transfer::download(BYTES)] {
+        let outcome = transfer
+            .run(client, server)
+            .with_context(|| format!("{transfer:?} to {server}"))?;
+        ensure!(outcome.intact, "{transfer:?} to {server} is damaged");
+        ensure!(outcome.is_split(), "a flow to {server} is not split");
+        ensure!(outcome.peer == outcome.local, "the server sees {}", outcome.peer);
+    }
+    Ok(())
+}
+
+fn set_mtu(topology: &Topology, lan: u32, sat: u32) -> Result<()> {
+    topology.client.ip(format!("link set eth0 mtu {lan}"))?;
+    topology
+        .gateway
+        .ip(format!("link set lan0 mtu {lan}\nlink set sat0 mtu {sat}"))?;
+    topology.server.ip(format!("link set eth0 mtu {sat}"))
+}
+
+/// How often a host has reassembled a packet or was told of one that is too big, from its counters.
+fn fragments_and_errors(namespace: &Namespace) -> Result<u64> {
+    let nstat = namespace.command("nstat").args(["-asz"]).output()?;
+    let text = String::from_utf8(nstat.stdout)?;
+    let names = [
+        "IpReasmReqds",
+        "Ip6ReasmReqds",
+        "IpFragCreates",
+        "Ip6FragCreates",
+        "IcmpInDestUnreachs",
+        "Icmp6InPktTooBigs",
+    ];
+    let values = text.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        names
+            .contains(&words.next()?)
+            .then(|| words.next()?.parse::<u64>().ok())?
+    });
+    Ok(values.sum())
+}
+
+#[test]
+fn packets_of_every_size_pass_in_every_mixture() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    for lan in PACKET_SIZES {
+        for sat in PACKET_SIZES {
+            // The daemon follows, while it runs.
+            set_mtu(&topology, lan, sat)?;
+            for family in Family::BOTH {
+                assert_splits(&topology.client, server.address(family))
+                    .with_context(|| format!("{lan} bytes towards the client, {sat} towards the server"))?;
+            }
+        }
+    }
+    for end in [&topology.client, &topology.server] {
+        assert_eq!(
+            fragments_and_errors(end)?,
+            0,
+            "no end sends what the way does not take"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn packet_size_may_change_while_flows_are_open() -> Result<()> {
+    let topology = Topology::new()?;
+    let server = Server::start(&topology.server)?;
+    let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    for family in Family::BOTH {
+        let address = server.address(family);
+        let connector = pepsal_tests::Connector::default();
+        let session =
+            pepsal_tests::Session::open(&connector, &topology.client, address, &Default::default())?;
+        for (lan, sat) in [
+            (1500, 1500),
+            (1300, 1500),
+            (1500, 1300),
+            (9000, 9000),
+            (1280, 1280),
+            (1500, 1500),
+        ] {
+            set_mtu(&topology, lan, sat)?;
+            let (_, is_intact) = session
+                .download(BYTES, 1)
+                .with_context(|| format!("{family:?} {lan} {sat}"))?;
+            assert!(is_intact, "{family:?} {lan} {sat}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn path_mtu_discovery_reaches_the_client_leg() -> Result<()> {
+    // The clients are on the far side of the router, for once.
+    let topology = Topology::builder().path_mtu(1400).build()?;
+    let inside = Server::start(&topology.client)?;
+    let _daemon = Daemon::start(&topology.gateway, &["-i", "sat0"])?;
+    for family in Family::BOTH {
+        assert_splits(&topology.server, SocketAddr::new(family.client(), inside.port()))?;
+    }
+    Ok(())
+}
+
+/// A topology whose client and another host are on one switch with the gateway's `lan0`, in subnets of their own.
+struct Hairpin {
+    topology: Topology,
+    _switch: Namespace,
+    neighbour: Namespace,
+}
+
+impl Hairpin {
+    fn new() -> Result<Self> {
+        let topology = Topology::new()?;
+        let switch = Namespace::new("switch")?;
+        let neighbour = Namespace::new("neighbour")?;
+        for setting in ["all", "default"] {
+            neighbour.sysctl(&format!("net.ipv6.conf.{setting}.accept_dad"), 0)?;
+        }
+        switch.ip("link add br0 type bridge\nlink set br0 up")?;
+        topology.gateway.ip("link delete lan0")?;
+        for (port, host, device) in [
+            ("gateway", &topology.gateway, "lan0"),
+            ("client", &topology.client, "eth0"),
+            ("neighbour", &neighbour, "eth0"),
+        ] {
+            switch.ip(format!(
+                "link add {port} type veth peer name {device} netns {}
+                 link set {port} master br0 up",
+                host.path().display()
+            ))?;
+        }
+        topology.gateway.ip("link set lan0 up
+             address add 10.1.0.1/24 dev lan0
+             address add 10.5.0.1/24 dev lan0
+             address add fd01::1/64 dev lan0 nodad
+             address add fd05::1/64 dev lan0 nodad")?;
+        topology.gateway.sysctl("net.ipv4.conf.all.send_redirects", 0)?;
+        topology.gateway.sysctl("net.ipv4.conf.lan0.send_redirects", 0)?;
+        for (host, net) in [(&topology.client, 1), (&neighbour, 5)] {
+            host.ip(format!(
+                "link set eth0 up
+                 address add 10.{net}.0.2/24 dev eth0
+                 address add fd0{net}::2/64 dev eth0 nodad
+                 route add default via 10.{net}.0.1
+                 route add default via fd0{net}::1"
+            ))?;
+        }
+        Ok(Self {
+            topology,
+            _switch: switch,
+            neighbour,
+        })
+    }
+}
+
+#[test]
+fn client_and_server_may_be_behind_one_interface() -> Result<()> {
+    let hairpin = Hairpin::new()?;
+    let server = Server::start(&hairpin.neighbour)?;
+    let addresses: [IpAddr; 2] = ["10.5.0.2".parse()?, "fd05::2".parse()?];
+    let _daemon = Daemon::start(&hairpin.topology.gateway, &["-i", "lan0"])?;
+    for address in addresses {
+        let outcome = Transfer::upload(1).run(&hairpin.topology.client, (address, server.port()).into());
+        outcome.with_context(|| format!("{address}"))?;
+        assert_splits(&hairpin.topology.client, (address, server.port()).into())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn clients_behind_a_bridge_of_the_gateway_are_served() -> Result<()> {
+    let topology = Topology::new()?;
+    topology.gateway.ip("link add br0 type bridge
+         link set lan0 master br0
+         address flush dev lan0
+         link set br0 up
+         address add 10.1.0.1/24 dev br0
+         address add fd01::1/64 dev br0 nodad")?;
+    let server = Server::start(&topology.server)?;
+    let _daemon = Daemon::start(&topology.gateway, &["-i", "br0"])?;
+    for family in Family::BOTH {
+        eventually(PATIENCE, || {
+            Transfer::upload(1)
+                .run(&topology.client, server.address(family))
+                .is_ok()
+        });
+        assert_splits(&topology.client, server.address(family))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn other_programs_on_the_interface_see_each_packet_once() -> Result<()> {
+    let topology = Topology::new()?;
+    let tc = |arguments: &str| -> Result<String> {
+        let output = topology
+            .gateway
+            .command("tc")
+            .args(arguments.split(' '))
+            .output()?;
+        ensure!(
+            output.status.success(),
+            "tc {arguments}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        Ok(String::from_utf8(output.stdout)?)
+    };
+    tc("qdisc add dev lan0 clsact")?;
+    for direction in ["ingress", "egress"] {
+        tc(&format!(
+            "filter add dev lan0 {direction} protocol ip matchall action gact pass"
+        ))?;
+    }
+    let server = Server::start(&topology.server)?;
+    let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    assert_splits(&topology.client, server.address(Family::V4))?;
+    for direction in ["ingress", "egress"] {
+        let shown = tc(&format!("-s filter show dev lan0 {direction}"))?;
+        let bytes = shown
+            .split("Sent ")
+            .nth(1)
+            .and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok())
+            .with_context(|| format!("a count in {shown}"))?;
+        // One transfer's payload this way, and headers and acknowledgements; not twice.
+        assert!(
+            (BYTES..BYTES * 3 / 2).contains(&bytes),
+            "{direction}: {bytes} bytes"
+        );
+    }
+    Ok(())
+}
