@@ -1,7 +1,12 @@
 //! Both ends of a device pair: a leg's socket mark is the interface of its client's SYN. Marks do not cross from one
 //! namespace to another, but the frame's addresses do.
 
-use crate::skb::{DROP, NEXT, Skb};
+use pepsal_ebpf::Counter;
+
+use crate::{
+    maps::count,
+    skb::{DROP, NEXT, Skb},
+};
 
 /// The first octets of a source address that names an interface; it is a locally administered one (IEEE 802).
 const LABEL: [u8; 2] = [0x02, b'i'];
@@ -15,7 +20,10 @@ pub fn label(skb: Skb) -> i32 {
     let [first, second] = LABEL;
     match skb.write(SOURCE_ADDRESS_AT, &[first, second, a, b, c, d]) {
         true => NEXT,
-        false => DROP,
+        false => {
+            count(Counter::Undeliverable);
+            DROP
+        }
     }
 }
 

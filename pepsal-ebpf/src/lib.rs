@@ -234,6 +234,36 @@ impl FlowKey {
     }
 }
 
+/// Slots of the [filter of flows](FlowKey::filter_slot), a byte each. At 100,000 flows a tenth of them is taken.
+pub const FILTER_SLOTS: usize = 1 << 20;
+/// Bytes before the slots: the generation, and padding.
+pub const FILTER_HEADER: usize = 8;
+/// How many generations a slot is valid for after its own. One more than is needed: the count from 255 to 1 leaves zero out.
+pub const FILTER_GENERATIONS: u8 = 3;
+
+impl FlowKey {
+    /// The slot of a flow in the filter by which the programs tell packets of no flow without looking for a socket: it contains
+    /// the generation in which a flow with this hash was last known. Flows share slots; a slot that says "perhaps" costs a
+    /// look-up.
+    #[inline(always)]
+    pub fn filter_slot(&self) -> usize {
+        let fold = |addr: MappedAddr| {
+            let [a, b, c, d] = addr.words();
+            a ^ b.rotate_left(9) ^ c.rotate_left(18) ^ d
+        };
+        let [a, b] = self.client_port;
+        let [c, d] = self.server_port;
+        let ports = u32::from_ne_bytes([a, b, c, d]);
+        let mut hash = fold(self.client).wrapping_mul(0x9e37_79b1)
+            ^ fold(self.server).wrapping_mul(0x85eb_ca77)
+            ^ ports.wrapping_mul(0xc2b2_ae3d);
+        hash ^= hash >> 15;
+        hash = hash.wrapping_mul(0x2c1b_3c6d);
+        hash ^= hash >> 12;
+        hash as usize & (FILTER_SLOTS - 1)
+    }
+}
+
 /// What the fragments of one packet have in common (RFC 791, 3.2; RFC 8200, 4.5).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -447,6 +477,8 @@ counters! {
     Returned = "returned",
     /// A client leg's segment left for the client.
     Sent = "sent",
+    /// Dropped: the host's ICMP redirect about a flow, by which client or server would go past the gateway.
+    Redirect = "redirect",
     /// Dropped: a leg's packet that names no interface, or that there is no route for.
     Undeliverable = "undeliverable",
 

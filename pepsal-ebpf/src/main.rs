@@ -29,7 +29,7 @@ use pepsal_ebpf::Counter;
 
 use crate::{
     maps::{clients_ifindex, count},
-    skb::{NEXT, Skb},
+    skb::{DROP, NEXT, Skb},
 };
 
 mod clients_out;
@@ -48,8 +48,8 @@ mod window;
 #[classifier]
 pub fn pepsal_steer(ctx: TcContext) -> i32 {
     let skb = Skb(ctx.skb.skb);
-    if steer::is_injected(skb) {
-        count(Counter::Injected);
+    if let Some(counter) = steer::injected(skb) {
+        count(counter);
         return NEXT;
     }
     match steer::classify(&ctx) {
@@ -77,7 +77,10 @@ pub fn pepsal_replies(ctx: TcContext) -> i32 {
     match replies::classify(skb) {
         Ok(counter) => {
             count(counter);
-            replies::to_servers(skb)
+            match counter {
+                Counter::Redirect => DROP,
+                _ => replies::to_servers(skb),
+            }
         }
         Err(counter) => {
             count(counter);

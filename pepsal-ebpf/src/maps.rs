@@ -4,10 +4,11 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, SockMap},
 };
-use core::ptr::{addr_of, read_volatile};
+use core::ptr::{addr_of, read_volatile, write_volatile};
 use pepsal_ebpf::{
-    Counter, ExtensionHeaders, FlowKey, FragmentKey, Interface, LINKS_MAX, PORT_SETS_MAX, PREFIXES_MAX,
-    PortSet, PrefixKey, SynHead, SynRecord, packet::Segment,
+    Counter, ExtensionHeaders, FILTER_GENERATIONS, FILTER_HEADER, FILTER_SLOTS, FlowKey, FragmentKey,
+    Interface, LINKS_MAX, PORT_SETS_MAX, PREFIXES_MAX, PortSet, PrefixKey, SynHead, SynRecord,
+    packet::Segment,
 };
 
 /// Constants that the loader writes into the object before the kernel sees it.
@@ -34,6 +35,8 @@ settings! {
     MARK_MASK / mark_mask: u32,
     /// This instance's number, in `tc_index` beside the mark: two instances do not take each other's packets for their own.
     INSTANCE / instance: u16,
+    /// The number of the instance that this one took over from; zero without.
+    PREDECESSOR / predecessor: u16,
     /// Index of the host end of the clients' device.
     CLIENTS_IFINDEX / clients_ifindex: u32,
     /// Index of the host end of the servers' device.
@@ -98,6 +101,10 @@ pub static HEARTBEAT: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub static FRAGMENTS: LruHashMap<FragmentKey, u8> = LruHashMap::with_max_entries(FRAGMENTED_MAX, 0);
 
+/// The filter of flows: a generation, padding, and the slots.
+#[map]
+static FILTER: Array<[u8; FILTER_HEADER + FILTER_SLOTS]> = Array::with_max_entries(1, BPF_F_MMAPABLE);
+
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(Counter::ALL.len() as u32, 0);
 
@@ -113,11 +120,43 @@ pub struct Scratch {
 const FRAGMENTED_MAX: u32 = 4096;
 const EXTENDED_MAX: u32 = 1024;
 const BPF_F_NO_PREALLOC: u32 = 1;
+/// The daemon writes to it without system calls.
+const BPF_F_MMAPABLE: u32 = 1 << 10;
 
 #[inline(always)]
 pub fn count(counter: Counter) {
     if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
         // SAFETY: the element is this CPU's own.
         unsafe { *value += 1 };
+    }
+}
+
+/// Whether there is, or was not long ago, a flow in the slot of this one; true where that is unknown.
+#[inline(always)]
+pub fn may_be_flow(flow: &FlowKey) -> bool {
+    let Some(filter) = FILTER.get_ptr(0) else {
+        return true;
+    };
+    let filter = filter.cast::<u8>();
+    // SAFETY: within the element; single bytes, which the daemon and other processors write whole.
+    let (generation, known) = unsafe {
+        (
+            read_volatile(filter),
+            read_volatile(filter.add(FILTER_HEADER + flow.filter_slot())),
+        )
+    };
+    known != 0 && generation.wrapping_sub(known) <= FILTER_GENERATIONS
+}
+
+/// Notes a flow in its slot.
+#[inline(always)]
+pub fn note_flow(flow: &FlowKey) {
+    if let Some(filter) = FILTER.get_ptr_mut(0) {
+        let filter = filter.cast::<u8>();
+        // SAFETY: as above.
+        unsafe {
+            let generation = read_volatile(filter);
+            write_volatile(filter.add(FILTER_HEADER + flow.filter_slot()), generation);
+        }
     }
 }

@@ -139,8 +139,9 @@ impl Segment {
         )
     }
 
+    /// The segment with its two ends exchanged, as one that is an answer to it.
     #[inline(always)]
-    fn swapped(self) -> Self {
+    pub fn swapped(self) -> Self {
         Self {
             source: self.destination,
             destination: self.source,
@@ -451,7 +452,13 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
     if !is_error(family, header[0]) {
         return Err(Counter::NotTcp);
     }
-    let at = ip.payload.offset + 8;
+    let end = ip.payload.offset + ip.payload.len;
+    quoted(packet, ip.payload.offset + 8, end, family).map(Parsed::IcmpError)
+}
+
+/// The segment that an ICMP message quotes at an offset, turned round. The message ends at `end`.
+#[inline(always)]
+fn quoted(packet: &impl Packet, at: u32, end: u32, family: Family) -> Result<Segment, Counter> {
     let quoted = match family {
         Family::V4 => parse_v4(packet, packet.words(at).ok_or(Counter::Malformed)?, at)?,
         Family::V6 => parse_v6(packet, packet.words(at).ok_or(Counter::Malformed)?, at)?,
@@ -460,7 +467,7 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
         return Err(Counter::NotTcp);
     }
     // What the quoted packet and the quoting one both say is there.
-    if quoted.payload.len < 8 || ip.payload.offset + ip.payload.len < quoted.payload.offset + 8 {
+    if quoted.payload.len < 8 || end < quoted.payload.offset + 8 {
         return Err(Counter::Malformed);
     }
     let ports: [u8; 8] = packet.read(quoted.payload.offset).ok_or(Counter::Malformed)?;
@@ -476,7 +483,49 @@ fn parse_icmp_error(packet: &impl Packet, ip: &Ip, family: Family) -> Result<Par
         hop_by_hop: Span::default(),
         destination_options: Span::default(),
     };
-    Ok(Parsed::IcmpError(segment.swapped()))
+    Ok(segment.swapped())
+}
+
+/// Options that are looked at in a redirect of IPv6: the quoted packet comes after the link-layer address, if there is one.
+const REDIRECT_OPTIONS_WALKED: usize = 3;
+const REDIRECT_V4: u8 = 5;
+const REDIRECT_V6: u8 = 137;
+/// Redirected header (RFC 4861, 4.6.3).
+const REDIRECTED_HEADER: u8 = 4;
+
+/// The segment that an ICMP redirect (RFC 792; RFC 4861, 4.5) is about, turned round.
+#[inline(always)]
+pub fn redirected(packet: &impl Packet, family: Family) -> Option<Segment> {
+    match family {
+        Family::V4 => {
+            let [first, _, third, ..]: [u32; 5] = packet.words(0)?;
+            let [version, _, len @ ..] = first.to_ne_bytes();
+            let at = u32::from(version & 0x0f) * 4;
+            let [icmp_type]: [u8; 1] = packet.read(at)?;
+            if third.to_ne_bytes()[1] != PROTO_ICMP || icmp_type != REDIRECT_V4 {
+                return None;
+            }
+            quoted(packet, at + 8, u32::from(u16::from_be_bytes(len)), family).ok()
+        }
+        Family::V6 => {
+            let [len_high, len_low, protocol]: [u8; 3] = packet.read(4)?;
+            let [icmp_type]: [u8; 1] = packet.read(40)?;
+            if protocol != PROTO_ICMPV6 || icmp_type != REDIRECT_V6 {
+                return None;
+            }
+            let end = 40 + u32::from(u16::from_be_bytes([len_high, len_low]));
+            // Type, code, checksum, four bytes that are reserved, two addresses.
+            let mut at = 40 + 40;
+            for _ in 0..REDIRECT_OPTIONS_WALKED {
+                let [kind, len]: [u8; 2] = packet.read(at)?;
+                if kind == REDIRECTED_HEADER {
+                    return quoted(packet, at + 8, end, family).ok();
+                }
+                at += u32::from(len) * 8;
+            }
+            None
+        }
+    }
 }
 
 /// Fills `record` with what the SYN says, except for its time and interface; whatever was in `record` is overwritten.
@@ -805,8 +854,16 @@ mod tests {
 
     fn address(family: Family) -> BoxedStrategy<IpAddr> {
         match family {
-            Family::V4 => any::<u32>().prop_map(|bits| Ipv4Addr::from(bits).into()).boxed(),
-            Family::V6 => any::<u128>().prop_map(|bits| Ipv6Addr::from(bits).into()).boxed(),
+            Family::V4 => any::<u32>()
+                .prop_map(Ipv4Addr::from)
+                .prop_filter("of one link only", |address| !address.is_link_local())
+                .prop_map(IpAddr::from)
+                .boxed(),
+            Family::V6 => any::<u128>()
+                .prop_map(Ipv6Addr::from)
+                .prop_filter("of one link only", |address| !address.is_unicast_link_local())
+                .prop_map(IpAddr::from)
+                .boxed(),
         }
     }
 
@@ -818,7 +875,7 @@ mod tests {
     fn plain_options(words_of_four: std::ops::Range<usize>) -> impl Strategy<Value = Vec<u8>> {
         words(4, words_of_four).prop_map(|mut options| {
             for byte in &mut options {
-                if matches!(*byte, 19 | 29 | 131 | 137) {
+                if matches!(*byte, 19 | 29 | 30 | 131 | 137) {
                     *byte = 1;
                 }
             }
@@ -833,11 +890,7 @@ mod tests {
         (
             (address(family), 1_u16..),
             (address(family), 1_u16..),
-            (
-                any::<u8>(),
-                any::<u8>(),
-                if is_v4 { 0..1 } else { 0..1_u32 << 20 },
-            ),
+            (any::<u8>(), 2_u8.., if is_v4 { 0..1 } else { 0..1_u32 << 20 }),
             plain_options(if is_v4 { 0..11 } else { 0..1 }),
             extensions,
             plain_options(0..11),
@@ -1062,6 +1115,50 @@ mod tests {
             syn.tcp_options = [&vec![1; before][..], &signature, &[7; 16], &vec![0; 10 - before - before % 2]].concat();
             syn.tcp_options.resize(syn.tcp_options.len().next_multiple_of(4), 0);
             prop_assert_eq!(packet(&syn), Err(Counter::Signed));
+        }
+
+        #[test]
+        fn syn_that_no_router_or_no_proxy_may_take_is_left_alone(
+            mut syn in any_syn(), host in any::<u16>(), ttl in 0_u8..2, before in 0_usize..4, subtype in 0_u8..16,
+        ) {
+            syn.ip_options = Vec::new();
+            syn.extensions = Vec::new();
+            let recorded = |syn: &Syn| {
+                let packet = syn.packet();
+                let Ok(Parsed::Tcp(segment)) = parse_bytes(&packet, syn.family()) else { panic!("a segment") };
+                record_syn(&packet.as_slice(), &segment, &mut SynRecord::EMPTY.clone())
+            };
+            let [high, low] = host.to_be_bytes();
+            let link_local: IpAddr = match syn.family() {
+                Family::V4 => [169, 254, high, low].into(),
+                Family::V6 => [0xfe80 | host & 0x3f, 0, 0, 0, 0, 0, 0, host].into(),
+            };
+            let port = syn.source.port();
+            let local = Syn { source: (link_local, port).into(), ..syn.clone() };
+            prop_assert_eq!(recorded(&local), Err(Counter::LinkLocal));
+            prop_assert_eq!(recorded(&Syn { ttl, ..syn.clone() }), Err(Counter::Expiring));
+            syn.tcp_options = [&vec![1; before][..], &[30, 12, subtype << 4], &[7; 9]].concat();
+            syn.tcp_options.resize(syn.tcp_options.len().next_multiple_of(4), 0);
+            let expected = if subtype == MP_JOIN { Err(Counter::Joining) } else { Ok(()) };
+            prop_assert_eq!(recorded(&syn), expected);
+        }
+
+        #[test]
+        fn redirect_names_the_quoted_flow_turned_round(syn in any_syn(), has_address: bool, more in 0..50_usize) {
+            let segment_at = syn.packet().len() - syn.segment().len();
+            let quoted = &syn.packet()[..(segment_at + 8 + more).min(syn.packet().len())];
+            let redirect = match syn.family() {
+                Family::V4 => icmp_error(&syn, REDIRECT_V4, quoted),
+                Family::V6 => {
+                    let link_layer_address: &[u8] = if has_address { &[2, 1, 7, 7, 7, 7, 7, 7] } else { &[] };
+                    let body = [&[0; 32], link_layer_address, &[REDIRECTED_HEADER, 9, 0, 0, 0, 0, 0, 0], quoted].concat();
+                    icmp_error(&syn, REDIRECT_V6, &body)
+                }
+            };
+            let expected = FlowKey::between(syn.destination, syn.source);
+            let segment = redirected(&redirect.as_slice(), syn.family());
+            prop_assert_eq!(segment.map(|segment| segment.flow()), Some(expected));
+            prop_assert_eq!(redirected(&syn.packet().as_slice(), syn.family()), None);
         }
 
         #[test]

@@ -2,11 +2,11 @@
 
 use pepsal_ebpf::{
     Counter, DEVICE_MAC,
-    packet::{Family, Parsed, parse},
+    packet::{Family, Parsed, parse, redirected},
 };
 
 use crate::{
-    maps::{INTERFACES, clients_ifindex, servers_ifindex},
+    maps::{INTERFACES, clients_ifindex, count, servers_ifindex},
     skb::{DROP, Skb},
     sockets::{Found, Side},
 };
@@ -32,13 +32,26 @@ fn classify_whole(skb: Skb) -> Result<Counter, Counter> {
         return Err(Counter::Vlan);
     }
     let family = skb.family().ok_or(Counter::NotIp)?;
-    let (segment, counter) = match parse(&skb, family)? {
-        Parsed::Tcp(segment) => (segment, Counter::Returned),
-        Parsed::IcmpError(segment) => (segment, Counter::IcmpError),
+    let (segment, counter) = match parse(&skb, family) {
+        Ok(Parsed::Tcp(segment)) => (segment, Counter::Returned),
+        Ok(Parsed::IcmpError(segment)) => (segment, Counter::IcmpError),
+        Err(Counter::NotTcp) => return classify_redirect(skb, family),
+        Err(counter) => return Err(counter),
     };
     match Side::Servers.find(skb, &segment) {
         Found::Leg(_) => Ok(counter),
         _ => Err(Counter::Foreign),
+    }
+}
+
+/// A redirect about what a server leg sends goes to the client, one about what the server sends to the server.
+#[inline(always)]
+fn classify_redirect(skb: Skb, family: Family) -> Result<Counter, Counter> {
+    let segment = redirected(&skb, family).ok_or(Counter::NotTcp)?;
+    let is_of_leg = |segment| matches!(Side::Servers.find(skb, &segment), Found::Leg(_));
+    match is_of_leg(segment) || is_of_leg(segment.swapped()) {
+        true => Ok(Counter::Redirect),
+        false => Err(Counter::NotTcp),
     }
 }
 
@@ -51,7 +64,10 @@ pub fn to_servers(skb: Skb) -> i32 {
     let is_framed = has_header || frame(skb);
     match is_framed && skb.write(0, &DEVICE_MAC) {
         true => skb.redirect(servers_ifindex()),
-        false => DROP,
+        false => {
+            count(Counter::Undeliverable);
+            DROP
+        }
     }
 }
 

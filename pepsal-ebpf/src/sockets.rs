@@ -12,7 +12,7 @@ use pepsal_ebpf::{
 };
 
 use crate::{
-    maps::{FRAGMENTS, clients_netns, servers_netns},
+    maps::{FRAGMENTS, clients_netns, may_be_flow, servers_netns},
     skb::Skb,
 };
 
@@ -64,6 +64,13 @@ impl Side {
             destination_port: [u8; 2],
         }
 
+        let flow = match self {
+            Self::Clients => segment.flow(),
+            Self::Servers => segment.answered_flow(),
+        };
+        if !may_be_flow(&flow) {
+            return Found::Nothing;
+        }
         let (source_port, destination_port) = (segment.source_port, segment.destination_port);
         let netns = self.netns();
         let skb = skb.0.cast();

@@ -21,7 +21,7 @@ use crate::{
     maps::{
         DESTINATIONS, EXTENSIONS, FLOWS, GENERATION, HEARTBEAT, INTERFACES, LINKS, LISTENERS, PORT_SETS,
         SCRATCH, SOURCES, Scratch, clients_ifindex, heartbeat_bound_ns, instance, log_syns, mark, mark_mask,
-        servers_ifindex,
+        note_flow, predecessor, servers_ifindex,
     },
     route,
     skb::Skb,
@@ -33,18 +33,19 @@ const BPF_EXIST: u64 = 2;
 const E2BIG: i32 = -7;
 const EEXIST: i32 = -17;
 
-/// Whether a server leg has sent the packet, by a pepsal that gave it to this interface's ingress. This instance's own goes
-/// on as the client's, without the mark; another's is left for its own program, which comes later.
+/// What becomes of a server leg's packet that a pepsal has given to this interface's ingress: this instance's own goes on as
+/// the client's, without the mark; another's is left for that one's program.
 #[inline(always)]
-pub fn is_injected(skb: Skb) -> bool {
+pub fn injected(skb: Skb) -> Option<Counter> {
     if skb.mark() & mark_mask() != mark() {
-        return false;
+        return None;
     }
-    if skb.tc_index() == u32::from(instance()) {
-        skb.set_mark(skb.mark() & !mark_mask());
-        skb.set_tc_index(0);
+    if skb.tc_index() != u32::from(instance()) {
+        return Some(Counter::Foreign);
     }
-    true
+    skb.set_mark(skb.mark() & !mark_mask());
+    // The instance's number stays: one that has taken over knows by it whose SYN this is.
+    Some(Counter::Injected)
 }
 
 /// `Ok` for a packet that is for the clients' side, `Err` for one that passes as it is.
@@ -93,6 +94,9 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
     if !skb.is_for_this_host() {
         return Err(Counter::OtherHost);
     }
+    if predecessor() != 0 && skb.tc_index() == u32::from(predecessor()) {
+        return Err(Counter::Foreign);
+    }
     let ingress_ifindex = skb.ifindex();
     // SAFETY: a whole value, which the daemon writes before it attaches to the interface.
     if unsafe { INTERFACES.get(ingress_ifindex) }.is_none_or(|interface| interface.intercepts == 0) {
@@ -138,6 +142,7 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
         // Where it is missing the daemon notices.
         let _ = EXTENSIONS.insert(flow, extensions, 0);
     }
+    note_flow(&flow);
     // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already.
     if FLOWS.insert(flow, head, BPF_EXIST).is_ok() {
         return Ok(Counter::Retransmitted);

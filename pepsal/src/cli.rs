@@ -56,7 +56,7 @@ pub enum Command {
     Top(ctl::top::Arguments),
     /// Reset flows of the running daemon
     Close(ctl::close::Arguments),
-    /// Find out what of this host would keep pepsal from working, and how to mend it
+    /// Check this host for the requirements of pepsal, and print the commands that mend it
     Doctor(ctl::doctor::Arguments),
     /// Have a daemon read its configuration again; one whose program was replaced is followed by the new one, without a gap
     Reload(ctl::reload::Arguments),
@@ -72,7 +72,8 @@ pub struct Options {
     #[arg(short = 'F', long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Intercept new TCP connections that arrive on this interface (repeatable)
+    /// Intercept new TCP connections that arrive on this interface (repeatable): name every interface by which packets of
+    /// clients arrive
     #[arg(
         short = 'i',
         long = "interface",
@@ -298,8 +299,8 @@ pub struct SteeringOptions {
     #[arg(long, value_name = "FILE")]
     pub bypass_from: Vec<PathBuf>,
 
-    /// Packet mark of what server legs send, on its way into the host and cleared before anybody sees it, and the bits of the
-    /// mark that it may touch
+    /// Packet mark of server legs' packets on their way into the host, where it is cleared, and the bits of the mark that it
+    /// may touch
     #[arg(long, value_name = "VALUE[/MASK]", default_value = "0x10000000/0x10000000")]
     pub mark: Mark,
 
@@ -307,7 +308,7 @@ pub struct SteeringOptions {
     #[arg(long, value_name = "NUMBER", hide = true, value_parser = removed_table)]
     table: Option<u32>,
 
-    /// Address that the server sees: the client's own, or the gateway's
+    /// Source address of server legs: the client's, or the gateway's, as an ordinary socket of the host
     #[arg(long, value_name = "WHOSE", default_value = "client")]
     pub source: Source,
 

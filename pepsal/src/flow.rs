@@ -30,7 +30,7 @@ use crate::{
     conduit::ConduitPool,
     fault,
     host::namespace::Namespace,
-    leg::{self, LegConfig},
+    leg::{self, Attempt, LegConfig},
     link::{Link, Links},
     metrics::{Event, Metrics},
     paths::{self, Paths},
@@ -326,17 +326,15 @@ async fn connect(
     let has_data = has_data(client_leg.stream()).map_err(|_| CloseReason::ClientReset)?;
     let early_data = has_data && legs.carries_early_data();
     let connect = async {
-        let connect = legs.connect(
+        let attempt = Attempt {
             client,
             server,
-            &record,
-            link.as_deref(),
-            path_mss(&record, server.is_ipv6(), &shared.interfaces.load()),
+            record: &record,
+            link: link.as_deref(),
+            path_mss: path_mss(&record, server.is_ipv6(), &shared.interfaces.load()),
             has_data,
-            &shared.host,
-            &shared.metrics,
-        );
-        let stream = connect.await?;
+        };
+        let stream = legs.connect(&attempt, &shared.host, &shared.metrics).await?;
         if early_data {
             progress.add(Side::Server, leg::open(&stream, client_leg.stream()).await?);
         }

@@ -80,6 +80,24 @@ impl ShortPath {
 /// Round trips below which a path is short: a local or a regional network, and no satellite.
 const SHORT_PATH: Duration = Duration::from_millis(25);
 
+/// A connection that is to be made to a server.
+#[derive(Clone, Copy)]
+pub struct Attempt<'a> {
+    /// The client's address and port, from which it is made.
+    pub client: SocketAddr,
+    /// The server's address and port.
+    pub server: SocketAddr,
+    /// The client's SYN.
+    pub record: &'a SynRecord,
+    /// The link that the leg leaves through, where it has a profile.
+    pub link: Option<&'a Link>,
+    /// The largest segment that fits the way, in bytes, where the leg's route does not know it.
+    pub path_mss: Option<u16>,
+    /// Whether the client has sent data already, which fast open can carry in the SYN. Without, the SYN would wait for the
+    /// client, and the client may be waiting for the server.
+    pub has_data: bool,
+}
+
 impl LegConfig {
     /// What the command line asks for. `inside` is the congestion control that sockets of the legs' namespaces get when
     /// nobody chooses one.
@@ -189,22 +207,22 @@ impl LegConfig {
 
     /// Connects to the server the way the client meant to.
     ///
-    /// `has_data` tells that the client has sent something already, which fast open can carry in the SYN. Without, the
-    /// SYN would wait for the client, and the client may be waiting for the server.
-    ///
     /// # Errors
     /// What `connect` says, and what `socket` and `bind` say when they fail for good.
     pub async fn connect(
         &self,
-        client: SocketAddr,
-        server: SocketAddr,
-        record: &SynRecord,
-        link: Option<&Link>,
-        path_mss: Option<u16>,
-        has_data: bool,
+        attempt: &Attempt<'_>,
         host: &Namespace,
         metrics: &Metrics,
     ) -> io::Result<Stream> {
+        let Attempt {
+            client,
+            server,
+            record,
+            link,
+            path_mss,
+            has_data,
+        } = *attempt;
         let open = || {
             Socket::new(
                 Domain::for_address(server),

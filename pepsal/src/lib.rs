@@ -75,8 +75,8 @@ use tokio::{
     io::Interest,
     runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
-    task::JoinSet,
-    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
+    task::{JoinSet, spawn_blocking},
+    time::{Instant, MissedTickBehavior, interval, interval_at, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -103,6 +103,7 @@ use crate::{
         attachment::Attachments,
         claims::{self, Claims, Predecessor, Requests, Successor},
         device::{self, Device, Mtus},
+        filter::GENERATION,
         interfaces::{self, Changes, Interfaces},
         programs::{self, Programs},
         selection::Selection,
@@ -224,7 +225,7 @@ impl Proxy {
             None => Some(Claims::acquire(&directory, &options.interfaces)?),
         };
         let requests = Requests::listen(&directory)?;
-        namespaces.settle(ignores_marks(options)?);
+        namespaces.settle(ignores_marks(options)?)?;
         let legs = leg_config(options, &namespaces.clients)?;
         let mut rate_control = None;
         let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
@@ -245,6 +246,9 @@ impl Proxy {
         let selection = Selection::new(&options.steering.only, &options.steering.bypass);
         let config = programs::Config {
             mark,
+            predecessor: predecessor
+                .as_ref()
+                .and_then(|other| other.process.try_into().ok()),
             devices: [&clients, &servers],
             limit,
             selection: &selection,
@@ -302,6 +306,7 @@ impl Proxy {
             (None, Some(predecessor)) => {
                 let process = predecessor.process;
                 let claims = predecessor.take_over().await?;
+                attachments.taken_over();
                 info!(
                     process,
                     "taken over: the process before goes on with its open flows"
@@ -348,6 +353,7 @@ impl Proxy {
     ) -> Option<Successor> {
         self.accept_from(&self.listeners.pairs.clone());
         self.keep_budgets(&self.shared.links.all());
+        self.keep_filter();
         let mut stop = pin!(stop);
         let mut successor = pin!(requested(self.requests.clone()));
         let mut rounds = interval(keeper::ROUND);
@@ -358,7 +364,8 @@ impl Proxy {
                 successor = &mut successor => return Some(successor),
                 _ = rounds.tick() => {
                     self.keeper.round(&mut self.programs, &self.shared, &self.workers);
-                    if !self.attachments.are_intact(&mut self.programs) {
+                    let devices = [&self.clients, &self.servers];
+                    if !self.attachments.are_intact(&mut self.programs, devices) {
                         self.adapt().await;
                     }
                 }
@@ -386,6 +393,28 @@ impl Proxy {
             let accept = accept(pair.clone(), self.shared.clone(), self.workers.clone());
             self.attend(&self.workers.acceptor().clone(), accept);
         }
+    }
+
+    /// Has the filter of flows know those that are open, and forget those that are not, with every generation.
+    fn keep_filter(&mut self) {
+        let (filter, flows) = (self.programs.filter().clone(), self.programs.flows().clone());
+        let mut generations = interval_at(Instant::now() + GENERATION, GENERATION);
+        let keep = async move {
+            loop {
+                generations.tick().await;
+                let (filter, flows) = (filter.clone(), flows.clone());
+                // Without the list the generation stays, and with it all flows.
+                let advance = move || {
+                    flows
+                        .try_all()
+                        .map(|all| filter.advance(all.iter().map(|(key, _)| key)))
+                };
+                if let Ok(Err(error)) = spawn_blocking(advance).await {
+                    warn!("cannot read the kernel's map of flows: {error}");
+                }
+            }
+        };
+        self.attend(&Handle::current(), keep);
     }
 
     fn keep_budgets(&mut self, links: &[Arc<Link>]) {
@@ -428,7 +457,12 @@ impl Proxy {
 
     async fn try_adapt(&mut self) -> Result<()> {
         for (device, is_clients) in [(&mut self.clients, true), (&mut self.servers, false)] {
-            if device.restore().await? {
+            let is_new = device.restore().await?;
+            if is_new
+                || !self
+                    .attachments
+                    .is_device_intact(&mut self.programs, device, is_clients)
+            {
                 self.attachments
                     .attach_device(&mut self.programs, device, is_clients)?;
             }

@@ -1,5 +1,6 @@
 //! The built `pepsal`, running in a namespace.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::ffi::OsStr;
 use std::fs;
@@ -333,10 +334,22 @@ fn command(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Command 
         command.arg(ADMIN_SOCKET).arg(own_admin_socket());
     }
     // A pepsal that is installed on this machine has the usual one.
-    if is_daemon && !arguments.contains(&RUNTIME_DIR) {
+    if is_daemon && !arguments.contains(&RUNTIME_DIR) && knows(binary, RUNTIME_DIR) {
         command.arg(RUNTIME_DIR).arg(namespace.runtime_directory());
     }
     command
+}
+
+/// Whether a build has an option: benchmarks compare with builds from before some options. A program that cannot run is
+/// said to have it, so that its start fails with the reason.
+fn knows(binary: &Path, option: &str) -> bool {
+    static HELP: Mutex<BTreeMap<PathBuf, Option<String>>> = Mutex::new(BTreeMap::new());
+    let mut help = HELP.lock().unwrap_or_else(PoisonError::into_inner);
+    let help = help.entry(binary.to_owned()).or_insert_with(|| {
+        let output = Command::new(binary).arg("--help").output().ok()?;
+        Some(String::from_utf8_lossy(&output.stdout).into_owned())
+    });
+    help.as_ref().is_none_or(|text| text.contains(option))
 }
 
 /// Returns the path that the arguments give to the admin socket, in either form of an option with a value.
@@ -393,5 +406,12 @@ mod tests {
         assert_eq!(socket(&["-i", "lan0", "--admin-socket=/tmp/given.sock"]), given);
         assert_eq!(socket(&["check", "pepsal.toml"]), None);
         Ok(())
+    }
+
+    #[test]
+    fn builds_are_given_options_that_they_know() {
+        let echo = Path::new("/bin/echo");
+        assert!(knows(echo, "--help") && !knows(echo, RUNTIME_DIR));
+        assert!(knows(Path::new("/no/such/program"), RUNTIME_DIR));
     }
 }

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use pepsal_tests::{
-    Accepted, Connector, Daemon, Family, Footprint, Listener, Server, Topology, Transfer, eventually,
-    patience,
+    Accepted, Connector, Daemon, Family, Footprint, Hook, Listener, Server, Topology, Transfer,
+    count_programs, detach_programs, eventually, patience,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -102,6 +102,43 @@ fn device_that_somebody_removes_is_back_within_a_second() -> Result<()> {
         for family in Family::BOTH {
             assert!(is_next_split(&topology, family)?, "{what}");
         }
+    }
+    Ok(())
+}
+
+/// Where there is no tcx, filters go with their qdisc, and the daemon is not notified of single ones.
+#[test]
+fn program_that_somebody_detaches_is_back_within_a_second() -> Result<()> {
+    let topology = Topology::new()?;
+    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let [clients, servers] = daemon.namespaces()?;
+    for (namespace, interface, hook) in [
+        (&topology.gateway, "lan0", Hook::Ingress),
+        (&topology.gateway, "lan0", Hook::Egress),
+        (&topology.gateway, "pepsal-c0", Hook::Ingress),
+        (&topology.gateway, "pepsal-s0", Hook::Ingress),
+        (&clients, "wire0", Hook::Egress),
+        (&servers, "wire0", Hook::Egress),
+    ] {
+        let mut connection = Connection::open(&topology, Family::V4)?;
+        assert_eq!(
+            detach_programs(namespace, interface, hook)?,
+            1,
+            "{interface} {hook:?}"
+        );
+        let start = Instant::now();
+        eventually(PATIENCE, || {
+            count_programs(namespace, interface, hook).is_ok_and(|count| count == 1)
+        });
+        let time = start.elapsed();
+        assert!(
+            time < patience(Duration::from_secs(1)),
+            "{interface} {hook:?}: {time:?}"
+        );
+        connection
+            .exchange()
+            .with_context(|| format!("{interface} {hook:?}"))?;
+        assert!(is_next_split(&topology, Family::V6)?, "{interface} {hook:?}");
     }
     Ok(())
 }

@@ -511,7 +511,8 @@ fn many_short_connections_leave_no_descriptors() -> Result<()> {
         drop(flow.server);
         assert_eq!(receive_all(&flow.client)?, round.to_be_bytes());
     }
-    eventually(PATIENCE, || descriptors("socket:") == sockets);
+    // The daemon may have been asking the kernel for its interfaces when they were counted.
+    eventually(PATIENCE, || descriptors("socket:") <= sockets);
     // Pipes are kept for the next flow: one way each, two ends each, never more than there were at once.
     assert!(
         descriptors("pipe:") < 32,

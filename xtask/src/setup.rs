@@ -37,6 +37,7 @@ const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Demo, "ip", "iproute2"),
     (Needs::Soak, "prlimit", "util-linux"),
     (Needs::BenchRelay, "iperf3", "iperf3"),
+    (Needs::BenchRelay, "nft", "nftables"),
     (Needs::Test, "curl", "curl"),
     (Needs::Test, "haproxy", "haproxy"),
     (Needs::Test, "nft", "nftables"),

@@ -114,7 +114,7 @@ mod tests {
     use crate::cli::Cli;
 
     /// What only makes sense on the command line.
-    const COMMAND_LINE_ONLY: [&str; 8] = [
+    const COMMAND_LINE_ONLY: [&str; 9] = [
         "command",
         "config",
         "explain",
@@ -123,6 +123,7 @@ mod tests {
         "help",
         "sniff_interface",
         "takeover",
+        "table",
     ];
 
     #[test]

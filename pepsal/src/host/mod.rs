@@ -1,4 +1,4 @@
-//! The host that the daemon runs on, and the namespaces that it makes for itself there.
+//! The host: the daemon's own network namespaces, and kernel settings.
 
 pub mod namespace;
 pub mod sysctls;

@@ -1,4 +1,4 @@
-//! Network namespaces of the daemon's own. They have no name: nothing is left of them when the process is gone.
+//! Network namespaces of the daemon's own. They have no name, so that they end with the process.
 
 use std::{
     fs::File,
@@ -14,8 +14,8 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::privileges;
 
-/// A network namespace, and the thread of this process that is in it. Sockets, threads and interfaces that are made there
-/// belong to it.
+/// A network namespace, and the thread of this process that is in it. Sockets, threads and interfaces that the thread makes
+/// belong to the namespace.
 #[derive(Debug)]
 pub struct Namespace {
     file: File,
@@ -25,15 +25,15 @@ pub struct Namespace {
 type Work<'a> = Box<dyn FnOnce() + Send + 'a>;
 
 impl Namespace {
-    /// Makes a namespace, in which nothing is up. Its thread gives its privileges up right after.
+    /// Makes a namespace, in which no interface is up. Its thread, which has this name, then gives up its privileges.
     ///
     /// # Errors
-    /// Without CAP_SYS_ADMIN, which is the only thing that needs it.
+    /// Without CAP_SYS_ADMIN, and when no thread can be started.
     pub fn new(name: &str) -> Result<Self> {
         Self::entered_by(name, enter_new)
     }
 
-    /// The namespace that the calling thread is in.
+    /// Returns the namespace that the calling thread is in, with a thread of its own.
     ///
     /// # Errors
     /// When no thread can be started.
@@ -57,7 +57,7 @@ impl Namespace {
         Ok(Self { file, work })
     }
 
-    /// Runs `work` on the namespace's thread and returns its value. Panics as `work` does.
+    /// Runs `work` on the namespace's thread, waits for it, and returns its value. Panics as `work` does.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let (done, result) = channel();
         let work: Work<'_> = Box::new(move || {
@@ -79,7 +79,7 @@ impl Namespace {
     /// Opens a netlink socket in the namespace, served by the calling task's runtime.
     ///
     /// # Errors
-    /// When no descriptor is left.
+    /// When the kernel refuses a socket.
     pub fn netlink(&self) -> Result<rtnetlink::Handle> {
         let runtime = tokio::runtime::Handle::current();
         let (connection, handle, _) = self.run(|| {

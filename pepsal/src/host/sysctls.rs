@@ -1,16 +1,21 @@
-//! Kernel settings of a network namespace. `/proc/sys/net` is that of the thread that opens it.
+//! Kernel settings (sysctl). `/proc/sys/net` contains those of the network namespace of the thread that opens it.
 
 use std::{fs, path::Path};
 
-/// The settings of the calling thread's namespace that decide how its TCP connections behave.
+/// Returns names and values of the TCP settings of the calling thread's namespace: `net.ipv4.tcp_*` but for the fast open
+/// key, and the settings of IP that TCP connections depend on.
 pub fn of_tcp() -> Vec<(String, String)> {
     let tcp = fs::read_dir("/proc/sys/net/ipv4").into_iter().flatten().flatten();
     let names = tcp.filter_map(|entry| entry.file_name().into_string().ok());
-    let names = names.filter(|name| name.starts_with("tcp_") && name != "tcp_fastopen_key");
+    let names = names.filter(|name| name.starts_with("tcp_"));
     let mut settings: Vec<(String, String)> = names
         .map(|name| format!("net/ipv4/{name}"))
         .chain(OTHERS.map(str::to_owned))
         .filter_map(|name| Some((read(&name)?, name)))
+        // A key of fast open that nobody has chosen.
+        .filter(|(value, _)| {
+            value.bytes().any(|byte| !matches!(byte, b'0' | b'-' | b',')) || !value.contains('-')
+        })
         .map(|(value, name)| (name, value))
         .collect();
     settings.sort();
@@ -24,13 +29,13 @@ const OTHERS: [&str; 4] = [
     "net/ipv6/auto_flowlabels",
 ];
 
-/// A setting's value; nothing where there is none of that name.
+/// Returns a setting's value; none when it cannot be read. `name` is a path below `/proc/sys`.
 pub fn read(name: &str) -> Option<String> {
     let text = fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?;
     Some(text.trim().to_owned())
 }
 
-/// Writes a setting; false where there is none of that name, or it is not to be changed here.
+/// Writes a setting; returns false when the kernel has none of that name, or refuses the value.
 pub fn write(name: &str, value: &str) -> bool {
     fs::write(Path::new("/proc/sys").join(name), value).is_ok()
 }

@@ -5,7 +5,7 @@ use std::{cell::LazyCell, collections::BTreeMap, io, mem, thread};
 use anyhow::{Context, Result};
 use aya::{
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        LinkOrder, ProgramError, ProgramId, SchedClassifier, TcAttachType,
         tc::{NlOptions, SchedClassifierLink, TcAttachOptions, qdisc_add_clsact, qdisc_detach_program},
     },
     sys::SyscallError,
@@ -16,6 +16,7 @@ use tracing::{debug, info, warn};
 use crate::wire::{
     claims,
     device::{Device, INNER},
+    hook,
     interfaces::Interfaces,
     programs::{Programs, program},
 };
@@ -62,7 +63,7 @@ impl Hook {
     }
 }
 
-/// The attached programs. They are detached when this is dropped; links of tcx also when the process is gone.
+/// The attached programs. Dropping it detaches them; tcx links also end with the process.
 pub struct Attachments {
     devices: [Option<DeviceLinks>; 2],
     interfaces: BTreeMap<u32, Attachment>,
@@ -87,17 +88,17 @@ struct Attachment {
 /// An interface that programs are attached to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attached {
-    /// Its name.
+    /// Name of the interface.
     pub interface: String,
-    /// Whether new connections are intercepted there; packets for server legs are recognised everywhere.
+    /// Whether new connections are intercepted there. Packets for server legs are found on every interface.
     pub intercepts: bool,
-    /// Whether it is by tcx, which vanishes with the process, or by a filter of the clsact qdisc.
+    /// Whether the programs are attached by tcx links, which end with the process, or else as filters of the clsact qdisc.
     pub is_tcx: bool,
 }
 
 impl Attachments {
-    /// None yet. `beside_another` says whether another instance's programs are attached and have to stay, `claims` where
-    /// instances show that they run.
+    /// Returns a list without attachments. With `beside_another`, programs of another instance are attached and stay.
+    /// `claims` is the directory in which running instances are found.
     pub fn new(beside_another: bool, claims: claims::Directory) -> Self {
         Self {
             devices: [None, None],
@@ -108,10 +109,10 @@ impl Attachments {
         }
     }
 
-    /// Attaches to the devices of the clients' and the servers' side.
+    /// Attaches programs to both ends of a device, the clients' or the servers'.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses an attachment.
     pub fn attach_device(
         &mut self,
         programs: &mut Programs,
@@ -123,6 +124,8 @@ impl Attachments {
         } else {
             Hook::ServersOut
         };
+        // A program is on a hook once.
+        self.devices[usize::from(!is_clients)] = None;
         let links = DeviceLinks {
             _host: self.attach(programs, &device.name, hook)?,
             _inner: device
@@ -133,11 +136,11 @@ impl Attachments {
         Ok(())
     }
 
-    /// Attaches to the interfaces that are new and forgets those that are gone. `intercepts` says on which of them new
-    /// connections are taken.
+    /// Attaches programs to new interfaces, and where one was detached; forgets interfaces that are gone. `intercepts`
+    /// returns whether new connections are intercepted on the interface of a name.
     ///
     /// # Errors
-    /// When an interface that intercepts cannot be attached to.
+    /// When the kernel refuses an attachment to an interface that intercepts.
     pub fn follow(
         &mut self,
         programs: &mut Programs,
@@ -198,7 +201,13 @@ impl Attachments {
         })
     }
 
-    /// Before other programs: those see what goes on to the host, and what leaves for the client, once each.
+    /// Ends the time in which another instance's programs are on the same hooks and new connections are not ours alone.
+    pub fn taken_over(&mut self) {
+        self.beside_another = false;
+    }
+
+    /// Attaches before other programs, so that those see what goes on to the host, and what leaves for the client, once each;
+    /// but after those of an instance that this one takes over from, whose flows are still that one's.
     fn attach(
         &mut self,
         programs: &mut Programs,
@@ -206,7 +215,12 @@ impl Attachments {
         hook: Hook,
     ) -> Result<SchedClassifierLink> {
         let program: &mut SchedClassifier = program(&mut programs.ebpf, hook.program())?;
-        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let before = match hook {
+            Hook::Steer | Hook::Replies if self.beside_another => first_of(interface, hook),
+            _ => None,
+        };
+        let order = before.map_or(LinkOrder::first(), LinkOrder::after_program_id);
+        let options = TcAttachOptions::TcxOrder(order);
         let link = match program.attach_with_options(interface, hook.direction(), options) {
             // Before Linux 6.6, or built without CONFIG_NET_XGRESS.
             Err(ProgramError::SyscallError(SyscallError { io_error, .. })) if is_unknown(&io_error) => {
@@ -225,7 +239,7 @@ impl Attachments {
         Ok(program.take_link(link)?)
     }
 
-    /// The interfaces whose new connections are intercepted at present.
+    /// Returns the names of the interfaces whose new connections are intercepted.
     pub fn intercepting(&self) -> impl Iterator<Item = &str> {
         self.interfaces
             .values()
@@ -233,7 +247,7 @@ impl Attachments {
             .map(|attachment| attachment.name.as_str())
     }
 
-    /// Where the programs are attached at present.
+    /// Returns the interfaces that programs are attached to.
     pub fn list(&self) -> Vec<Attached> {
         let attached = self.interfaces.values().map(|attachment| Attached {
             interface: attachment.name.clone(),
@@ -243,13 +257,30 @@ impl Attachments {
         attached.collect()
     }
 
-    /// Whether somebody has detached a program from an interface since.
-    pub fn are_intact(&self, programs: &mut Programs) -> bool {
+    /// Returns false when a program was detached since; always true without tcx, where that is unknown.
+    pub fn are_intact(&self, programs: &mut Programs, devices: [&Device; 2]) -> bool {
+        let [clients, servers] = devices;
         self.tcx_refused
-            || self
-                .interfaces
-                .values()
-                .all(|attachment| attachment.is_intact(&attachment.name, programs))
+            || self.is_device_intact(programs, clients, true)
+                && self.is_device_intact(programs, servers, false)
+                && self
+                    .interfaces
+                    .values()
+                    .all(|attachment| attachment.is_intact(&attachment.name, programs))
+    }
+
+    /// Returns false when a program was detached from a device since.
+    pub fn is_device_intact(&self, programs: &mut Programs, device: &Device, is_clients: bool) -> bool {
+        let hook = if is_clients {
+            Hook::ClientsOut
+        } else {
+            Hook::ServersOut
+        };
+        self.tcx_refused
+            || is_attached(programs, &device.name, hook)
+                && device
+                    .namespace()
+                    .run(|| is_attached(programs, INNER, Hook::Label))
     }
 }
 
@@ -269,20 +300,20 @@ impl Attachment {
     }
 }
 
+/// The program that comes first on a hook: that of the instance before, as it was attached.
+fn first_of(interface: &str, hook: Hook) -> Option<ProgramId> {
+    let id = *hook::programs(interface, hook.direction()).ok()?.first()?;
+    // SAFETY: the identifier of a program that is attached; one that is gone by now is refused.
+    Some(unsafe { ProgramId::new(id) })
+}
+
 /// Whether a program is on its hook; where that cannot be told it is.
 fn is_attached(programs: &mut Programs, interface: &str, hook: Hook) -> bool {
     let program: Result<&mut SchedClassifier> = program(&mut programs.ebpf, hook.program());
-    let Some(id) = program
-        .ok()
-        .and_then(|program| program.info().ok())
-        .map(|info| info.id())
-    else {
+    let Some(info) = program.ok().and_then(|program| program.info().ok()) else {
         return true;
     };
-    match SchedClassifier::query_tcx(interface, hook.direction()) {
-        Ok((_, attached)) => attached.iter().any(|program| program.id() == id),
-        Err(_) => true,
-    }
+    hook::programs(interface, hook.direction()).map_or(true, |attached| attached.contains(&info.id()))
 }
 
 /// Attached filters outlive a killed process on kernels without tcx; whose they are does not show. None found, or no qdisc,

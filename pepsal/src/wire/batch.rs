@@ -1,7 +1,7 @@
-//! All entries of a hash map of the kernel, some thousand by each system call (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6).
+//! Reads a hash map of the kernel, some thousand entries by each system call (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6).
 //!
-//! The kernel goes from bucket to bucket. So entries that come and go meanwhile neither end the walk nor have it begin
-//! anew, as they can with `BPF_MAP_GET_NEXT_KEY`; those are in the result or not.
+//! The kernel walks from bucket to bucket. Entries that are added or removed meanwhile neither end the walk nor restart it,
+//! as they can with `BPF_MAP_GET_NEXT_KEY`; the result may contain them or not.
 
 use std::{
     io,
@@ -33,7 +33,7 @@ struct Batch {
 /// Returns every entry of a hash map whose keys and values have these types.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// When the kernel refuses the system call.
 pub fn entries<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
     let mut entries = Vec::new();
     let (mut keys, mut values) = (Vec::<K>::with_capacity(ENTRIES), Vec::<V>::with_capacity(ENTRIES));

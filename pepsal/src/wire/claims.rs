@@ -1,13 +1,13 @@
-//! Claims of interfaces: one pepsal intercepts an interface, and how another takes over from it without a gap.
+//! Claims of interfaces: at most one instance intercepts an interface, and the next one takes over from it without a gap.
 //!
 //! A claim is a file below the runtime directory that its process has locked by flock(2). The lock ends with the process,
 //! however the process ends. The files are named by network namespace and interface, since namespaces share file
 //! systems; each contains its owner's process id, for messages and to find its socket for takeovers. The directory is open
 //! to the daemon's user only, so that no other user can hold a lock there, or listen.
 //!
-//! With `--takeover` the next instance asks by that socket once it is set up beside the one that runs: from then on both
-//! would intercept. The earlier one stops intercepting, and passes its locked descriptors on (`SCM_RIGHTS`). The lock
-//! belongs to the open file description, so that the claims are free at no moment.
+//! With `--takeover` the next instance requests the claims by that socket once it is set up beside the running instance:
+//! from then on both would intercept. The earlier instance stops intercepting, and passes its locked descriptors on
+//! (`SCM_RIGHTS`). The lock belongs to the open file description, so that the claims are free at no moment.
 
 use std::{
     fmt,
@@ -42,7 +42,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-/// The runtime directory unless another is given.
+/// Default of the runtime directory (`--runtime-dir`).
 pub const RUNTIME_DIRECTORY: &str = "/run/pepsal";
 
 /// The directory of the claims, below the runtime directory.
@@ -140,7 +140,7 @@ impl Directory {
         })
     }
 
-    /// Whether no other process has a claim in this network namespace; false where that cannot be determined.
+    /// Returns whether no other process has a claim in this network namespace; false when that cannot be determined.
     pub fn is_alone(&self) -> bool {
         self.has_no_other().unwrap_or(false)
     }
@@ -385,7 +385,7 @@ impl Claim {
     }
 }
 
-/// The claims of an instance. They end when this is dropped.
+/// The claims of an instance. Dropping it releases them.
 #[derive(Debug)]
 pub struct Claims(Vec<Claim>);
 
@@ -393,7 +393,7 @@ impl Claims {
     /// Claims the interfaces.
     ///
     /// # Errors
-    /// When another instance has one of them: the error names it and its process.
+    /// When another instance has one of the interfaces: the error names the interface and the instance's process.
     pub fn acquire(directory: &Directory, interfaces: &[String]) -> Result<Self> {
         let mut claims = Self(Vec::new());
         for interface in interfaces {
@@ -488,17 +488,17 @@ fn still_waits(stream: &UnixStream) -> bool {
     recv(stream.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
 }
 
-/// The instance that waits for this one's claims.
+/// The instance that has requested the claims of this one.
 #[derive(Debug)]
 pub struct Successor(UnixStream);
 
 impl Successor {
-    /// Its process, if the kernel can name it.
+    /// Returns the process of the successor; none when the kernel cannot name it, as from another PID namespace.
     pub fn process(&self) -> Option<i32> {
         self.0.peer_cred().ok()?.pid()
     }
 
-    /// Hands the claims over. They end where the successor is gone.
+    /// Passes the locked descriptors to the successor. Without a successor the claims end.
     pub async fn hand_over(mut self, claims: Claims) {
         match timeout(PATIENCE, self.send(&claims)).await {
             Ok(Ok(())) => claims.forget(),
@@ -533,14 +533,14 @@ impl Successor {
     }
 }
 
-/// The instance that runs, and is to be taken over from.
+/// The running instance that is taken over from.
 #[derive(Debug)]
 pub struct Predecessor {
-    /// Its process.
+    /// Process of the running instance.
     pub process: i32,
     directory: Directory,
     interfaces: Vec<String>,
-    /// Those of the interfaces that it does not have.
+    /// Claims of the interfaces that the running instance does not have.
     claims: Claims,
 }
 
@@ -584,10 +584,10 @@ impl Predecessor {
         }))
     }
 
-    /// Requests its claims. Those of interfaces that this instance has no use for are released.
+    /// Requests the running instance's claims, and releases those of interfaces that this instance does not intercept.
     ///
     /// # Errors
-    /// When it does not answer; it goes on as before then.
+    /// When there is no answer in time; the running instance then goes on as before.
     pub async fn take_over(self) -> Result<Claims> {
         let process = self.process;
         let refused = || format!("process {process} does not let go: stop it, or start without --takeover");

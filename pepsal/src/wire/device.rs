@@ -37,9 +37,9 @@ use crate::{host::namespace::Namespace, wire::interfaces};
 /// The device's end in the namespace.
 pub const INNER: &str = "wire0";
 
-/// The beginnings of the host ends' names.
+/// Prefix of the name of a clients' device's host end.
 pub const CLIENTS: &str = "pepsal-c";
-/// The same for the servers' side.
+/// Prefix of the name of a servers' device's host end.
 pub const SERVERS: &str = "pepsal-s";
 
 /// Names that are tried: one pair for each of so many instances.
@@ -62,7 +62,7 @@ const NEIGHBOUR_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
 const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
 
-/// Whether an interface of this name is the host end of a device, this instance's or another's.
+/// Returns whether an interface of this name is the host end of a device, of this instance or another.
 pub fn is_named(name: &str) -> bool {
     [CLIENTS, SERVERS].iter().any(|prefix| {
         let number = name.strip_prefix(prefix);
@@ -70,22 +70,22 @@ pub fn is_named(name: &str) -> bool {
     })
 }
 
-/// One side's namespace and device.
+/// The namespace of one side's legs, and the device pair that joins it to the host. Dropping it removes the pair.
 #[derive(Debug)]
 pub struct Device {
     prefix: &'static str,
     namespace: Namespace,
     inside: Handle,
-    /// The namespace's identifier, as the host's namespace knows it.
+    /// Identifier of the namespace (RTM_NEWNSID), relative to the host's namespace.
     pub netns_id: u32,
-    /// The host end's name.
+    /// Name of the host end.
     pub name: String,
-    /// The host end's index, which stays the same when the device has to be made again.
+    /// Interface index of the host end. A device that is made again gets the same index.
     pub ifindex: u32,
     mtus: Mtus,
 }
 
-/// The largest packets that may be sent, in bytes: for each mark, which is an interface's index, and for all others.
+/// MTUs in bytes, by packet mark: a leg's mark is the index of an interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Mtus {
     of_most: u32,
@@ -93,7 +93,7 @@ pub struct Mtus {
 }
 
 impl Mtus {
-    /// The packet sizes of interfaces. The one that most of them have needs no rule.
+    /// Returns the MTUs of interfaces, given as index and MTU in bytes. The most frequent MTU needs no rule.
     pub fn of(interfaces: impl Iterator<Item = (u32, u32)>) -> Self {
         let by_index: BTreeMap<u32, u32> = interfaces.collect();
         let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
@@ -108,10 +108,10 @@ impl Mtus {
 }
 
 impl Device {
-    /// Makes a device pair, whose host end's name begins with `prefix`, and the namespace's routes.
+    /// Makes a device pair, whose host end's name begins with `prefix`, and the namespace's rules and routes.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses a device, a rule or a route.
     pub async fn new(prefix: &'static str, namespace: Namespace) -> Result<Self> {
         let inside = namespace.netlink()?;
         let mut device = Self {
@@ -129,16 +129,16 @@ impl Device {
         Ok(device)
     }
 
-    /// The namespace.
+    /// Returns the namespace that the inner end is in.
     pub fn namespace(&self) -> &Namespace {
         &self.namespace
     }
 
-    /// Makes the device again if somebody has removed it, or takes it up again. Returns whether it was new: programs have to
-    /// be attached to it then.
+    /// Takes the host end up; makes the device again if it was removed. Returns true for a new device, which has no programs
+    /// attached.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses a device, a rule or a route.
     pub async fn restore(&mut self) -> Result<bool> {
         let is_there = if_nametoindex(self.name.as_str()) == Ok(self.ifindex);
         if is_there {
@@ -152,7 +152,7 @@ impl Device {
         Ok(true)
     }
 
-    /// Whether a leg here waits for the acknowledgement of its FIN.
+    /// Returns whether a leg in the namespace waits for the acknowledgement of its FIN.
     pub fn has_unacknowledged_fins(&self) -> bool {
         self.namespace.run(|| {
             ["tcp", "tcp6"].iter().any(|table| {
@@ -167,10 +167,10 @@ impl Device {
         })
     }
 
-    /// Lets legs send packets of these sizes from now on, those that are open too.
+    /// Sets the MTUs that legs go by, open ones included: a route for each MTU, and a rule for each mark that needs one.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses a rule or a route.
     pub async fn follow(&mut self, mtus: Mtus) -> Result<()> {
         if mtus == self.mtus {
             return Ok(());

@@ -1,6 +1,7 @@
 //! The kernel's records of flows.
 
 use std::{
+    io,
     os::fd::{AsFd, OwnedFd},
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -12,7 +13,7 @@ use tracing::warn;
 
 use crate::wire::batch;
 
-/// The kernel's map of flows: from a flow's SYN to its end, at most as many as the limit of connections.
+/// The kernel's map of flows. A flow has an entry from its SYN to its end; the size of the map is the limit of connections.
 pub struct FlowMap {
     maps: Mutex<FlowMaps>,
     /// The first of them, for walks over all of it: flows do not wait for the lock that long.
@@ -42,12 +43,13 @@ impl FlowMap {
         })
     }
 
-    /// When the flow's SYN came, in nanoseconds of CLOCK_MONOTONIC.
+    /// Returns the arrival time of the flow's SYN in nanoseconds of CLOCK_MONOTONIC; none for a flow without an entry.
     pub fn time_ns(&self, flow: &FlowKey) -> Option<u64> {
         self.lock().heads.get(flow, 0).ok().map(|head| head.time_ns)
     }
 
-    /// What the flow's SYN said. What is needed of it only once is not kept.
+    /// Returns the record of the flow's SYN; none for a flow without an entry. Removes the extension headers from the
+    /// kernel's map, as they are needed once.
     pub fn record(&self, flow: &FlowKey) -> Option<SynRecord> {
         let mut maps = self.lock();
         let head = maps.heads.get(flow, 0).ok()?;
@@ -59,7 +61,7 @@ impl FlowMap {
         Some(SynRecord::new(head, extensions.flatten()))
     }
 
-    /// Gives a place to a flow that has none.
+    /// Adds an entry for a flow.
     ///
     /// # Errors
     /// When the map is full.
@@ -67,18 +69,27 @@ impl FlowMap {
         self.lock().heads.insert(flow, head, 0)
     }
 
-    /// Frees the flow's place.
+    /// Removes the flow's entry.
     pub fn remove(&self, flow: &FlowKey) {
         // It may be gone already.
         let _ = self.lock().heads.remove(flow);
     }
 
-    /// All flows at present, without a lock, by a system call for some thousand of them.
+    /// Returns all entries. The walk takes no lock that flows wait for, and a system call for some thousand entries. Returns
+    /// none, with a warning, when the kernel refuses.
     pub fn all(&self) -> Vec<(FlowKey, SynHead)> {
-        batch::entries(self.heads.as_fd()).unwrap_or_else(|error| {
+        self.try_all().unwrap_or_else(|error| {
             warn!("cannot read the kernel's map of flows: {error}");
             Vec::new()
         })
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub fn try_all(&self) -> io::Result<Vec<(FlowKey, SynHead)>> {
+        batch::entries(self.heads.as_fd())
     }
 
     fn lock(&self) -> MutexGuard<'_, FlowMaps> {

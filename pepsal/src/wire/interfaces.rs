@@ -1,4 +1,4 @@
-//! The host's interfaces, and changes to them.
+//! The host's interfaces, and notifications of changes to them.
 
 use std::collections::BTreeMap;
 
@@ -9,17 +9,17 @@ use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection
 
 use crate::wire::device;
 
-/// The interfaces that packets of flows can pass, by index.
+/// The interfaces whose packets the programs read, by index.
 pub type Interfaces = BTreeMap<u32, Interface>;
 
-/// An interface of the host's.
+/// An interface of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
-    /// Its name.
+    /// Name.
     pub name: String,
-    /// Its Ethernet address; none where packets have no link-layer header.
+    /// Ethernet address; none where packets have no link-layer header.
     pub mac: Option<[u8; 6]>,
-    /// The largest packet that it takes, in bytes from the network header on.
+    /// MTU: the largest packet in bytes, from the network header on.
     pub mtu: u32,
 }
 
@@ -72,7 +72,7 @@ pub struct Changes {
 }
 
 impl Changes {
-    /// Subscribes.
+    /// Subscribes to the notifications of rtnetlink.
     ///
     /// # Errors
     /// When the kernel refuses the subscription.

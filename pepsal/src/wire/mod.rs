@@ -6,22 +6,24 @@
 //! host sees them, and give the host what server legs send, by the interface of the client's SYN. So the host's routing,
 //! firewall, address translation and accounting see the server leg's connection as the client's own.
 //!
-//! [`flow_map`] has a record of each flow's SYN, [`counters`] every verdict, [`selection`] the rules for new connections,
-//! in the maps of [`selection_maps`]. [`claims`] are how one instance knows of another.
+//! [`flow_map`] contains a record of each flow's SYN, [`counters`] a count of each verdict, [`selection`] the rules for new
+//! connections, which [`selection_maps`] writes into the kernel's maps. [`batch`] reads a map by few system calls.
+//! [`claims`] keep two instances from intercepting one interface.
 
 pub mod attachment;
 pub mod batch;
 pub mod claims;
 pub mod counters;
 pub mod device;
+pub mod filter;
 pub mod flow_map;
+mod hook;
 pub mod interfaces;
 pub mod programs;
 pub mod selection;
 pub mod selection_maps;
 
-use anyhow::Result;
-
+use anyhow::{Result, bail};
 use tracing::info;
 
 use crate::host::{namespace::Namespace, sysctls};
@@ -29,17 +31,17 @@ use crate::host::{namespace::Namespace, sysctls};
 /// The namespaces of the legs.
 #[derive(Debug)]
 pub struct Namespaces {
-    /// That of the client legs.
+    /// Namespace of the client legs.
     pub clients: Namespace,
-    /// That of the server legs.
+    /// Namespace of the server legs.
     pub servers: Namespace,
 }
 
 impl Namespaces {
-    /// Makes both.
+    /// Makes both namespaces.
     ///
     /// # Errors
-    /// Without CAP_SYS_ADMIN.
+    /// Without CAP_SYS_ADMIN, and when no thread can be started.
     pub fn new() -> Result<Self> {
         Ok(Self {
             clients: Namespace::new("pepsal-clients")?,
@@ -47,27 +49,38 @@ impl Namespaces {
         })
     }
 
-    /// Gives both the host's settings of TCP, and what legs need beyond. Where some leg's congestion control ignores
-    /// congestion marks (CE, RFC 3168), none negotiates them: there is no such setting for a single socket.
-    pub fn settle(&self, ignore_marks: bool) {
+    /// Copies the host's TCP settings into both namespaces, and sets those that legs need beyond. With `ignore_marks` no leg
+    /// negotiates ECN (RFC 3168): some leg's congestion control ignores congestion marks (CE), and there is no such option
+    /// for a single socket.
+    ///
+    /// # Errors
+    /// Where `/proc/sys` cannot be written to.
+    pub fn settle(&self, ignore_marks: bool) -> Result<()> {
         let mut host = sysctls::of_tcp();
         if ignore_marks {
             host.push(("net/ipv4/tcp_ecn".to_owned(), "0".to_owned()));
         }
         for namespace in [&self.clients, &self.servers] {
-            namespace.run(|| settle(&host));
+            namespace.run(|| settle(&host))?;
         }
+        Ok(())
     }
 }
 
-fn settle(host: &[(String, String)]) {
+fn settle(host: &[(String, String)]) -> Result<()> {
     for (name, value) in host {
         // Some are the initial namespace's only.
         sysctls::write(name, value);
     }
+    // The mark of a connection is that of its SYN: the interface that it came in by, and its packets leave by.
+    const MARK: &str = "net/ipv4/tcp_fwmark_accept";
+    if !sysctls::write(MARK, "1") {
+        bail!("cannot set {MARK} in a network namespace of its own: /proc/sys has to be writable for pepsal");
+    }
     for (name, value) in [
-        // The mark of a connection is that of its SYN: the interface that it came in by.
-        ("net/ipv4/tcp_fwmark_accept", "1"),
+        // So is that of an answer to a segment without a connection.
+        ("net/ipv4/fwmark_reflect", "1"),
+        ("net/ipv6/fwmark_reflect", "1"),
         // Every connection has a path of its own, which others' congestion windows say nothing about.
         ("net/ipv4/tcp_no_metrics_save", "1"),
         ("net/ipv4/conf/all/rp_filter", "0"),
@@ -86,4 +99,5 @@ fn settle(host: &[(String, String)]) {
             info!("cannot set {name} to {value} in the legs' namespace");
         }
     }
+    Ok(())
 }

@@ -23,8 +23,8 @@ use crate::{
     link::Links,
     listener::{Listeners, Pair},
     wire::{
-        attachment, counters::Counters, device::Device, flow_map::FlowMap, interfaces::Interfaces,
-        selection::Selection, selection_maps::SelectionMaps,
+        attachment, counters::Counters, device::Device, filter::Filter, flow_map::FlowMap,
+        interfaces::Interfaces, selection::Selection, selection_maps::SelectionMaps,
     },
 };
 
@@ -37,24 +37,27 @@ const WINDOW: &str = "pepsal_window";
 /// How long the daemon may be without a heartbeat before new connections pass it by.
 const HEARTBEAT_BOUND: Duration = Duration::from_secs(3);
 
-/// What the programs are loaded with.
+/// Constants, maps' sizes and rules that the programs are loaded with.
 pub struct Config<'a> {
-    /// The mark of server legs' packets on their way into an interface's ingress.
+    /// Packet mark of server legs' packets on their way into an interface's ingress.
     pub mark: Mark,
+    /// The process that this one takes over from.
+    pub predecessor: Option<u32>,
     /// The devices of the clients' and the servers' side.
     pub devices: [&'a Device; 2],
-    /// Most flows at once.
+    /// Limit of flows: the size of the kernel's map of flows.
     pub limit: u32,
-    /// Which connections are intercepted.
+    /// The rules for new connections.
     pub selection: &'a Selection,
     /// Whether every intercepted SYN is logged.
     pub log_syns: bool,
 }
 
-/// The loaded programs and their maps. They are gone when this is dropped, and when the process is gone.
+/// The loaded programs and their maps. The kernel frees them when it is dropped, and when the process ends.
 pub struct Programs {
     pub(super) ebpf: Ebpf,
     flows: Arc<FlowMap>,
+    filter: Arc<Filter>,
     counters: Arc<Counters>,
     heartbeat: Array<MapData, u64>,
     listeners: SockMap<MapData>,
@@ -76,14 +79,15 @@ impl Programs {
         }
         let (mark, mask) = (config.mark.value, config.mark.mask);
         let [clients, servers] = config.devices;
-        // Never zero, which is what other packets have.
-        let instance = (std::process::id() % u32::from(u16::MAX)) as u16 + 1;
+        let instance = instance_number(std::process::id());
+        let predecessor = config.predecessor.map_or(0, instance_number);
         let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
         let log_syns = u8::from(config.log_syns);
         let mut ebpf = EbpfLoader::new()
             .override_global("MARK", &mark, true)
             .override_global("MARK_MASK", &mask, true)
             .override_global("INSTANCE", &instance, true)
+            .override_global("PREDECESSOR", &predecessor, true)
             .override_global("CLIENTS_IFINDEX", &clients.ifindex, true)
             .override_global("SERVERS_IFINDEX", &servers.ifindex, true)
             .override_global("CLIENTS_NETNS", &clients.netns_id, true)
@@ -110,6 +114,7 @@ impl Programs {
                 take_map(&mut ebpf, "FLOWS")?,
                 take_map(&mut ebpf, "EXTENSIONS")?,
             )?),
+            filter: Arc::new(Filter::new(take_map(&mut ebpf, "FILTER")?)?),
             counters: Arc::new(Counters(PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?)),
             heartbeat: Array::try_from(take_map(&mut ebpf, "HEARTBEAT")?)?,
             listeners: SockMap::try_from(take_map(&mut ebpf, "LISTENERS")?)?,
@@ -122,10 +127,11 @@ impl Programs {
         })
     }
 
-    /// Gives new connections to these listeners, which are in this namespace.
+    /// Opens the listeners' slots, and attaches the socket lookup to the listeners' namespace: new connections are accepted
+    /// from now on.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses a listener or the attachment.
     pub fn open(&mut self, listeners: &Listeners, namespace: &Namespace) -> Result<()> {
         self.register(0, &listeners.pairs)?;
         if self.lookup.is_none() {
@@ -138,10 +144,10 @@ impl Programs {
         Ok(())
     }
 
-    /// Takes note of the listeners of links, from the number of the first on.
+    /// Sets the listeners' slots of links, from the link with the number `first` on.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses a listener.
     pub fn register(&mut self, first: u32, pairs: &[Arc<Pair>]) -> Result<()> {
         for (link, pair) in (first..).zip(pairs) {
             self.listeners
@@ -156,10 +162,10 @@ impl Programs {
         Ok(())
     }
 
-    /// Lets other rules of selection hold from now on, for connections that are not there yet.
+    /// Replaces the rules of selection, for new connections.
     ///
     /// # Errors
-    /// When the kernel has no room for them; those that held before still do then.
+    /// When the kernel has no room for the new rules; the old ones stay in effect.
     pub fn select(&mut self, selection: &Selection) -> Result<()> {
         let heartbeat = &mut self.heartbeat;
         // A beat that fails now is tried again, and told, with the next round.
@@ -167,7 +173,7 @@ impl Programs {
         self.selection.install(selection, beat)
     }
 
-    /// Lets new connections pass from now on. Those that are being set up are still accepted.
+    /// Empties the listeners' slots: new connections pass from now on. Handshakes under way are still accepted.
     pub fn close(&mut self) {
         for slot in 0..listener_v4(LINKS_MAX + 1) {
             // An empty slot is what is wanted.
@@ -175,19 +181,20 @@ impl Programs {
         }
     }
 
-    /// Leaves new connections to another instance from now on, and still takes those that are being set up.
+    /// Resets the heartbeat: new connections are left to another instance from now on. Handshakes under way are still
+    /// accepted.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses to write the heartbeat.
     pub fn retire(&mut self) -> Result<()> {
         // Programs take no new connection for a daemon that shows no sign of life.
         self.heartbeat.set(0, 0, 0).context("cannot write the heartbeat")
     }
 
-    /// Lets the daemon set the initial windows of the sockets that it has opened since it is in `cgroup`.
+    /// Attaches the program for initial windows to `cgroup`. It serves the sockets that the daemon has opened in that group.
     ///
     /// # Errors
-    /// Where the kernel is too old for the program. The daemon can do without.
+    /// When the kernel refuses the program or the attachment. Legs then start with the kernel's initial window.
     pub fn enable_initial_windows(&mut self, cgroup: OwnCgroup) -> Result<()> {
         let program: &mut CgroupSockopt = program(&mut self.ebpf, WINDOW)?;
         program.load().map_err(|error| refused(WINDOW, error))?;
@@ -198,11 +205,11 @@ impl Programs {
         Ok(())
     }
 
-    /// Describes the interfaces and their links to the programs, before they are attached to them. `intercepts` says on
-    /// which of them new connections are taken.
+    /// Writes the interfaces and their links into the programs' maps, before programs are attached to the interfaces.
+    /// `intercepts` returns whether new connections are intercepted on the interface of a name.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses an entry.
     pub fn describe(
         &mut self,
         interfaces: &Interfaces,
@@ -232,30 +239,40 @@ impl Programs {
         Ok(())
     }
 
-    /// The flows that the kernel knows.
+    /// Returns the filter of flows.
+    pub fn filter(&self) -> &Arc<Filter> {
+        &self.filter
+    }
+
+    /// Returns the kernel's map of flows.
     pub fn flows(&self) -> &Arc<FlowMap> {
         &self.flows
     }
 
-    /// Shows the programs that the daemon is alive.
+    /// Writes the heartbeat: the current time of CLOCK_MONOTONIC.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// When the kernel refuses to write the heartbeat.
     pub fn beat(&mut self) -> Result<()> {
         self.heartbeat
             .set(0, monotonic_ns(), 0)
             .context("cannot write the heartbeat")
     }
 
-    /// How often something was decided, on all processors together.
+    /// Returns the number of packets with this verdict, on all processors together.
     pub fn count(&self, counter: Counter) -> u64 {
         self.counters.count(counter)
     }
 
-    /// What the programs count.
+    /// Returns the programs' counters.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
     }
+}
+
+/// A process's number as an instance: never zero, which is what other packets have.
+fn instance_number(process: u32) -> u16 {
+    (process % u32::from(u16::MAX)) as u16 + 1
 }
 
 /// The keys of a map whose interfaces are gone.
@@ -310,7 +327,7 @@ fn forward_log(ebpf: &mut Ebpf) -> Result<()> {
     Ok(())
 }
 
-/// CLOCK_MONOTONIC, as `bpf_ktime_get_ns` reads it.
+/// Returns the time of CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns` does.
 pub fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
     now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64

@@ -2,10 +2,11 @@
 //!
 //! Destination, source and port are judged apart, and a connection is intercepted when all three agree. Each has its
 //! list of rules, `only` and `bypass`; the most specific rule that matches decides: the longest prefix, then the
-//! narrowest range of ports, then `bypass`. Where no rule matches, a list that has an `only` says no, any other yes.
+//! narrowest range of ports, then `bypass`. Where no rule matches, the connection passes if the list has an `only`, and
+//! is intercepted otherwise.
 //!
-//! All of that is worked out here. What the kernel gets is a set of ports for every prefix that a rule names, in two
-//! tries, so that it needs one look-up for the destination and one for the source however many rules there are.
+//! This module evaluates the rules. The kernel gets a set of ports for every prefix that a rule names, in two tries, so that
+//! the program needs one look-up for the destination and one for the source, whatever the number of rules.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -27,7 +28,7 @@ enum Subject {
     Port,
 }
 
-/// What the argument of `--only` or `--bypass` matches: a prefix, a range of destination ports, or both.
+/// The argument of `--only` or `--bypass`: matches a prefix, a range of destination ports, or both.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     subject: Subject,
@@ -125,14 +126,14 @@ impl fmt::Display for Rule {
     }
 }
 
-/// The tables as the kernel's maps hold them.
+/// The evaluated rules, as the kernel's maps contain them.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Selection {
-    /// Destination prefixes: address, length of 128 bits, index into `port_sets`.
+    /// Destination prefixes: address, length in bits (of 128), index into `port_sets`.
     pub destinations: Vec<(MappedAddr, u32, u32)>,
-    /// Source prefixes, likewise.
+    /// Source prefixes, in the same form.
     pub sources: Vec<(MappedAddr, u32, u32)>,
-    /// The sets of destination ports that are intercepted.
+    /// Sets of the destination ports that are intercepted.
     pub port_sets: Vec<Box<PortSet>>,
 }
 
@@ -143,7 +144,7 @@ enum Action {
 }
 
 impl Selection {
-    /// Works the rules out.
+    /// Evaluates the rules: for every prefix that a rule names, the set of intercepted ports.
     pub fn new(only: &[Rule], bypass: &[Rule]) -> Self {
         let mut rules: Vec<(Action, &Rule)> = Vec::new();
         rules.extend(only.iter().map(|rule| (Action::Only, rule)));

@@ -1,9 +1,9 @@
-//! The kernel's tables of the selection, which can be exchanged while packets pass.
+//! The kernel's maps of the selection, which can be replaced while packets pass.
 //!
-//! Rules have a generation, which is part of every prefix's key. New rules are written beside those that hold; then one
+//! Rules have a generation, which is part of every prefix's key. New rules are written beside the rules in effect; then one
 //! word is changed, which the program reads once for each connection. So a connection is judged by the old rules or by the
-//! new ones, never by none and never by a mixture. A program that had read the word before it changed still finds its
-//! rules: they are removed when the next ones are written.
+//! new rules, never by none and never by a mixture. A program that had read the word before the change still finds its
+//! rules: old rules are removed when the next generation is written.
 
 use std::{io, thread};
 
@@ -16,7 +16,7 @@ use pepsal_ebpf::{PortSet, PrefixKey};
 
 use crate::wire::{programs::take_map, selection::Selection};
 
-/// The maps, and what is in them.
+/// The maps, and the rules that they contain.
 pub struct SelectionMaps {
     destinations: LpmTrie<MapData, PrefixKey, u32>,
     sources: LpmTrie<MapData, PrefixKey, u32>,
@@ -39,10 +39,10 @@ struct Rules {
 }
 
 impl SelectionMaps {
-    /// Takes the maps out of a loaded object. There is no rule in them yet, and nothing is intercepted.
+    /// Takes the maps out of a loaded object. They contain no rule yet, so that no connection is intercepted.
     ///
     /// # Errors
-    /// When the object does not have them.
+    /// When the object has no such map.
     pub fn take(ebpf: &mut Ebpf) -> Result<Self> {
         Ok(Self {
             destinations: take_map(ebpf, "DESTINATIONS")?.try_into()?,
@@ -54,10 +54,10 @@ impl SelectionMaps {
         })
     }
 
-    /// Lets these rules hold from now on. Long lists take their time: `alive` is called again and again meanwhile.
+    /// Replaces the rules in effect. `alive` is called after every 1000 prefixes, for the heartbeat.
     ///
     /// # Errors
-    /// When the kernel has no room for them; those that held before still do then.
+    /// When the kernel has no room for the new rules; the old ones stay in effect.
     pub fn install(&mut self, selection: &Selection, mut alive: impl FnMut()) -> Result<()> {
         if let Some(former) = self.former.take() {
             self.remove(&former, &mut alive);

@@ -110,7 +110,7 @@ impl Comparison<'_> {
             bail!("{counted:?} instead of {:?}: {seen:?}", expected.counters());
         };
         ensure!(
-            outcome == Outcome::of(counted, self.model.lan0),
+            outcome == Outcome::of(counted, STEER, self.model.lan0),
             "{counted:?}: {outcome:x?}: {seen:?}"
         );
         match &expected {

@@ -15,8 +15,8 @@ use aya::{Ebpf, EbpfLoader};
 use nix::net::if_::if_nametoindex;
 use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{
-    Counter, DEVICE_MAC, ExtensionHeaders, FlowKey, Interface, NO_LINK, PORT_SET_BYTES, PortSet, PrefixKey,
-    SynHead, SynRecord, listener_v4, listener_v6, map_addr,
+    Counter, DEVICE_MAC, ExtensionHeaders, FILTER_HEADER, FILTER_SLOTS, FlowKey, Interface, NO_LINK,
+    PORT_SET_BYTES, PortSet, PrefixKey, SynHead, SynRecord, listener_v4, listener_v6, map_addr,
 };
 use pepsal_tests::{Connector, Family, Listener, Topology};
 
@@ -41,6 +41,9 @@ pub const MARK_MASK: u32 = 0xc0;
 pub const OTHERS: u32 = 0xdead_be80;
 /// `TC_ACT_REDIRECT`: the packet goes to a device of pepsal's.
 const REDIRECT: u32 = 7;
+
+/// `TC_ACT_SHOT`.
+const DROP: u32 = 2;
 
 /// The namespace that the program runs in (`BPF_F_CURRENT_NETNS`), where the tests' legs are.
 const CURRENT_NETNS: u32 = u32::MAX;
@@ -114,6 +117,7 @@ impl Gateway {
             listeners,
         };
         gateway.beat(Duration::ZERO)?;
+        gateway.know_all_flows()?;
         let interfaces = gateway.ebpf.map_mut("INTERFACES").context("INTERFACES")?;
         let mut interfaces: HashMap<_, u32, Interface> = interfaces.try_into()?;
         interfaces.insert(lan0, Interface::new(Some(MAC), true), 0)?;
@@ -129,6 +133,22 @@ impl Gateway {
             gateway.select("SOURCES", family, true)?;
         }
         Ok(gateway)
+    }
+
+    /// Has the filter of flows say "perhaps" of all of them: tests' legs have come without a SYN.
+    fn know_all_flows(&mut self) -> Result<()> {
+        self.filter(1, 1)
+    }
+
+    /// Sets the generation of the filter of flows, and that which all slots contain.
+    pub fn filter(&mut self, generation: u8, slots: u8) -> Result<()> {
+        let map = self.ebpf.map_mut("FILTER").context("FILTER")?;
+        let mut filter: Array<_, Filter> = map.try_into()?;
+        let mut bytes = vec![slots; FILTER_HEADER + FILTER_SLOTS];
+        bytes[0] = generation;
+        // SAFETY: as many bytes, and any bytes are a value. A test's stack has no room for them.
+        let value = unsafe { &*bytes.as_ptr().cast::<Filter>() };
+        Ok(filter.set(0, value, 0)?)
     }
 
     /// Lets the daemon's last sign of life be so old.
@@ -197,11 +217,11 @@ impl Gateway {
             .filter(|(_, (before, after))| after > before)
             .map(|(counter, _)| *counter)
             // The look-up of a socket, which is part of the decision, counts for itself.
-            .filter(|counter| *counter != Counter::Assigned)
+            .filter(|counter| ![Counter::Assigned, Counter::AssignFailed].contains(counter))
             .collect();
         ensure!(counted.len() == 1, "counted as {counted:?}");
         ensure!(
-            outcome == Outcome::of(counted[0], lan0),
+            outcome == Outcome::of(counted[0], name, lan0),
             "{:?}: {outcome:x?}",
             counted[0]
         );
@@ -239,6 +259,14 @@ impl Gateway {
     }
 }
 
+/// The generation, and the slots.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+struct Filter([u8; FILTER_HEADER + FILTER_SLOTS]);
+
+// SAFETY: bytes.
+unsafe impl aya::Pod for Filter {}
+
 /// What becomes of a packet.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -248,15 +276,19 @@ pub enum Outcome {
     ToClients(u32),
     /// It goes to the servers' side.
     ToServers,
+    /// It is dropped.
+    Dropped,
 }
 
 impl Outcome {
-    /// That of a packet that arrived on, or leaves by, an interface and is counted so. ICMP errors go to either side.
-    pub fn of(counter: Counter, ifindex: u32) -> Self {
-        use Counter::{IcmpError, Intercepted, Pending, Retransmitted, Returned, Steered};
+    /// That of a packet that arrived on, or leaves by, an interface and is counted so by a program.
+    pub fn of(counter: Counter, program: &str, ifindex: u32) -> Self {
+        use Counter::{IcmpError, Intercepted, Pending, Redirect, Retransmitted, Returned, Steered};
         match counter {
+            IcmpError if program == REPLIES => Self::ToServers,
             Intercepted | Retransmitted | Steered | Pending | IcmpError => Self::ToClients(ifindex),
             Returned => Self::ToServers,
+            Redirect => Self::Dropped,
             _ => Self::Passed,
         }
     }
@@ -310,6 +342,7 @@ pub fn test_run_marked(
     let is_as_it_was = frame_out == frame;
     match (result.return_value, mark) {
         (NEXT, mark) if is_as_it_was && mark == mark_in => Ok(Outcome::Passed),
+        (DROP, _) if is_as_it_was => Ok(Outcome::Dropped),
         (REDIRECT, mark) if mark == mark_in && frame_out == [&DEVICE_MAC[..], &frame[6..]].concat() => {
             Ok(Outcome::ToServers)
         }

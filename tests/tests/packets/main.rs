@@ -419,12 +419,15 @@ fn icmp_errors_about_legs_are_steered_and_all_other_messages_pass() -> Result<()
                 Family::V4 => [3, 11, 12].contains(&icmp_type),
                 Family::V6 => (1..=4).contains(&icmp_type),
             };
-            for name in [STEER] {
+            // It would lead the client past the gateway.
+            let is_redirect = (family, icmp_type) == (Family::V4, 5);
+            for name in [STEER, REPLIES] {
                 let about_leg = gateway.run(name, &ethernet(&leg.icmp_error(icmp_type, header_len + 8)))?;
                 let about_stranger =
                     gateway.run(name, &ethernet(&stranger.icmp_error(icmp_type, header_len + 8)))?;
                 let expected = match is_error {
                     true => (Counter::IcmpError, Counter::Foreign),
+                    false if is_redirect && name == REPLIES => (Counter::Redirect, Counter::NotTcp),
                     false => (Counter::NotTcp, Counter::NotTcp),
                 };
                 assert_eq!(
@@ -571,6 +574,38 @@ fn segments_of_legs_are_taken_on_ingress_and_on_egress() -> Result<()> {
         }
     }
     assert!(gateway.flows()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn flow_is_known_for_two_generations_and_by_its_syn_at_once() -> Result<()> {
+    let mut gateway = Gateway::new()?;
+    for family in Family::BOTH {
+        let (leg, _ends) = gateway.leg(family)?;
+        for (generation, slots, is_known) in [
+            (1, 0, false),
+            (1, 1, true),
+            (2, 1, true),
+            (3, 1, true),
+            (9, 1, false),
+            // The count leaves zero out.
+            (1, 255, true),
+            (2, 255, true),
+            (1, 254, true),
+            (9, 254, false),
+        ] {
+            gateway.filter(generation, slots)?;
+            for (name, counter) in [(STEER, Counter::Steered), (REPLIES, Counter::Returned)] {
+                let expected = if is_known { counter } else { Counter::Foreign };
+                let counted = gateway.run(name, &ethernet(&leg.packet()))?;
+                assert_eq!(counted, expected, "{family:?} {name} {generation} {slots}");
+            }
+        }
+        gateway.filter(5, 0)?;
+        assert_eq!(gateway.steer(&Tcp::syn(family).packet())?, Counter::Intercepted);
+        let ack = Tcp::with_flags(family, ACK).packet();
+        assert_eq!(gateway.steer(&ack)?, Counter::Pending);
+    }
     Ok(())
 }
 
@@ -929,7 +964,7 @@ fn packet_of_another_instances_server_leg_is_left_to_that() -> Result<()> {
             .run(|| test_run_marked(program, &frame, lan0, marked))?;
         assert_eq!(outcome, Outcome::Passed, "with its mark");
     }
-    assert_eq!(gateway.count(Counter::Injected)?, 2);
+    assert_eq!(gateway.count(Counter::Foreign)?, 2);
     assert!(gateway.flows()?.is_empty());
     Ok(())
 }

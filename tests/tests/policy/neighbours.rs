@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use pepsal_tests::{Connector, Family, Listener, Namespace, Topology, Transfer, patience};
 use socket2::SockRef;
 
-use crate::scenario::{APART, Host, LAN, MEGABYTE, Scenario, mangle};
+use crate::scenario::{Host, LAN, MEGABYTE, Scenario, mangle};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -43,7 +43,7 @@ fn flow_table_forwards_most_of_it() -> Result<()> {
 fn two_instances_split_a_direction_each() -> Result<()> {
     Scenario::new("")
         .daemon(&[LAN])
-        .daemon(&[&["-i", "sat0"], APART])
+        .daemon(&[&["-i", "sat0"]])
         .holds(Host::serves_both_sides)
 }
 

@@ -26,9 +26,6 @@ pub const BOTH: &[&str] = &["-i", "lan0", "-i", "sat0"];
 /// Gives up on a silent server soon, so that the reset that the client then gets does not take a minute.
 pub const HASTY: &[&str] = &["--connect-timeout", "1s"];
 
-/// What keeps a second instance apart from the first.
-pub const APART: &[&str] = &["--mark", "0x20000000/0x20000000", "--table", "5001", "-p", "5001"];
-
 /// The chain `forward`, `input` or `output` of the table `inet filter`, at that hook.
 pub fn filter(hook: &str, policy: &str, rules: &str) -> String {
     chain(

@@ -39,7 +39,7 @@ use self::{
     report::{Report, Run},
     schedule::Schedule,
 };
-use super::{canvas, goal as goals, machine::Machine, save, statistic};
+use super::{RoundRatios, canvas, goal as goals, machine::Machine, save, statistic};
 use crate::{build, quantity, setup::Needs, shell, signals::Signals};
 
 /// By default what pepsal's goals are about, in under three minutes.
@@ -82,7 +82,7 @@ pub struct Options {
         default_value = "cubic,bbr,client,server,pair"
     )]
     places: Vec<PlaceName>,
-    /// How often everything is measured
+    /// How often everything is measured; ten rounds tell two builds apart
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
     /// Seed of the first round's losses, handovers and payload; the next round has the next
@@ -100,9 +100,13 @@ pub struct Options {
     /// Give the daemons this argument too
     #[arg(long = "pepsal-arg", value_name = "ARGUMENT", allow_hyphen_values = true)]
     arguments: Vec<String>,
-    /// Run this daemon instead of building one
+    /// Measure this build of pepsal too, in each of pepsal's places and in the same rounds, and show the ratio of the new build
+    /// to it in each
     #[arg(long, value_name = "FILE")]
     daemon: Option<PathBuf>,
+    /// Run this build as pepsal instead of making one
+    #[arg(long, value_name = "FILE")]
+    built: Option<PathBuf>,
     /// Where results.json, results.csv, results.md and the charts go [default: target/bench/link]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -123,11 +127,13 @@ Routing and firewall are the namespace's own, and are gone with it:
 
 /// Builds the daemon, measures as root, and prints and writes the results.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let daemon = super::daemon(options.daemon.as_deref(), Needs::Bench)?;
+    let daemon = super::daemon(options.built.as_deref(), Needs::Bench)?;
+    let old_build = options.daemon.as_deref().map(super::existing).transpose()?;
     let start = Instant::now();
     let signals = Signals::block()?;
     let equipment = Equipment {
         daemon,
+        old_build,
         arguments: options.arguments.clone(),
     };
     let schedule = Schedule {
@@ -154,7 +160,12 @@ impl Options {
             seed: self.seed,
         };
         let peers = self.peers.iter().map(|peer| Proxy::Peer(peer));
-        let proxies: Vec<_> = [Proxy::Pepsal].into_iter().chain(peers).collect();
+        let old_build = self.daemon.is_some().then_some(Proxy::OldBuild);
+        let proxies: Vec<_> = old_build
+            .into_iter()
+            .chain([Proxy::Pepsal])
+            .chain(peers)
+            .collect();
         if !self.full {
             return plan::quick(&rounds, &proxies);
         }
@@ -178,10 +189,15 @@ impl Options {
     }
 
     fn describe(&self, equipment: &Equipment, took: Duration) -> Result<Run> {
-        let daemon = shell::output(Command::new(&equipment.daemon).arg("--version"))?;
+        let version = |daemon: &FilePath| -> Result<String> {
+            let version = shell::output(Command::new(daemon).arg("--version"))?;
+            Ok(version.trim().to_owned())
+        };
+        let old_build = equipment.old_build.as_deref();
         Ok(Run {
             machine: Machine::here()?,
-            daemon: daemon.trim().to_owned(),
+            daemon: version(&equipment.daemon)?,
+            old_build: old_build.map(version).transpose()?,
             daemon_arguments: equipment.arguments.clone(),
             rounds: self.rounds,
             seed: self.seed,
@@ -198,6 +214,7 @@ fn conclude(run: Run, found: &Observations, folder: &FilePath) -> Result<ExitCod
         run,
         found,
         summaries: found.summaries(),
+        comparisons: found.comparisons(),
         goals: goal::judge(found),
     };
     print!("\n{}", report.markdown());

@@ -19,6 +19,7 @@ mod chart;
 mod connections;
 mod contender;
 mod end;
+mod firewall;
 mod flows;
 mod frames;
 mod goal;
@@ -34,11 +35,11 @@ mod syscalls;
 pub use self::end::End;
 use self::{
     contender::Contender,
-    lane::Equipment,
+    lane::{Equipment, MOST_FLOWS_WITH_FIREWALL},
     observation::Observations,
     report::{Report, Run},
 };
-use super::{canvas, goal as goals, machine, machine::Machine, save, statistic};
+use super::{RoundRatios, canvas, goal as goals, machine, machine::Machine, save, statistic};
 use crate::{build, progress::Progress, setup, setup::Needs, shell, signals::Signals};
 
 /// By default what pepsal's goals are about, in under two minutes.
@@ -60,7 +61,7 @@ pub struct Options {
     /// Count the system calls that a connection takes, with strace, which slows everything down: a run of its own is best
     #[arg(long)]
     syscalls: bool,
-    /// How often everything is measured [default: 3, with --full 5]
+    /// How often everything is measured; ten rounds tell two builds apart [default: 3, with --full 5]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
     /// Congestion control of the ends and of the gateway [default: the kernel's]
@@ -69,9 +70,15 @@ pub struct Options {
     /// Give the daemon this argument too
     #[arg(long = "pepsal-arg", value_name = "ARGUMENT", allow_hyphen_values = true)]
     arguments: Vec<String>,
-    /// Run this daemon instead of building one
+    /// Measure this build of pepsal too, in the same rounds, and show the ratio of the new build to it in each
     #[arg(long, value_name = "FILE")]
     daemon: Option<PathBuf>,
+    /// Put a stateful firewall of some twenty rules on every gateway, also for plain forwarding
+    #[arg(long)]
+    firewall: bool,
+    /// Run this build as pepsal instead of making one
+    #[arg(long, value_name = "FILE")]
+    built: Option<PathBuf>,
     /// Where results.json, results.md and the charts go [default: target/bench/relay]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -118,7 +125,8 @@ struct Bench<'a> {
 
 /// Builds the daemon, measures as root, and prints and writes the results.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let daemon = super::daemon(options.daemon.as_deref(), Needs::BenchRelay)?;
+    let daemon = super::daemon(options.built.as_deref(), Needs::BenchRelay)?;
+    let old_build = options.daemon.as_deref().map(super::existing).transpose()?;
     let start = Instant::now();
     let absent = setup::offer(haproxy::PROGRAMS).err().map(|reason| {
         let line = format!("HAProxy is left out: {reason}");
@@ -128,17 +136,23 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let signals = Signals::block()?;
     let equipment = Equipment {
         daemon,
+        old_build,
+        firewall: options.firewall,
         arguments: options.arguments.clone(),
         congestion: match &options.congestion {
             Some(name) => name.clone(),
             None => own_congestion()?,
         },
-        most_flows: most_flows()?,
+        most_flows: most_flows(options.firewall)?,
         signals: &signals,
     };
     let contenders: Vec<_> = Contender::ALL
         .into_iter()
-        .filter(|contender| *contender != Contender::Haproxy || absent.is_none())
+        .filter(|contender| match contender {
+            Contender::Forwarding | Contender::Pepsal => true,
+            Contender::OldBuild => equipment.old_build.is_some(),
+            Contender::Haproxy => absent.is_none(),
+        })
         .collect();
     let amounts = options.amounts(equipment.most_flows);
     let bench = Bench {
@@ -157,6 +171,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         machine: Machine::here()?,
         versions: versions(&contenders, &equipment)?,
         absent,
+        firewall: options.firewall,
         daemon_arguments: options.arguments.clone(),
         congestion: equipment.congestion.clone(),
         rounds: amounts.rounds,
@@ -234,13 +249,14 @@ impl Bench<'_> {
 }
 
 /// What a process may have open leaves room for so many flows of two descriptors, and for the process itself.
-fn most_flows() -> Result<usize> {
+fn most_flows(firewall: bool) -> Result<usize> {
     const OTHERS: u64 = 400;
     // Past this, addresses and ports run out, not descriptors.
     const MOST: u64 = 50_000;
     let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
         .context("cannot tell the limit of descriptors")?;
-    Ok((hard.saturating_sub(OTHERS) / 2).clamp(100, MOST) as usize)
+    let most = if firewall { MOST_FLOWS_WITH_FIREWALL } else { MOST };
+    Ok((hard.saturating_sub(OTHERS) / 2).clamp(100, most) as usize)
 }
 
 fn own_congestion() -> Result<String> {
@@ -250,7 +266,11 @@ fn own_congestion() -> Result<String> {
 }
 
 fn versions(contenders: &[Contender], equipment: &Equipment<'_>) -> Result<Vec<String>> {
-    let mut versions = vec![shell::output(Command::new(&equipment.daemon).arg("--version"))?];
+    let version = |daemon: &Path| shell::output(Command::new(daemon).arg("--version"));
+    let mut versions = vec![version(&equipment.daemon)?];
+    if let Some(old_build) = &equipment.old_build {
+        versions.push(format!("old build {}", version(old_build)?));
+    }
     if contenders.contains(&Contender::Haproxy) {
         versions.push(haproxy::version()?);
     }
@@ -264,6 +284,7 @@ fn conclude(run: Run, found: &Observations, folder: &Path) -> Result<ExitCode> {
         run,
         found,
         summaries: found.summaries(),
+        comparisons: found.comparisons(),
         goals: goal::judge(found),
     };
     print!("\n{}", report.markdown());

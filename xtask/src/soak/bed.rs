@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::sys::signal::Signal;
+use nix::{net::if_::if_nameindex, sys::signal::Signal};
 use pepsal_tests::{Daemon, Topology};
 
 use super::{faults::Fault, totals::Totals, vitals};
@@ -104,8 +104,8 @@ impl<'a> Bed<'a> {
                 thread::sleep(Duration::from_secs(1));
                 gateway.ip(format!("link set {name} up"))?;
             }
-            Fault::DeleteRules => self.flush("rule")?,
-            Fault::DeleteRoutes => self.flush("route")?,
+            Fault::RemoveClientsDevice => self.remove_device("pepsal-c")?,
+            Fault::RemoveServersDevice => self.remove_device("pepsal-s")?,
             Fault::Descriptors => {
                 let open = fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count();
                 self.limit_descriptors(&format!("{open}:20000"))?;
@@ -126,10 +126,25 @@ impl<'a> Bed<'a> {
         Ok(Path::new(&format!("/proc/{}/fd/0", self.daemon()?.pid())).exists())
     }
 
-    fn flush(&self, what: &str) -> Result<()> {
-        for family in ["-4", "-6"] {
-            let mut ip = self.topology.gateway.command("ip");
-            shell::output(ip.args([family, what, "flush", "table", "5000"]))?;
+    /// Removes the devices whose names begin so. The namespaces of a daemon that was killed may still have theirs.
+    fn remove_device(&self, prefix: &str) -> Result<()> {
+        let gateway = &self.topology.gateway;
+        let names = || -> Result<Vec<String>> {
+            let interfaces = if_nameindex()?;
+            let names = interfaces
+                .iter()
+                .map(|interface| interface.name().to_string_lossy());
+            Ok(names
+                .filter(|name| name.starts_with(prefix))
+                .map(Into::into)
+                .collect())
+        };
+        for name in gateway.run(names)? {
+            let removed = gateway.ip(format!("link delete {name}"));
+            // It may have gone with its namespace meanwhile.
+            if gateway.run(names)?.contains(&name) {
+                removed?;
+            }
         }
         Ok(())
     }

@@ -15,10 +15,10 @@ pub enum Fault {
     FlapLan,
     /// The satellite link's interface goes down and comes up.
     FlapSat,
-    /// Somebody removes the policy rules.
-    DeleteRules,
-    /// Somebody removes the local routes.
-    DeleteRoutes,
+    /// Somebody removes the device of the client legs' namespace.
+    RemoveClientsDevice,
+    /// Somebody removes the device of the server legs' namespace.
+    RemoveServersDevice,
     /// There are no descriptors left for a while.
     Descriptors,
 }
@@ -31,8 +31,8 @@ impl Fault {
         Self::Hang,
         Self::FlapLan,
         Self::FlapSat,
-        Self::DeleteRules,
-        Self::DeleteRoutes,
+        Self::RemoveClientsDevice,
+        Self::RemoveServersDevice,
         Self::Descriptors,
     ];
 
@@ -41,8 +41,8 @@ impl Fault {
         Self::Hang,
         Self::FlapLan,
         Self::FlapSat,
-        Self::DeleteRules,
-        Self::DeleteRoutes,
+        Self::RemoveClientsDevice,
+        Self::RemoveServersDevice,
         Self::Descriptors,
     ];
 
@@ -60,8 +60,8 @@ impl fmt::Display for Fault {
             Self::Hang => "SIGSTOP for 4 s",
             Self::FlapLan => "lan0 down for 1 s",
             Self::FlapSat => "sat0 down for 1 s",
-            Self::DeleteRules => "policy rules deleted",
-            Self::DeleteRoutes => "local routes deleted",
+            Self::RemoveClientsDevice => "clients' device removed",
+            Self::RemoveServersDevice => "servers' device removed",
             Self::Descriptors => "no descriptors for 2 s",
         })
     }

@@ -84,16 +84,20 @@ fn descriptors_but_pipes(pid: u32) -> Result<usize> {
     Ok(open.filter(|target| !is_pipe(target)).count())
 }
 
-/// Bytes that the kernel uses for the map of flows, which is told by the size of its keys. An entry has memory of its own,
-/// which the kernel counts from Linux 6.4 on.
+/// Bytes that the kernel uses for the map of flows, which is the hash table with keys of its size; the extension headers
+/// of flows have the same keys in an LRU. An entry has memory of its own, which the kernel counts from Linux 6.4 on.
 pub fn flow_map_bytes(pid: u32) -> Result<u64> {
+    const HASH: &str = "map_type:\t1";
     const KEY: &str = "key_size:\t36";
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).context("cannot see the daemon's descriptors")? {
         // One that was closed meanwhile.
         let Ok(info) = fs::read_to_string(entry?.path()) else {
             continue;
         };
-        if info.lines().any(|line| line == KEY) {
+        if [HASH, KEY]
+            .iter()
+            .all(|wanted| info.lines().any(|line| line == *wanted))
+        {
             let mut lines = info.lines();
             return lines
                 .find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())

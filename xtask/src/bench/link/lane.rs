@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use pepsal_tests::{Connector, Daemon, Family, Link, LinkDelays, Namespace, Server, Topology};
 
 use super::{
@@ -15,6 +15,8 @@ use super::{
 pub struct Equipment {
     /// The daemon's binary.
     pub daemon: PathBuf,
+    /// Another build of it, which is a proxy of its own.
+    pub old_build: Option<PathBuf>,
     /// Further arguments of the daemon.
     pub arguments: Vec<String>,
 }
@@ -78,9 +80,13 @@ impl Lane {
             }
         };
         let link = path.link_at(end);
-        if let Proxy::Peer(peer) = proxy {
-            return RunningPeer::start(gateway, &peer.command(lan, satellite, &link)).map(Running::Peer);
-        }
+        let daemon = match proxy {
+            Proxy::OldBuild => equipment.old_build.as_deref().context("an old build was given")?,
+            Proxy::Pepsal => &equipment.daemon,
+            Proxy::Peer(peer) => {
+                return RunningPeer::start(gateway, &peer.command(lan, satellite, &link)).map(Running::Peer);
+            }
+        };
         let mut told = format!("{satellite},rate={},rtt={},up={}", link.rate, link.rtt, link.up);
         if is_pair {
             told.push_str(",peer=pepsal");
@@ -90,7 +96,7 @@ impl Lane {
             arguments.extend(["--link", &told]);
         }
         arguments.extend(equipment.arguments.iter().map(String::as_str));
-        let daemon = Daemon::start_quiet(&equipment.daemon, gateway, &arguments)?;
+        let daemon = Daemon::start_quiet(daemon, gateway, &arguments)?;
         Ok(Running::Pepsal(Some(daemon)))
     }
 

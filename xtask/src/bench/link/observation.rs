@@ -6,9 +6,10 @@ use pepsal_tests::Direction;
 use serde::{Serialize, Serializer};
 
 use super::{
+    RoundRatios,
     floor::{self, Connection},
     path::{Loss, Path},
-    place::Place,
+    place::{Place, Proxy},
     statistic,
 };
 
@@ -207,6 +208,17 @@ pub struct Summary {
     pub overloaded: bool,
 }
 
+/// The two builds of pepsal in one cell.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    /// The new build's.
+    #[serde(flatten)]
+    pub cell: Cell,
+    /// The new build's values over the old build's. Where a round has several samples, its median counts.
+    #[serde(flatten)]
+    pub ratios: RoundRatios,
+}
+
 impl Observations {
     /// Adds those of a job.
     pub fn extend(&mut self, more: Self) {
@@ -242,6 +254,35 @@ impl Observations {
         })
     }
 
+    /// The new build beside the old one in each cell that both have.
+    pub fn comparisons(&self) -> Vec<Comparison> {
+        let comparison = |summary: Summary| {
+            let cell = summary.cell;
+            let Place::Proxy(Proxy::Pepsal, side) = cell.place else {
+                return None;
+            };
+            let old = Cell {
+                place: Place::Proxy(Proxy::OldBuild, side),
+                ..cell
+            };
+            let rounds = self.samples.iter().map(|sample| sample.round).max()?;
+            let pairs = (1..=rounds)
+                .filter_map(|round| Some((self.round_median(old, round)?, self.round_median(cell, round)?)));
+            Some(Comparison {
+                cell,
+                ratios: RoundRatios::of(pairs)?,
+            })
+        };
+        self.summaries().into_iter().filter_map(comparison).collect()
+    }
+
+    fn round_median(&self, cell: Cell, round: u32) -> Option<f64> {
+        let samples = self.samples.iter();
+        let meant = samples.filter(|sample| sample.cell == cell && sample.round == round);
+        let values: Vec<_> = meant.filter_map(|sample| sample.value).collect();
+        statistic::median(&values)
+    }
+
     /// Samples that make the whole run a failure.
     pub fn failures(&self) -> impl Iterator<Item = &Observation> {
         self.samples
@@ -253,7 +294,7 @@ impl Observations {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::link::place::Congestion;
+    use crate::bench::link::place::{Congestion, Side};
 
     fn sample(value: Option<f64>, state: State) -> Observation {
         Observation {
@@ -290,6 +331,31 @@ mod tests {
         assert_eq!((summary.samples, summary.timed_out), (3, 1));
         assert!(!summary.overloaded);
         assert_eq!(all.failures().count(), 1);
+    }
+
+    #[test]
+    fn builds_are_compared_by_the_medians_of_each_round() {
+        let of = |proxy, round, value| {
+            let mut sample = sample(Some(value), State::Done);
+            sample.cell.place = Place::Proxy(proxy, Side::Pair);
+            sample.round = round;
+            sample
+        };
+        let all = Observations {
+            samples: vec![
+                of(Proxy::OldBuild, 1, 2.0),
+                of(Proxy::Pepsal, 1, 1.0),
+                of(Proxy::Pepsal, 1, 3.0),
+                of(Proxy::OldBuild, 2, 4.0),
+                of(Proxy::Pepsal, 2, 2.0),
+                of(Proxy::Pepsal, 3, 9.0),
+            ],
+            series: Vec::new(),
+        };
+        let [comparison] = &all.comparisons()[..] else {
+            panic!("one cell has both builds")
+        };
+        assert_eq!(comparison.ratios.rounds, [1.0, 0.5]);
     }
 
     #[test]

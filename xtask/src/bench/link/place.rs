@@ -28,6 +28,8 @@ pub enum Congestion {
 /// A proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Proxy {
+    /// Another build of the daemon, to be compared with the one under test.
+    OldBuild,
     /// The daemon under test.
     Pepsal,
     /// Another one, put in its place.
@@ -111,6 +113,7 @@ impl fmt::Display for Place {
             Self::Proxy(proxy, side) => (proxy, side),
         };
         let proxy = match proxy {
+            Proxy::OldBuild => "old build",
             Proxy::Pepsal => "pepsal",
             Proxy::Peer(peer) => peer.name(),
         };

@@ -72,29 +72,34 @@ pub fn quick(rounds: &Rounds, proxies: &[Proxy]) -> Vec<Job> {
         (GeoSymmetric, Loss::NONE, BBR, bulk(Way::Down)),
         (GeoSymmetric, Loss::NONE, CUBIC, loaded()),
     ];
-    for proxy in proxies {
-        let [client, server, pair] =
-            [Side::Client, Side::Server, Side::Pair].map(|side| Place::Proxy(*proxy, side));
-        cases.extend([
-            (Clean, Loss::NONE, client, clean()),
-            (GeoSymmetric, Loss::NONE, pair, both()),
-            (GeoSymmetric, ONE_PERCENT, pair, both()),
-            (Clean, Loss::NONE, server, clean()),
-            (GeoSymmetric, Loss::NONE, server, bulk(Way::Down)),
-            (GeoSymmetric, ONE_PERCENT, server, bulk(Way::Down)),
-            (GeoSymmetric, ONE_PERCENT, client, bulk(Way::Up)),
-            (Clean, Loss::NONE, pair, clean()),
-            (GeoSymmetric, Loss::NONE, pair, loaded()),
-            (
-                GeoSymmetric,
-                Loss::NONE,
-                pair,
-                Work::Flows {
-                    lead: seconds(5),
-                    window: seconds(6),
-                },
-            ),
-        ]);
+    let of_proxies = [
+        (Clean, Loss::NONE, Side::Client, clean()),
+        (GeoSymmetric, Loss::NONE, Side::Pair, both()),
+        (GeoSymmetric, ONE_PERCENT, Side::Pair, both()),
+        (Clean, Loss::NONE, Side::Server, clean()),
+        (GeoSymmetric, Loss::NONE, Side::Server, bulk(Way::Down)),
+        (GeoSymmetric, ONE_PERCENT, Side::Server, bulk(Way::Down)),
+        (GeoSymmetric, ONE_PERCENT, Side::Client, bulk(Way::Up)),
+        (Clean, Loss::NONE, Side::Pair, clean()),
+        (GeoSymmetric, Loss::NONE, Side::Pair, loaded()),
+        (
+            GeoSymmetric,
+            Loss::NONE,
+            Side::Pair,
+            Work::Flows {
+                lead: seconds(5),
+                window: seconds(6),
+            },
+        ),
+    ];
+    // Proxies take turns, so that they meet the machine in the same state.
+    for (path, loss, side, work) in of_proxies {
+        let place = |proxy: &Proxy| Place::Proxy(*proxy, side);
+        cases.extend(
+            proxies
+                .iter()
+                .map(|proxy| (path, loss, place(proxy), work.clone())),
+        );
     }
     jobs.extend(rounds.jobs(&cases));
     jobs

@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::{
     Machine,
     goals::{self, Goal},
-    observation::{LATE_MS, Metric, Observations, Series, State, Summary},
+    observation::{Comparison, LATE_MS, Metric, Observations, Series, State, Summary},
     save,
 };
 use crate::table::{
@@ -23,6 +23,8 @@ pub struct Run {
     pub machine: Machine,
     /// What the daemon says of itself.
     pub daemon: String,
+    /// What the old build says of itself, if there was one.
+    pub old_build: Option<String>,
     /// Further arguments of the daemon.
     pub daemon_arguments: Vec<String>,
     pub rounds: u32,
@@ -38,6 +40,8 @@ pub struct Report<'a> {
     pub run: Run,
     pub found: &'a Observations,
     pub summaries: Vec<Summary>,
+    /// Nothing without an old build.
+    pub comparisons: Vec<Comparison>,
     pub goals: Vec<Goal>,
 }
 
@@ -60,6 +64,7 @@ impl Report<'_> {
         let Run {
             machine: Machine { kernel, cpus },
             daemon,
+            old_build,
             rounds,
             seed,
             minutes,
@@ -69,8 +74,12 @@ impl Report<'_> {
             1 => format!("seed {seed}"),
             _ => format!("seeds {seed} to {}", seed + u64::from(*rounds) - 1),
         };
+        let old_build = old_build
+            .as_ref()
+            .map(|version| format!("old build {version}, "))
+            .unwrap_or_default();
         let mut text = format!(
-            "{daemon}, Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes.\n\n"
+            "{daemon}, {old_build}Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes.\n\n"
         );
         if self.goals.iter().any(|goal| goal.met.is_some()) {
             text += &goals::markdown(&self.goals);
@@ -80,8 +89,29 @@ impl Report<'_> {
         rows.extend(self.summaries.iter().map(cell_row));
         text += &table::markdown(&rows, CELL_ALIGNMENT);
         text += &format!("\n{NOTES}\n");
+        if !self.comparisons.is_empty() {
+            text += "\npepsal over the old build, round by round:\n\n";
+            text += &self.round_by_round();
+            text += "\n";
+        }
         text += &self.lateness();
         text
+    }
+
+    fn round_by_round(&self) -> String {
+        let headings = ["path", "loss", "what", "with", "median (least–most)", "rounds"];
+        let mut rows = vec![headings.map(str::to_owned)];
+        rows.extend(self.comparisons.iter().map(|Comparison { cell, ratios }| {
+            [
+                cell.path.to_string(),
+                cell.loss.to_string(),
+                cell.metric.to_string(),
+                cell.place.to_string(),
+                ratios.spread(),
+                ratios.listed(),
+            ]
+        }));
+        table::markdown(&rows, [Left, Right, Left, Left, Right, Left])
     }
 
     /// Whether the machine kept up.
@@ -108,6 +138,7 @@ impl Report<'_> {
             run: &self.run,
             goals: &self.goals,
             cells: &self.summaries,
+            comparisons: &self.comparisons,
             samples: &self.found.samples,
             series: &self.found.series,
         })?;
@@ -153,6 +184,7 @@ struct Json<'a> {
     run: &'a Run,
     goals: &'a [Goal],
     cells: &'a [Summary],
+    comparisons: &'a [Comparison],
     samples: &'a [super::observation::Observation],
     series: &'a [Series],
 }

@@ -1,6 +1,6 @@
 //! Rates, processor time and the cost of open flows as pictures.
 
-use std::{error::Error, path::Path};
+use std::{collections::BTreeSet, error::Error, path::Path};
 
 use anyhow::Result;
 use plotters::{
@@ -109,7 +109,13 @@ fn growth(found: &Observations, flows: impl Fn(Metric) -> Option<usize>) -> Vec<
 }
 
 fn colour(contender: Contender) -> RGBColor {
-    COLOURS[contender as usize]
+    // Without an old build the others have the same colours as with one.
+    COLOURS[match contender {
+        Contender::Forwarding => 0,
+        Contender::Pepsal => 1,
+        Contender::Haproxy => 2,
+        Contender::OldBuild => 3,
+    }]
 }
 
 struct Bars<'a> {
@@ -148,12 +154,19 @@ impl Picture for Bars<'_> {
             .label_style((FONT, 13))
             .light_line_style(WHITE)
             .draw()?;
-        for (place, contender) in Contender::ALL.into_iter().enumerate() {
+        let contenders: BTreeSet<_> = self
+            .groups
+            .iter()
+            .flat_map(|(_, bars)| bars.iter().map(|(contender, _)| *contender))
+            .collect();
+        // Three wide bars, or four narrower ones.
+        let step = 0.81 / contenders.len().max(3) as f64;
+        for (place, contender) in contenders.into_iter().enumerate() {
             let bars = self.groups.iter().enumerate().filter_map(|(index, (_, bars))| {
                 let (_, value) = bars.iter().find(|(other, _)| *other == contender)?;
-                let left = index as f64 + 0.1 + 0.27 * place as f64;
+                let left = index as f64 + 0.1 + step * place as f64;
                 Some(Rectangle::new(
-                    [(left, 0.0), (left + 0.25, *value)],
+                    [(left, 0.0), (left + step - 0.02, *value)],
                     colour(contender).filled(),
                 ))
             });

@@ -9,6 +9,7 @@ use super::{
     Bench,
     end::{Answer, Order},
     lane::Lane,
+    machine_use,
     observation::{Metric, name},
 };
 
@@ -30,11 +31,16 @@ pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
         let what = format!("new connections, {}", name(family));
         bench.rounds(&what, |bench, round, contender| {
             let lane = lanes.get_mut(&contender).expect("every contender has a lane");
+            let before = machine_use::busy()?;
             let answer = connect(lane, family, bench.amounts.connections)?;
+            let busy = machine_use::busy()?.saturating_sub(before);
             let per_second = answer.requests as f64 / answer.seconds;
             bench
                 .found
                 .add(round, contender, Metric::Connections(family), per_second);
+            let metric = Metric::ConnectionProcessor(family);
+            let microseconds = busy.as_secs_f64() * 1e6 / answer.requests as f64;
+            bench.found.add(round, contender, metric, microseconds);
             let time = |percentile| Metric::ConnectionTime(family, percentile);
             bench.found.add(round, contender, time(50), answer.p50_ms);
             bench.found.add(round, contender, time(99), answer.p99_ms);

@@ -9,6 +9,8 @@ use serde::{Serialize, Serializer};
 pub enum Contender {
     /// No proxy.
     Forwarding,
+    /// Another build of the daemon, to be compared with the one under test.
+    OldBuild,
     /// The daemon under test.
     Pepsal,
     /// HAProxy with splice and as transparent as pepsal, its connections steered by iptables TPROXY.
@@ -17,13 +19,14 @@ pub enum Contender {
 
 impl Contender {
     /// All of them, in the order of columns.
-    pub const ALL: [Self; 3] = [Self::Forwarding, Self::Pepsal, Self::Haproxy];
+    pub const ALL: [Self; 4] = [Self::Forwarding, Self::OldBuild, Self::Pepsal, Self::Haproxy];
 }
 
 impl fmt::Display for Contender {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
             Self::Forwarding => "forwarding",
+            Self::OldBuild => "old build",
             Self::Pepsal => "pepsal",
             Self::Haproxy => "HAProxy",
         })

@@ -93,14 +93,28 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const HOP_LIMIT: u8 = 64;
 
-/// RFC 9293, 3.1, without options. Nobody who checks the checksum receives it.
+/// RFC 9293, 3.1, without options. Connection tracking looks at the checksum.
 fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8) -> Vec<u8> {
     let mut header = [source.port().to_be_bytes(), destination.port().to_be_bytes()].concat();
     header.extend([0, 0, 0, 1, 0, 0, 0, 1, 5 << 4, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    let checksum = transport_checksum(source.ip(), destination.ip(), TCP, &header).to_be_bytes();
+    header[16..18].copy_from_slice(&checksum);
     header
 }
 
-/// RFC 768, with as much behind it as makes it as long as the above.
+/// Over the pseudo-header of RFC 9293, 3.1, or RFC 8200, 8.1, whose sums are the same, and a segment that is shorter than
+/// 64 KiB.
+fn transport_checksum(source: IpAddr, destination: IpAddr, protocol: u8, segment: &[u8]) -> u16 {
+    let octets = |address| match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let length = (segment.len() as u16).to_be_bytes();
+    let pseudo_header = [&octets(source)[..], &octets(destination), &[0, protocol], &length].concat();
+    internet_checksum(&[&pseudo_header, segment].concat())
+}
+
+/// RFC 768, with as much behind it as makes it as long as the above, and without a checksum.
 fn udp(source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
     let mut datagram = [
         source.port().to_be_bytes(),
@@ -178,6 +192,14 @@ mod tests {
             assert_eq!(frame.len(), length, "{packet}");
             if packet.family == Family::V4 {
                 assert_eq!(internet_checksum(&frame[14..34]), 0, "{packet}");
+            }
+            if packet.kind != Kind::Udp {
+                let segment = &frame[length - 20..];
+                assert_eq!(
+                    transport_checksum(source, destination, TCP, segment),
+                    0,
+                    "{packet}"
+                );
             }
         }
     }

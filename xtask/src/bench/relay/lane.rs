@@ -4,7 +4,7 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{ChildStdin, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
@@ -17,6 +17,7 @@ use pepsal_tests::{Daemon, Family, Namespace, Topology};
 use super::{
     contender::Contender,
     end::{Answer, Order},
+    firewall,
     haproxy::Haproxy,
     process::{self, Process},
 };
@@ -26,6 +27,10 @@ use crate::{shell, signals::Signals};
 pub struct Equipment<'a> {
     /// The daemon's binary.
     pub daemon: PathBuf,
+    /// Another build of it, which is a contender of its own.
+    pub old_build: Option<PathBuf>,
+    /// Whether every gateway has a firewall.
+    pub firewall: bool,
     /// Further arguments of the daemon.
     pub arguments: Vec<String>,
     /// Congestion control of ends and gateway.
@@ -35,6 +40,12 @@ pub struct Equipment<'a> {
     pub signals: &'a Signals,
 }
 
+const ALL_PORTS: &str = "1024 65535";
+/// With a firewall a transparent proxy must not use a port that the client uses at the same time: connection tracking has
+/// one entry for both connections and drops SYNs. Namespaces of one kernel choose the same ports more often than two hosts.
+const PORT_HALVES: [&str; 2] = ["1024 32767", "32768 65535"];
+/// Flows that a half has ports for.
+pub const MOST_FLOWS_WITH_FIREWALL: u64 = 30_000;
 const SERVER_PORT: u16 = 8080;
 const IPERF_PORT: u16 = 5201;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -63,9 +74,15 @@ impl<'a> Lane<'a> {
         let topology = Topology::new()?;
         for namespace in [&topology.client, &topology.gateway, &topology.server] {
             namespace.sysctl("net.ipv4.tcp_congestion_control", &equipment.congestion)?;
-            namespace.sysctl("net.ipv4.ip_local_port_range", "1024 65535")?;
+            namespace.sysctl("net.ipv4.ip_local_port_range", ALL_PORTS)?;
         }
         let signals = equipment.signals;
+        if equipment.firewall {
+            let [low, high] = PORT_HALVES;
+            topology.client.sysctl("net.ipv4.ip_local_port_range", low)?;
+            topology.gateway.sysctl("net.ipv4.ip_local_port_range", high)?;
+            firewall::set_up(&topology.gateway, &[SERVER_PORT, IPERF_PORT], signals)?;
+        }
         let servers = [
             request_server(&topology, signals)?,
             iperf_server(&topology, signals)?,
@@ -73,7 +90,13 @@ impl<'a> Lane<'a> {
         let client = Client::start(&topology.client, signals)?;
         let proxy = match contender {
             Contender::Forwarding => Proxy::None,
-            Contender::Pepsal => Proxy::Pepsal(Some(pepsal(&topology.gateway, equipment)?)),
+            Contender::OldBuild => {
+                let old_build = equipment.old_build.as_deref().context("an old build was given")?;
+                Proxy::Pepsal(Some(pepsal(old_build, &topology.gateway, equipment)?))
+            }
+            Contender::Pepsal => {
+                Proxy::Pepsal(Some(pepsal(&equipment.daemon, &topology.gateway, equipment)?))
+            }
             Contender::Haproxy => {
                 Proxy::Haproxy(Haproxy::start(&topology.gateway, equipment.most_flows, signals)?)
             }
@@ -129,7 +152,7 @@ impl Drop for Proxy {
     }
 }
 
-fn pepsal(gateway: &Namespace, equipment: &Equipment<'_>) -> Result<Daemon> {
+fn pepsal(daemon: &Path, gateway: &Namespace, equipment: &Equipment<'_>) -> Result<Daemon> {
     let most_flows = equipment.most_flows.to_string();
     let mut arguments = vec![
         "-i",
@@ -142,7 +165,7 @@ fn pepsal(gateway: &Namespace, equipment: &Equipment<'_>) -> Result<Daemon> {
         "1s",
     ];
     arguments.extend(equipment.arguments.iter().map(String::as_str));
-    Daemon::start_quiet(&equipment.daemon, gateway, &arguments)
+    Daemon::start_quiet(daemon, gateway, &arguments)
 }
 
 fn request_server(topology: &Topology, signals: &Signals) -> Result<Process> {

@@ -5,7 +5,7 @@ use std::fmt;
 use pepsal_tests::Family;
 use serde::{Serialize, Serializer};
 
-use super::{contender::Contender, frames::Packet, statistic};
+use super::{RoundRatios, contender::Contender, frames::Packet, statistic};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,18 +18,31 @@ pub enum Metric {
     Connections(Family),
     /// Percentile, in milliseconds, of the time that such a connection takes from connect to end of stream.
     ConnectionTime(Family, u8),
+    /// The machine's processor time for such a connection, in microseconds.
+    ConnectionProcessor(Family),
     /// The machine's memory for each of the flows past the first of these numbers, up to the second, in kB.
     Memory(usize, usize),
     /// Descriptors of the proxy for each of them.
     Descriptors(usize, usize),
     /// The machine's processor time for a request over one of so many open flows, in microseconds.
     Exchange(usize),
-    /// Nanoseconds that the steering program takes for a packet.
-    Steering(Packet),
+    /// Nanoseconds that the steering programs take for a packet.
+    Steering(Programs, Packet),
     /// Nanoseconds that the gateway takes for a packet that it forwards, all in all.
     Passing(Packet),
     /// System calls of the proxy for a connection with one request.
     Syscalls,
+}
+
+/// The programs that a packet meets on its way through the gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Programs {
+    /// The one on ingress of the interface that it comes in by.
+    Ingress,
+    /// The one on egress of the interface that it leaves by.
+    Egress,
+    /// The sum of both, for a packet that is forwarded.
+    Both,
 }
 
 /// A bulk transfer.
@@ -60,8 +73,8 @@ impl Metric {
             Self::ConnectionTime(..) => "ms",
             Self::Memory(..) => "kB",
             Self::Descriptors(..) | Self::Syscalls => "",
-            Self::Exchange(_) => "µs",
-            Self::Steering(_) | Self::Passing(_) => "ns",
+            Self::ConnectionProcessor(_) | Self::Exchange(_) => "µs",
+            Self::Steering(..) | Self::Passing(_) => "ns",
         }
     }
 }
@@ -75,10 +88,13 @@ impl fmt::Display for Metric {
             Self::ConnectionTime(family, percentile) => {
                 write!(formatter, "new connections, {}, p{percentile}", name(*family))
             }
+            Self::ConnectionProcessor(family) => {
+                write!(formatter, "processor of a new connection, {}", name(*family))
+            }
             Self::Memory(from, to) => write!(formatter, "memory of an idle flow, {from} to {to}"),
             Self::Descriptors(from, to) => write!(formatter, "descriptors of a flow, {from} to {to}"),
             Self::Exchange(flows) => write!(formatter, "processor of a request, {flows} flows"),
-            Self::Steering(packet) => write!(formatter, "steering program, {packet}"),
+            Self::Steering(programs, packet) => write!(formatter, "steering {programs}, {packet}"),
             Self::Passing(packet) => write!(formatter, "forwarded, {packet}"),
             Self::Syscalls => formatter.write_str("system calls of a connection"),
         }
@@ -88,6 +104,16 @@ impl fmt::Display for Metric {
 impl Serialize for Metric {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl fmt::Display for Programs {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Ingress => "on ingress",
+            Self::Egress => "on egress",
+            Self::Both => "on both",
+        })
     }
 }
 
@@ -141,6 +167,15 @@ pub struct Summary {
     pub least: f64,
     pub most: f64,
     pub samples: usize,
+}
+
+/// The two builds of pepsal in one metric.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    pub metric: Metric,
+    /// The new build's values over the old build's.
+    #[serde(flatten)]
+    pub ratios: RoundRatios,
 }
 
 impl Observations {
@@ -202,6 +237,30 @@ impl Observations {
         Some(self.median(metric, Contender::Pepsal)? / other)
     }
 
+    /// What the new build has over the old one in each metric that both were measured in.
+    pub fn comparisons(&self) -> Vec<Comparison> {
+        let comparison = |metric| {
+            Some(Comparison {
+                metric,
+                ratios: self.round_ratios(metric)?,
+            })
+        };
+        self.metrics().into_iter().filter_map(comparison).collect()
+    }
+
+    /// The same in one metric.
+    pub fn round_ratios(&self, metric: Metric) -> Option<RoundRatios> {
+        let samples = |contender| {
+            let is_meant =
+                move |sample: &&Observation| sample.metric == metric && sample.contender == contender;
+            self.samples.iter().filter(is_meant)
+        };
+        RoundRatios::of(samples(Contender::OldBuild).filter_map(|old| {
+            let new = samples(Contender::Pepsal).find(|new| new.round == old.round)?;
+            Some((old.value, new.value))
+        }))
+    }
+
     /// What a contender costs beyond forwarding.
     pub fn above_forwarding(&self, metric: Metric, contender: Contender) -> Option<f64> {
         Some(self.median(metric, contender)? - self.median(metric, Contender::Forwarding)?)
@@ -231,6 +290,22 @@ mod tests {
         assert_eq!(found.above_forwarding(metric, Contender::Pepsal), Some(10.0));
         assert_eq!(found.ratio(metric, Contender::Haproxy), None);
         assert_eq!(found.summaries().len(), 2);
+    }
+
+    #[test]
+    fn builds_are_compared_within_a_round() {
+        let mut found = Observations::default();
+        let metric = Metric::Connections(Family::V4);
+        for (round, old, new) in [(1, 100.0, 110.0), (2, 200.0, 180.0), (3, 100.0, 120.0)] {
+            found.add(round, Contender::Pepsal, metric, new);
+            found.add(round, Contender::OldBuild, metric, old);
+        }
+        found.add(1, Contender::Pepsal, Metric::Syscalls, 38.0);
+        let [comparison] = &found.comparisons()[..] else {
+            panic!("one metric has both builds")
+        };
+        assert_eq!(comparison.ratios.rounds, [1.1, 0.9, 1.2]);
+        assert_eq!(comparison.ratios.median, 1.1);
     }
 
     #[test]

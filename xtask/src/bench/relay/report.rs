@@ -9,7 +9,7 @@ use super::{
     contender::Contender,
     goals::{self, Goal},
     machine::Machine,
-    observation::{Metric, Observation, Observations, Summary},
+    observation::{Comparison, Metric, Observation, Observations, Summary},
     save,
 };
 use crate::table::{
@@ -26,6 +26,8 @@ pub struct Run {
     pub versions: Vec<String>,
     /// Why HAProxy is left out, if it is.
     pub absent: Option<String>,
+    /// Whether every gateway had a stateful firewall.
+    pub firewall: bool,
     /// Further arguments of the daemon.
     pub daemon_arguments: Vec<String>,
     /// Congestion control of ends and gateway, but where a proxy chooses its own.
@@ -42,21 +44,27 @@ pub struct Report<'a> {
     pub run: Run,
     pub found: &'a Observations,
     pub summaries: Vec<Summary>,
+    /// Nothing without an old build.
+    pub comparisons: Vec<Comparison>,
     pub goals: Vec<Goal>,
 }
 
-const HEADINGS: [&str; 7] = [
+const HEADINGS: [&str; 9] = [
     "what",
     "",
     "forwarding",
+    "old build",
     "pepsal",
     "HAProxy",
     "/ forwarding",
+    "/ old build",
     "/ HAProxy",
 ];
-const ALIGNMENT: [Align; 7] = [Left, Left, Right, Right, Right, Right, Right];
-/// Those of the above that need no HAProxy.
-const WITHOUT_HAPROXY: [usize; 5] = [0, 1, 2, 3, 5];
+const ALIGNMENT: [Align; 9] = [Left, Left, Right, Right, Right, Right, Right, Right, Right];
+/// The columns that are there without an old build, without HAProxy, and without both.
+const WITHOUT_OLD_BUILD: [usize; 7] = [0, 1, 2, 4, 5, 6, 8];
+const WITHOUT_HAPROXY: [usize; 7] = [0, 1, 2, 3, 4, 6, 7];
+const WITHOUT_BOTH: [usize; 5] = [0, 1, 2, 4, 6];
 
 impl Report<'_> {
     /// The whole report.
@@ -65,13 +73,16 @@ impl Report<'_> {
             machine: Machine { kernel, cpus },
             versions,
             absent,
+            firewall,
             congestion,
             rounds,
             minutes,
             ..
         } = &self.run;
+        let firewall = if *firewall { "with" } else { "without" };
         let mut text = format!(
-            "{}, Linux {kernel}, {cpus} processors; ends use {congestion}; rounds: {rounds}; {minutes:.1} minutes.\n\n",
+            "{}, Linux {kernel}, {cpus} processors; ends use {congestion}; {firewall} firewall; rounds: {rounds}; \
+             {minutes:.1} minutes.\n\n",
             versions.join(", ")
         );
         if self.goals.iter().any(|goal| goal.met.is_some()) {
@@ -80,6 +91,10 @@ impl Report<'_> {
         }
         text += &self.cells();
         text += &format!("\n{NOTES}\n");
+        if !self.comparisons.is_empty() {
+            text += "\npepsal over the old build, round by round:\n\n";
+            text += &self.round_by_round();
+        }
         if let Some(absent) = absent {
             text += &format!("{absent}.\n");
         }
@@ -102,18 +117,26 @@ impl Report<'_> {
             .into_iter()
             .chain(metrics.into_iter().flat_map(|metric| self.rows(metric)))
             .collect();
-        if self.run.absent.is_none() {
-            return table::markdown(&rows, ALIGNMENT);
+        match (self.comparisons.is_empty(), self.run.absent.is_some()) {
+            (false, false) => table::markdown(&rows, ALIGNMENT),
+            (true, false) => selected(&rows, WITHOUT_OLD_BUILD),
+            (false, true) => selected(&rows, WITHOUT_HAPROXY),
+            (true, true) => selected(&rows, WITHOUT_BOTH),
         }
-        let rows: Vec<_> = rows
-            .iter()
-            .map(|row| WITHOUT_HAPROXY.map(|column| row[column].clone()))
-            .collect();
-        table::markdown(&rows, WITHOUT_HAPROXY.map(|column| ALIGNMENT[column]))
+    }
+
+    fn round_by_round(&self) -> String {
+        let mut rows = vec![["what", "median (least–most)", "rounds"].map(str::to_owned)];
+        rows.extend(
+            self.comparisons
+                .iter()
+                .map(|Comparison { metric, ratios }| [metric.to_string(), ratios.spread(), ratios.listed()]),
+        );
+        table::markdown(&rows, [Left, Right, Left])
     }
 
     /// A metric's row, and another one for what the proxies add to forwarding where it is that which counts.
-    fn rows(&self, metric: Metric) -> Vec<[String; 7]> {
+    fn rows(&self, metric: Metric) -> Vec<[String; 9]> {
         let cell = |contender| {
             self.found
                 .summary(metric, contender)
@@ -126,14 +149,19 @@ impl Report<'_> {
                 .map(|ratio| format!("{ratio:.2}"))
                 .unwrap_or_default()
         };
-        let [forwarding, pepsal, haproxy] = Contender::ALL.map(cell);
+        let [forwarding, old_build, pepsal, haproxy] = Contender::ALL.map(cell);
         let mut rows = vec![[
             metric.to_string(),
             metric.unit().to_owned(),
             forwarding,
+            old_build,
             pepsal,
             haproxy,
             ratio(Contender::Forwarding),
+            self.found
+                .round_ratios(metric)
+                .map(|ratios| ratios.spread())
+                .unwrap_or_default(),
             ratio(Contender::Haproxy),
         ]];
         if matches!(
@@ -142,14 +170,17 @@ impl Report<'_> {
         ) {
             let above = |contender| self.found.above_forwarding(metric, contender);
             let shown = |value: Option<f64>| value.map(|value| number(metric, value)).unwrap_or_default();
-            let (pepsal, haproxy) = (above(Contender::Pepsal), above(Contender::Haproxy));
+            let (old_build, pepsal) = (above(Contender::OldBuild), above(Contender::Pepsal));
+            let haproxy = above(Contender::Haproxy);
             let ratio = pepsal.zip(haproxy).filter(|(_, haproxy)| *haproxy > 0.0);
             rows.push([
                 format!("{metric}: beyond forwarding"),
                 metric.unit().to_owned(),
                 String::new(),
+                shown(old_build),
                 shown(pepsal),
                 shown(haproxy),
+                String::new(),
                 String::new(),
                 ratio
                     .map(|(pepsal, haproxy)| format!("{:.2}", pepsal / haproxy))
@@ -168,6 +199,7 @@ impl Report<'_> {
             run: &self.run,
             goals: &self.goals,
             cells: &self.summaries,
+            comparisons: &self.comparisons,
             samples: &self.found.samples,
             syscalls: &self.found.syscalls,
         })?;
@@ -181,13 +213,23 @@ struct Json<'a> {
     run: &'a Run,
     goals: &'a [Goal],
     cells: &'a [Summary],
+    comparisons: &'a [Comparison],
     samples: &'a [Observation],
     syscalls: &'a [(Contender, Vec<(String, f64)>)],
 }
 
+/// Some of the columns.
+fn selected<const N: usize>(rows: &[[String; 9]], columns: [usize; N]) -> String {
+    let rows: Vec<_> = rows
+        .iter()
+        .map(|row| columns.map(|column| row[column].clone()))
+        .collect();
+    table::markdown(&rows, columns.map(|column| ALIGNMENT[column]))
+}
+
 const NOTES: &str = "\
-Medians, with the least and the most in parentheses; the last columns are pepsal's median over the others'. Processor \
-time and memory are the whole machine's, ends included, while nothing else of the benchmark runs.";
+Medians, with the least and the most in parentheses; the last columns are pepsal's median over the others', and over the \
+old build's the median of the ratios of each round. Processor time and memory are the whole machine's, ends included, while nothing else of the benchmark runs.";
 
 fn spread(summary: Summary) -> String {
     let shown = |value| number(summary.metric, value);
@@ -204,8 +246,10 @@ fn number(metric: Metric, value: f64) -> String {
         Metric::Rate(_) | Metric::Processor(_) | Metric::ConnectionTime(..) | Metric::Descriptors(..) => {
             format!("{value:.2}")
         }
-        Metric::Connections(_) | Metric::Steering(_) | Metric::Passing(_) => format!("{value:.0}"),
-        Metric::Memory(..) | Metric::Exchange(_) | Metric::Syscalls => format!("{value:.1}"),
+        Metric::Connections(_) | Metric::Steering(..) | Metric::Passing(_) => format!("{value:.0}"),
+        Metric::ConnectionProcessor(_) | Metric::Memory(..) | Metric::Exchange(_) | Metric::Syscalls => {
+            format!("{value:.1}")
+        }
     }
 }
 
@@ -221,6 +265,7 @@ mod tests {
             },
             versions: vec!["pepsal 1".into()],
             absent: absent.map(str::to_owned),
+            firewall: false,
             daemon_arguments: Vec::new(),
             congestion: "cubic".to_owned(),
             rounds: 1,
@@ -231,6 +276,7 @@ mod tests {
             run,
             found,
             summaries: found.summaries(),
+            comparisons: found.comparisons(),
             goals: Vec::new(),
         };
         report.markdown()
@@ -260,6 +306,25 @@ mod tests {
         let text = report(&found, None);
         assert!(
             text.contains("100 flows: beyond forwarding | µs |  | 25.0 | 50.0 |  | 0.50 |\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn an_old_build_has_columns_and_a_table_of_rounds() {
+        let mut found = Observations::default();
+        let metric = Metric::Connections(pepsal_tests::Family::V4);
+        for (round, old, new) in [(1, 1000.0, 1500.0), (2, 2000.0, 1000.0)] {
+            found.add(round, Contender::OldBuild, metric, old);
+            found.add(round, Contender::Pepsal, metric, new);
+        }
+        let text = report(&found, None);
+        assert!(
+            text.contains("| 1500 (1000–2000) | 1250 (1000–1500) |  |  | 1.00 (0.50–1.50) |  |\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("| new connections, IPv4 | 1.00 (0.50–1.50) | 1.50, 0.50 |\n"),
             "{text}"
         );
     }

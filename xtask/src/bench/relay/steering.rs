@@ -1,7 +1,8 @@
-//! What steering costs a packet.
+//! Cost of steering for each packet.
 //!
-//! What pepsal's program takes is measured on the program that the daemon has loaded, with its maps, flows and listeners,
-//! as the kernel runs it over and over on one packet (`BPF_PROG_TEST_RUN`).
+//! The time of pepsal's programs is measured on the programs that the daemon has loaded, with its maps, flows, listeners and
+//! the namespaces of its legs, as the kernel runs them over and over on one packet (`BPF_PROG_TEST_RUN`). A packet that is
+//! forwarded meets two of them, one on ingress and one on egress.
 //!
 //! Netfilter's rules cannot be run that way. So packets that pass are sent through the gateway as well, and the time that
 //! each takes, all in all, is compared: veth hands a frame on to the end of its way before the next is sent. They come
@@ -9,36 +10,35 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     net::{IpAddr, SocketAddr},
     os::fd::{AsRawFd as _, OwnedFd},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
-use aya::programs::{ProgramInfo, SchedClassifier, TestRun as _, TestRunOptions, loaded_programs};
+use anyhow::{Context as _, Result, ensure};
+use aya::programs::{ProgramInfo, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions};
 use nix::{
     ifaddrs::getifaddrs,
     net::if_::if_nametoindex,
     sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, bind, send, socket},
 };
-use pepsal_tests::{Family, Namespace};
+use pepsal_tests::Family;
 
 use super::{
     Bench,
     contender::Contender,
     end::Order,
+    firewall::{DISCARD_PORT, FOREIGN_PORT},
     frames::{Kind, Packet},
     lane::Lane,
-    observation::Metric,
+    observation::{Metric, Programs},
 };
 
-const PROGRAM: &str = "pepsal_steer";
 const PATIENCE: Duration = Duration::from_secs(20);
-/// `struct __sk_buff` of `uapi/linux/bpf.h`: mark at 8, ifindex at 40.
+/// `struct __sk_buff` of `uapi/linux/bpf.h`: mark at 8, ingress_ifindex at 36, ifindex at 40.
 const SK_BUFF_LEN: usize = 192;
-/// Ports that nobody has.
-const FOREIGN: (u16, u16) = (40_001, 9);
+/// `TC_ACT_REDIRECT`: the packet is given to a leg's namespace.
+const REDIRECT: u32 = 7;
 /// Unused subnets behind client and server, which both throw away what is for them.
 const BEHIND_CLIENT: [&str; 2] = ["10.8.0.1", "fd08::1"];
 const BEHIND_SERVER: [&str; 2] = ["10.9.0.1", "fd09::1"];
@@ -49,110 +49,186 @@ const TURNS: u32 = 10;
 /// Measures both.
 pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     let mut lanes = BTreeMap::new();
+    let mut builds = Vec::new();
     for contender in bench.contenders {
-        lanes.insert(*contender, Lane::new(*contender, bench.equipment)?);
+        let lane = Lane::new(*contender, bench.equipment)?;
+        if matches!(contender, Contender::OldBuild | Contender::Pepsal) {
+            builds.push((*contender, Steering::of(&lane)?));
+        }
+        lanes.insert(*contender, lane);
     }
-    if let Some(lane) = lanes.get_mut(&Contender::Pepsal) {
-        program(bench, lane)?;
+    for family in Family::BOTH {
+        programs(bench, &builds, &mut lanes, family)?;
     }
     passing(bench, &lanes)
 }
 
-/// Runs the program on all kinds of packets.
-fn program(bench: &mut Bench<'_>, lane: &mut Lane<'_>) -> Result<()> {
-    let daemon = lane.proxy_pid().context("the daemon runs")?;
-    let program = steering_program(daemon)?;
-    let lan0 = lane.topology().gateway.run(|| if_nametoindex("lan0"))?;
-    for family in Family::BOTH {
+/// Runs the programs of all builds on all kinds of packets.
+fn programs(
+    bench: &mut Bench<'_>,
+    builds: &[(Contender, Steering)],
+    lanes: &mut BTreeMap<Contender, Lane<'_>>,
+    family: Family,
+) -> Result<()> {
+    let mut flows = BTreeMap::new();
+    for (contender, _) in builds {
+        let lane = lanes.get_mut(contender).expect("every contender has a lane");
         let server = lane.server(family);
         lane.order(&Order::Release, PATIENCE)?;
         let held = lane.order(&Order::Hold { server, flows: 1 }, PATIENCE)?;
-        let local = held.local.context("the client holds a flow")?;
-        for round in 1..=bench.amounts.rounds {
-            for packet in Packet::ALL.into_iter().filter(|packet| packet.family == family) {
-                bench.progress.show(|| format!("steering program, {packet}"));
-                let (source, destination) = match packet.kind {
-                    Kind::Established => (local, server),
-                    Kind::Syn => (SocketAddr::new(family.client(), FOREIGN.0 + round as u16), server),
-                    Kind::ForeignAck | Kind::Udp => (
-                        SocketAddr::new(family.client(), FOREIGN.0),
-                        SocketAddr::new(family.server(), FOREIGN.1),
-                    ),
-                };
-                let frame = packet.frame(source, destination, [0; 6]);
-                let gateway = &lane.topology().gateway;
-                let nanoseconds = test_run(&program, gateway, lan0, packet, &frame, bench.amounts.packets)?;
+        let client = held.local.context("the client holds a flow")?;
+        flows.insert(*contender, (client, server));
+    }
+    for round in 1..=bench.amounts.rounds {
+        for packet in Packet::ALL.into_iter().filter(|packet| packet.family == family) {
+            for (contender, steering) in builds {
                 bench
-                    .found
-                    .add(round, Contender::Pepsal, Metric::Steering(packet), nanoseconds);
+                    .progress
+                    .show(|| format!("steering programs, {packet}, round {round}: {contender}"));
+                let (client, server) = flows[contender];
+                let ends = match packet.kind {
+                    Kind::Established => (client, server),
+                    Kind::Syn => (
+                        SocketAddr::new(family.client(), FOREIGN_PORT + round as u16),
+                        server,
+                    ),
+                    Kind::ForeignAck | Kind::Udp => foreign_ends(family),
+                };
+                let gateway = &lanes[contender].topology().gateway;
+                let times = gateway.run(|| steering.times(packet, ends, bench.amounts.packets))?;
+                for (programs, nanoseconds) in times {
+                    let metric = Metric::Steering(programs, packet);
+                    bench.found.add(round, *contender, metric, nanoseconds);
+                }
             }
         }
     }
     Ok(())
 }
 
-/// Nanoseconds for each run.
-fn test_run(
-    program: &SchedClassifier,
-    gateway: &Namespace,
+/// Client and server of a packet that belongs to no connection.
+fn foreign_ends(family: Family) -> (SocketAddr, SocketAddr) {
+    (
+        SocketAddr::new(family.client(), FOREIGN_PORT),
+        SocketAddr::new(family.server(), DISCARD_PORT),
+    )
+}
+
+/// The loaded programs of a daemon, and the interfaces that packets pass.
+struct Steering {
+    ingress: SchedClassifier,
+    /// Builds whose legs are in the host's namespace have none.
+    egress: Option<SchedClassifier>,
     lan0: u32,
-    packet: Packet,
-    frame: &[u8],
-    repeat: u32,
-) -> Result<f64> {
-    let mut context = [0; SK_BUFF_LEN];
-    context[40..44].copy_from_slice(&lan0.to_ne_bytes());
-    let mut context_out = [0; SK_BUFF_LEN];
-    let mut frame_out = vec![0; frame.len() + 64];
-    // The first run is cold.
-    for repeat in [1, repeat] {
-        let result = gateway.run(|| {
+    sat0: u32,
+    /// The link-layer address of `lan0`: a packet for another one is not steered.
+    address: [u8; 6],
+}
+
+impl Steering {
+    fn of(lane: &Lane<'_>) -> Result<Self> {
+        lane.topology().gateway.run(|| {
+            Ok(Self {
+                ingress: program("lan0", TcAttachType::Ingress)?.context("nothing is attached to lan0")?,
+                egress: program("sat0", TcAttachType::Egress)?,
+                lan0: if_nametoindex("lan0")?,
+                sat0: if_nametoindex("sat0")?,
+                address: link_address("lan0")?,
+            })
+        })
+    }
+
+    /// Returns the nanoseconds of each program that looks at a packet between client and server. To be called in the
+    /// gateway's namespace.
+    fn times(
+        &self,
+        packet: Packet,
+        (client, server): (SocketAddr, SocketAddr),
+        repeat: u32,
+    ) -> Result<Vec<(Programs, f64)>> {
+        let up = Passage {
+            frame: packet.frame(client, server, self.address),
+            from: self.lan0,
+            at: self.lan0,
+        };
+        let ingress = up.time(&self.ingress, packet, repeat)?;
+        let mut times = vec![(Programs::Ingress, ingress)];
+        let on_egress = match packet.kind {
+            // Client legs take it on ingress, and server legs send another.
+            Kind::Syn => None,
+            // Server legs receive the server's.
+            Kind::Established => Some(Passage {
+                frame: packet.frame(server, client, self.address),
+                from: self.sat0,
+                at: self.lan0,
+            }),
+            Kind::ForeignAck | Kind::Udp => Some(Passage { at: self.sat0, ..up }),
+        };
+        let mut egress = 0.0;
+        if let (Some(passage), Some(program)) = (on_egress, &self.egress) {
+            egress = passage.time(program, packet, repeat)?;
+            times.push((Programs::Egress, egress));
+        }
+        if packet.is_foreign() {
+            times.push((Programs::Both, ingress + egress));
+        }
+        Ok(times)
+    }
+}
+
+/// A frame at an interface.
+struct Passage {
+    frame: Vec<u8>,
+    /// Index of the interface that it came in by.
+    from: u32,
+    /// Index of the interface whose program looks at it.
+    at: u32,
+}
+
+impl Passage {
+    /// Returns the nanoseconds of each run of a program.
+    ///
+    /// # Errors
+    /// When the program does not decide about the packet as its kind asks for.
+    fn time(&self, program: &SchedClassifier, packet: Packet, repeat: u32) -> Result<f64> {
+        let mut context = [0; SK_BUFF_LEN];
+        context[36..40].copy_from_slice(&self.from.to_ne_bytes());
+        context[40..44].copy_from_slice(&self.at.to_ne_bytes());
+        let mut context_out = [0; SK_BUFF_LEN];
+        let mut frame_out = vec![0; self.frame.len() + 64];
+        let mut run = |repeat| {
             program.test_run(TestRunOptions {
-                data_in: Some(frame),
+                data_in: Some(&self.frame),
                 data_out: Some(&mut frame_out),
                 ctx_in: Some(&context),
                 ctx_out: Some(&mut context_out),
                 repeat,
                 ..TestRunOptions::default()
             })
-        })?;
-        let is_marked = context_out[8..12] != [0; 4];
+        };
+        // The first run is cold.
+        run(1)?;
+        let result = run(repeat)?;
+        // Builds whose legs are in the host's namespace mark a packet instead of redirecting it.
+        let is_steered = result.return_value == REDIRECT || context_out[8..12] != [0; 4];
         ensure!(
-            is_marked != packet.is_foreign(),
+            is_steered != packet.is_foreign(),
             "{packet}: {}",
-            if is_marked { "steered" } else { "not steered" }
+            if is_steered { "steered" } else { "not steered" }
         );
-        if repeat > 1 {
-            return Ok(result.duration.as_nanos() as f64);
-        }
+        Ok(result.duration.as_nanos() as f64)
     }
-    bail!("a program has to run more than once to be measured")
 }
 
-/// The program of that name which a process holds open.
-fn steering_program(process: u32) -> Result<SchedClassifier> {
-    let ids = held_programs(process)?;
-    let is_meant = |info: &ProgramInfo| ids.contains(&info.id()) && info.name_as_str() == Some(PROGRAM);
-    let info = loaded_programs()
-        .filter_map(Result::ok)
-        .find(is_meant)
-        .with_context(|| format!("process {process} has no program {PROGRAM}"))?;
-    Ok(SchedClassifier::from_program_info(info, PROGRAM.into())?)
-}
-
-/// Ids of the eBPF programs that a process has descriptors of.
-fn held_programs(process: u32) -> Result<Vec<u32>> {
-    let folder = format!("/proc/{process}/fdinfo");
-    let entries = fs::read_dir(&folder).with_context(|| format!("cannot read {folder}"))?;
-    let infos = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
-    Ok(infos.filter_map(|info| program_id(&info)).collect())
-}
-
-fn program_id(descriptor: &str) -> Option<u32> {
-    let id = descriptor
-        .lines()
-        .find_map(|line| line.strip_prefix("prog_id:"))?;
-    id.trim().parse().ok()
+/// The program of pepsal's on a hook of an interface of this namespace, if there is one.
+fn program(interface: &str, hook: TcAttachType) -> Result<Option<SchedClassifier>> {
+    let (_, attached) = SchedClassifier::query_tcx(interface, hook)
+        .with_context(|| format!("cannot tell the programs on {interface}, which takes Linux 6.6"))?;
+    let is_ours = |info: &ProgramInfo| info.name_as_str().is_some_and(|name| name.starts_with("pepsal_"));
+    let info = attached.into_iter().find(is_ours);
+    Ok(info
+        .map(|info| SchedClassifier::from_program_info(info, "pepsal".into()))
+        .transpose()?)
 }
 
 /// Sends packets through every gateway.
@@ -173,7 +249,10 @@ fn passing(bench: &mut Bench<'_>, lanes: &BTreeMap<Contender, Lane<'_>>) -> Resu
         let end = |addresses: [&str; 2], port| -> Result<_> {
             Ok(SocketAddr::new(addresses[index].parse::<IpAddr>()?, port))
         };
-        let (source, destination) = (end(BEHIND_SERVER, FOREIGN.1)?, end(BEHIND_CLIENT, FOREIGN.0)?);
+        let (source, destination) = (
+            end(BEHIND_SERVER, DISCARD_PORT)?,
+            end(BEHIND_CLIENT, FOREIGN_PORT)?,
+        );
         for round in 1..=bench.amounts.rounds {
             let mut least = BTreeMap::<Contender, f64>::new();
             for turn in 0..TURNS {
@@ -224,16 +303,4 @@ fn link_address(device: &str) -> Result<[u8; 6]> {
         .filter(|interface| interface.interface_name == device)
         .find_map(|interface| interface.address?.as_link_addr()?.addr())
         .with_context(|| format!("no device {device}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn descriptors_of_programs_name_them() {
-        let program = "pos:\t0\nflags:\t02000002\nmnt_id:\t16\nprog_type:\t3\nprog_jited:\t1\nprog_id:\t42\n";
-        assert_eq!(program_id(program), Some(42));
-        assert_eq!(program_id("pos:\t0\nflags:\t02\nmap_id:\t7\n"), None);
-    }
 }
