@@ -235,7 +235,8 @@ impl FlowKey {
 }
 
 /// Slots of the [filter of flows](FlowKey::filter_slot), a byte each. At 100,000 flows a tenth of them is taken.
-pub const FILTER_SLOTS: usize = 1 << 20;
+pub const FILTER_SLOTS: usize = 1 << FILTER_BITS;
+const FILTER_BITS: u32 = 20;
 /// Bytes before the slots: the generation, and padding.
 pub const FILTER_HEADER: usize = 8;
 /// How many generations a slot is valid for after its own. One more than is needed: the count from 255 to 1 leaves zero out.
@@ -258,9 +259,8 @@ impl FlowKey {
             ^ fold(self.server).wrapping_mul(0x85eb_ca77)
             ^ ports.wrapping_mul(0xc2b2_ae3d);
         hash ^= hash >> 15;
-        hash = hash.wrapping_mul(0x2c1b_3c6d);
-        hash ^= hash >> 12;
-        hash as usize & (FILTER_SLOTS - 1)
+        // The uppermost bits: older verifiers (seen on Linux 6.1) know how large a number is that was shifted.
+        (hash.wrapping_mul(0x2c1b_3c6d) >> (u32::BITS - FILTER_BITS)) as usize
     }
 }
 
