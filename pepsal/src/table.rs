@@ -324,10 +324,7 @@ impl Drop for Place {
             .is_some_and(|flow| Arc::ptr_eq(flow, &self.flow))
         {
             open.remove(&self.key);
-            // Unless the record is that of a newer SYN already, whose connection is still to be accepted.
-            if self.table.kernel.time_ns(&self.key) == Some(self.time_ns) {
-                self.table.kernel.remove(&self.key);
-            }
+            self.table.kernel.remove_of(&self.key, self.time_ns);
         }
     }
 }

@@ -1,10 +1,12 @@
-//! Reads a hash map of the kernel, some thousand entries by each system call (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6).
+//! Hash maps of the kernel, by the system calls that save others: reading some thousand entries at once
+//! (`BPF_MAP_LOOKUP_BATCH`, Linux 5.6), and taking one out (`BPF_MAP_LOOKUP_AND_DELETE_ELEM`, Linux 5.14).
 //!
 //! The kernel walks from bucket to bucket. Entries that are added or removed meanwhile neither end the walk nor restart it,
 //! as they can with `BPF_MAP_GET_NEXT_KEY`; the result may contain them or not.
 
 use std::{
     io,
+    mem::MaybeUninit,
     os::fd::{AsRawFd, BorrowedFd},
 };
 
@@ -13,6 +15,8 @@ use nix::{errno::Errno, libc};
 
 /// `enum bpf_cmd` of `uapi/linux/bpf.h`.
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
+
+const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
 
 /// Entries that one call returns at most. More than this is needed only where a single bucket has more.
 const ENTRIES: usize = 4096;
@@ -28,6 +32,43 @@ struct Batch {
     map_fd: u32,
     elem_flags: u64,
     flags: u64,
+}
+
+/// `union bpf_attr` for the commands on one element.
+#[repr(C)]
+struct Element {
+    map_fd: u32,
+    _pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Removes an entry of a hash map and returns its value.
+///
+/// # Errors
+/// `NotFound` when there is none.
+pub fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<V> {
+    let mut value = MaybeUninit::<V>::uninit();
+    let mut element = Element {
+        map_fd: map.as_raw_fd().cast_unsigned(),
+        _pad: 0,
+        key: &raw const *key as u64,
+        value: value.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads a key and writes a value of the sizes that the map was made with, which are those of the
+    // types, and any bytes are a value.
+    unsafe {
+        let result = libc::syscall(
+            libc::SYS_bpf,
+            BPF_MAP_LOOKUP_AND_DELETE_ELEM,
+            &raw mut element,
+            size_of::<Element>(),
+        );
+        Errno::result(result)?;
+        Ok(value.assume_init())
+    }
 }
 
 /// Returns every entry of a hash map whose keys and values have these types.

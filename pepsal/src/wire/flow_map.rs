@@ -69,6 +69,19 @@ impl FlowMap {
         self.lock().heads.insert(flow, head, 0)
     }
 
+    /// Removes the record of a flow whose SYN came at this time, by one system call and without the lock. A newer SYN between
+    /// the same ports keeps its own: the connection is still to be accepted.
+    pub fn remove_of(&self, flow: &FlowKey, time_ns: u64) {
+        match batch::take::<_, SynHead>(self.heads.as_fd(), flow) {
+            Ok(head) if head.time_ns != time_ns => {
+                // A full map means that the connection is accepted without its record.
+                let _ = self.insert(flow, &head);
+            }
+            // There may be none any more.
+            _ => {}
+        }
+    }
+
     /// Removes the flow's entry.
     pub fn remove(&self, flow: &FlowKey) {
         // It may be gone already.

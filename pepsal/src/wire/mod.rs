@@ -83,6 +83,8 @@ fn settle(host: &[(String, String)]) -> Result<()> {
         ("net/ipv6/fwmark_reflect", "1"),
         // Every connection has a path of its own, which others' congestion windows say nothing about.
         ("net/ipv4/tcp_no_metrics_save", "1"),
+        // Every source is right, so that none is looked up.
+        ("net/ipv4/conf/all/accept_local", "1"),
         ("net/ipv4/conf/all/rp_filter", "0"),
         ("net/ipv4/conf/default/rp_filter", "0"),
         // All interfaces together decide, as the host has it for all.
