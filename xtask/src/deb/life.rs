@@ -1,5 +1,6 @@
 //! The package's life in a clean Debian that is booted, as the gateway between a client and a server: installed, edited,
-//! started, at work, watched, reloaded, upgraded under load, purged. What it prints is a transcript.
+//! started, at work, watched, reloaded, upgraded under load, purged. The gateway has a stateful firewall, and network managers
+//! that manage every device they may. What it prints is a transcript.
 
 use std::{
     fs,
@@ -27,17 +28,47 @@ const WRONG: &str = "\n[proxy]\nidle-timeuot = \"1h\"\n";
 
 const CONFIGURATION: &str = "/etc/pepsal/pepsal.toml";
 
+/// The gateway's firewall: clients may open connections to the outside, and nobody else may. What it drops is counted.
+const FIREWALL: &str = "\
+#!/usr/sbin/nft -f
+flush ruleset
+table inet gateway {
+    chain forward {
+        type filter hook forward priority filter; policy drop;
+        ct state established,related accept
+        iifname lan0 ct state new accept
+        counter
+    }
+}
+";
+
+/// Has systemd-networkd configure every device but the topology's.
+const NETWORKD: &str = "[Match]\nName=!lo lan0 sat0\n\n[Network]\nAddress=198.51.100.1/24\n";
+/// Has NetworkManager leave the topology's devices alone, and no other.
+const NETWORK_MANAGER: &str =
+    "[device-topology]\nmatch-device=interface-name:lan0;interface-name:sat0\nmanaged=0\n";
+
 /// How often the package is upgraded.
 const UPGRADES: u32 = 10;
 
 /// The port of the web server.
 const HTTP: u16 = 80;
 
+/// The hardware address of the daemon's devices (`DEVICE_MAC` of pepsal-ebpf).
+const DEVICE_ADDRESS: &str = "02:70:65:70:00:01";
+
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Goes through all of it.
 pub fn run(suite: &str, package: &Path) -> Result<()> {
     let root = Root::new(suite)?;
+    for (path, text) in [
+        ("/etc/nftables.conf", FIREWALL),
+        ("/etc/systemd/network/50-every.network", NETWORKD),
+        ("/etc/NetworkManager/conf.d/50-topology.conf", NETWORK_MANAGER),
+    ] {
+        fs::write(root.file(path), text).with_context(|| format!("cannot write {path} inside"))?;
+    }
     let topology = Topology::new()?;
     shell::heading("Boot it, as the gateway between a client and a server");
     let system = System::boot(&root, &topology.gateway)?;
@@ -70,9 +101,12 @@ struct Life {
 
 impl Life {
     fn whole(&self, package: &Path) -> Result<()> {
+        self.system
+            .show("systemctl enable --now nftables systemd-networkd NetworkManager")?;
         let (clean, untouched) = (self.root.files()?, Footprint::of(&self.topology.gateway)?);
         self.install(package)?;
         self.start()?;
+        self.leave_alone()?;
         self.work()?;
         self.reload()?;
         self.upgrade(&Successors::of(package)?)?;
@@ -99,10 +133,65 @@ impl Life {
         self.system.show(&format!("pepsal check {CONFIGURATION}"))?;
         self.system.show("systemctl enable --now pepsal")?;
         self.system.show("systemctl status --no-pager pepsal")?;
+        let log = self.system.output("journalctl --output cat --unit pepsal")?;
+        ensure!(
+            !log.contains("cannot "),
+            "the unit refuses what the daemon needs:\n{log}"
+        );
         self.system
             .show("systemd-analyze security --no-pager pepsal.service")?;
         shell::heading("Is anything amiss?");
         self.system.show("pepsal doctor || true")
+    }
+
+    /// Compares the daemon's devices with one that is anybody's.
+    fn leave_alone(&self) -> Result<()> {
+        shell::heading("Do network managers leave its devices alone?");
+        self.system
+            .show("ip link add other0 type veth peer name other1")?;
+        eventually(PATIENCE, || {
+            let addresses = self.system.output("ip -brief -4 address show dev other0");
+            addresses.is_ok_and(|addresses| addresses.contains("198.51.100.1"))
+        });
+        self.system.show("networkctl --no-pager list")?;
+        self.system.show("nmcli device")?;
+        self.system.show("ip link delete other0")?;
+        self.devices_are_untouched()
+    }
+
+    fn devices_are_untouched(&self) -> Result<()> {
+        let devices = || self.system.output("ls /sys/class/net | grep ^pepsal-");
+        // Those of an earlier version go a moment after its process.
+        eventually(PATIENCE, || {
+            devices().is_ok_and(|devices| devices.lines().count() == 2)
+        });
+        let devices = devices()?;
+        for device in devices.lines() {
+            for (command, expected) in [
+                (format!("networkctl --no-legend list {device}"), "unmanaged"),
+                (
+                    format!("nmcli --get-values GENERAL.STATE device show {device}"),
+                    "10 (unmanaged)",
+                ),
+                (
+                    format!("udevadm test-builtin net_setup_link /sys/class/net/{device} 2>&1"),
+                    "/10-pepsal.link",
+                ),
+                (format!("ip -brief link show dev {device}"), DEVICE_ADDRESS),
+            ] {
+                let shown = self.system.output(&command)?;
+                ensure!(
+                    shown.contains(expected),
+                    "`{command}` shows no {expected}:\n{shown}"
+                );
+            }
+            let addresses = self
+                .system
+                .output(&format!("ip -oneline address show dev {device}"))?;
+            ensure!(addresses.is_empty(), "a device has an address:\n{addresses}");
+        }
+        println!("The daemon's devices have no address but {DEVICE_ADDRESS}, and no manager.");
+        Ok(())
     }
 
     fn work(&self) -> Result<()> {
@@ -204,12 +293,14 @@ impl Life {
             lasting.len()
         );
         self.system.show("systemctl status --no-pager --lines 0 pepsal")?;
+        self.system.show("nft list chain inet gateway forward")?;
         drop(lasting);
         let processes = "cat /sys/fs/cgroup/system.slice/pepsal.service/pepsal.*/cgroup.procs | wc -l";
         eventually(PATIENCE, || {
             self.system.output(processes).is_ok_and(|count| count == "1")
         });
         println!("With their last flows the earlier versions have ended.");
+        self.devices_are_untouched()?;
         ensure!(
             fs::read_to_string(self.root.file(CONFIGURATION))? == EDIT,
             "the upgrades changed an edited {CONFIGURATION}"

@@ -31,7 +31,7 @@ impl Root {
         };
         root.remove();
         fs::create_dir_all(&root.path)?;
-        // What the package itself needs is there already, so that what is left at the end is the package's.
+        // What the package itself and a gateway need is there already, so that what is left at the end is the package's.
         shell::run(
             // What it mounts goes with it, however it ends, so that removing the folder never reaches the host's.
             Command::new("unshare")
@@ -39,24 +39,37 @@ impl Root {
                 .arg(debootstrap)
                 .args([
                     "--variant=minbase",
-                    "--include=systemd-sysv,dbus,libgcc-s1",
+                    "--include=systemd-sysv,dbus,udev,iproute2,nftables,libgcc-s1",
                     suite,
                 ])
                 .arg(&root.path)
                 .stdout(fs::File::create(root.path.with_extension("log"))?),
+        )?;
+        // debootstrap configures packages in an order in which this one's dependencies fail.
+        shell::run(
+            Command::new("unshare")
+                .args(["--mount", "--propagation", "private"])
+                .arg("chroot")
+                .arg(&root.path)
+                .args("apt-get install -qq --yes --no-install-recommends network-manager".split(' '))
+                .env("DEBIAN_FRONTEND", "noninteractive")
+                .env("LC_ALL", "C.UTF-8")
+                .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+                .stdout(fs::File::create(root.path.with_extension("apt.log"))?),
         )?;
         let quiet = root.file("/etc/apt/apt.conf.d/90quiet");
         fs::write(quiet, "quiet \"1\";\nDpkg::Use-Pty \"0\";\n")?;
         Ok(root)
     }
 
-    /// Every path of the system's, without what package managers, logs and the service manager keep, and what a boot
+    /// Every path of the system's, without what managers of packages, networks and services keep, logs, and what a boot
     /// clears.
     pub fn files(&self) -> Result<Vec<String>> {
-        const OTHERS: [&str; 8] = [
+        const OTHERS: [&str; 9] = [
             "./run",
             "./tmp",
             "./var/cache",
+            "./var/lib/NetworkManager",
             "./var/lib/apt",
             "./var/lib/dpkg",
             "./var/lib/systemd/timers",

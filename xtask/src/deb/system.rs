@@ -18,7 +18,7 @@ use crate::shell;
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Gives systemd what it expects of a container's manager (<https://systemd.io/CONTAINER_INTERFACE>). The kernel's
-/// parameters are read-only, as they are the host's, and so is its clock.
+/// parameters are read-only, as they are the host's, but for those of network namespaces; and so is its clock.
 const BOOT: &str = r#"
 set -e
 echo $$ >"$2/cgroup.procs"
@@ -27,6 +27,7 @@ exec unshare --mount --propagation private --pid --fork --kill-child --uts --ipc
     cd "$1"
     mount -t proc proc proc
     mount --bind proc/sys proc/sys
+    mount --bind proc/sys/net proc/sys/net
     mount -o remount,bind,ro proc/sys
     mount -t sysfs -o ro sysfs sys
     mount -t cgroup2 cgroup2 sys/fs/cgroup
