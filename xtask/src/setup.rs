@@ -35,6 +35,7 @@ pub enum Needs {
 /// Programs that a command runs, each with the Debian package that has it.
 const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Demo, "ip", "iproute2"),
+    (Needs::Soak, "nft", "nftables"),
     (Needs::Soak, "prlimit", "util-linux"),
     (Needs::BenchRelay, "iperf3", "iperf3"),
     (Needs::BenchRelay, "nft", "nftables"),

@@ -116,8 +116,14 @@ fn soak(length: Duration, seed: u64, daemon: &Path) -> Result<ExitCode> {
     let mut vitals = Vec::new();
     for (faults, until) in halves {
         let flows = Flows::start(&topology.client, &server, &totals, WORKERS, random.u64(..));
+        let mut pending = Vec::new();
         while Instant::now() < until {
-            let fault = *random.choice(faults).context("there are faults")?;
+            // Each of them once, before any comes again.
+            if pending.is_empty() {
+                pending.extend_from_slice(faults);
+                random.shuffle(&mut pending);
+            }
+            let fault = pending.pop().context("there are faults")?;
             let pause = FAULT_INTERVAL.mul_f64(random.f64() + 0.5);
             let next = Instant::now() + pause;
             while Instant::now() < next {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::{net::if_::if_nameindex, sys::signal::Signal};
+use nix::sys::signal::Signal;
 use pepsal_tests::{Daemon, Topology};
 
 use super::{faults::Fault, totals::Totals, vitals};
@@ -26,6 +26,17 @@ const ARGUMENTS: [&str; 8] = [
     "60s",
 ];
 
+/// The gateway's firewall: clients may open connections to the outside, and nobody else may.
+const FIREWALL: &str = "flush ruleset
+table inet gateway {
+    chain forward {
+        type filter hook forward priority filter; policy drop
+        ct state established,related accept
+        iifname lan0 ct state new accept
+    }
+}
+";
+
 /// The daemon's limit of descriptors, but for while there are none.
 const DESCRIPTORS: &str = "20000:20000";
 
@@ -34,6 +45,8 @@ pub struct Bed<'a> {
     topology: &'a Topology,
     binary: PathBuf,
     daemon: Option<Daemon>,
+    /// Those that were taken over from. They end with their last flow.
+    predecessors: Vec<Daemon>,
     log: String,
     /// What the map of flows takes without flows.
     empty_map_bytes: u64,
@@ -50,17 +63,20 @@ impl<'a> Bed<'a> {
             topology,
             binary: binary.to_owned(),
             daemon: None,
+            predecessors: Vec::new(),
             log: String::new(),
             empty_map_bytes: 0,
         };
-        bed.start_daemon()?;
+        bed.load_firewall()?;
+        bed.start_daemon(&[])?;
         bed.empty_map_bytes = vitals::flow_map_bytes(bed.pid())?;
         Ok(bed)
     }
 
-    fn start_daemon(&mut self) -> Result<()> {
-        let daemon = Daemon::start_quiet(&self.binary, &self.topology.gateway, &ARGUMENTS)?;
-        self.daemon = Some(daemon);
+    fn start_daemon(&mut self, more: &[&str]) -> Result<()> {
+        let arguments = [&ARGUMENTS, more].concat();
+        let daemon = Daemon::start_quiet(&self.binary, &self.topology.gateway, &arguments)?;
+        self.predecessors.extend(self.daemon.replace(daemon));
         self.limit_descriptors(DESCRIPTORS)
     }
 
@@ -86,13 +102,14 @@ impl<'a> Bed<'a> {
         match fault {
             Fault::Kill => {
                 self.kill()?;
-                self.start_daemon()?;
+                self.start_daemon(&[])?;
             }
             Fault::Absence => {
                 self.kill()?;
                 thread::sleep(Duration::from_secs(3));
-                self.start_daemon()?;
+                self.start_daemon(&[])?;
             }
+            Fault::Takeover => self.start_daemon(&["--takeover"])?,
             Fault::Hang => {
                 self.daemon()?.signal(Signal::SIGSTOP)?;
                 thread::sleep(Duration::from_secs(4));
@@ -104,8 +121,23 @@ impl<'a> Bed<'a> {
                 thread::sleep(Duration::from_secs(1));
                 gateway.ip(format!("link set {name} up"))?;
             }
-            Fault::RemoveClientsDevice => self.remove_device("pepsal-c")?,
-            Fault::RemoveServersDevice => self.remove_device("pepsal-s")?,
+            Fault::RemoveClients => {
+                self.each_interface("pepsal-c", |name| gateway.ip(format!("link delete {name}")))?;
+            }
+            Fault::RemoveServers => {
+                self.each_interface("pepsal-s", |name| gateway.ip(format!("link delete {name}")))?;
+            }
+            Fault::DevicesDown => {
+                self.each_interface("pepsal-", |name| gateway.ip(format!("link set {name} down")))?;
+            }
+            Fault::Qdiscs => self.each_interface("", |name| {
+                for action in ["replace", "delete"] {
+                    let mut tc = gateway.command("tc");
+                    shell::output(tc.args(["qdisc", action, "dev", name, "clsact"]))?;
+                }
+                Ok(())
+            })?,
+            Fault::Firewall => self.load_firewall()?,
             Fault::Descriptors => {
                 let open = fs::read_dir(format!("/proc/{}/fd", self.pid()))?.count();
                 self.limit_descriptors(&format!("{open}:20000"))?;
@@ -126,27 +158,30 @@ impl<'a> Bed<'a> {
         Ok(Path::new(&format!("/proc/{}/fd/0", self.daemon()?.pid())).exists())
     }
 
-    /// Removes the devices whose names begin so. The namespaces of a daemon that was killed may still have theirs.
-    fn remove_device(&self, prefix: &str) -> Result<()> {
-        let gateway = &self.topology.gateway;
-        let names = || -> Result<Vec<String>> {
-            let interfaces = if_nameindex()?;
-            let names = interfaces
-                .iter()
-                .map(|interface| interface.name().to_string_lossy());
-            Ok(names
-                .filter(|name| name.starts_with(prefix))
-                .map(Into::into)
-                .collect())
-        };
-        for name in gateway.run(names)? {
-            let removed = gateway.ip(format!("link delete {name}"));
-            // It may have gone with its namespace meanwhile.
-            if gateway.run(names)?.contains(&name) {
-                removed?;
+    /// Does something to every interface of the gateway whose name begins so, but the loopback.
+    fn each_interface(&self, prefix: &str, work: impl Fn(&str) -> Result<()>) -> Result<()> {
+        for name in self.interfaces()? {
+            if name.starts_with(prefix) && name != "lo" {
+                let done = work(&name);
+                // A daemon that was taken over from may have ended just now, and its devices with it.
+                if done.is_err() && self.interfaces()?.contains(&name) {
+                    return done;
+                }
             }
         }
         Ok(())
+    }
+
+    fn interfaces(&self) -> Result<Vec<String>> {
+        let mut ip = self.topology.gateway.command("ip");
+        let listed = shell::output(ip.args(["-brief", "link"]))?;
+        let name = |line: &str| line.split([' ', '@']).next().unwrap_or_default().to_owned();
+        Ok(listed.lines().map(name).collect())
+    }
+
+    /// Replaces the ruleset; the kernel does it all at once.
+    fn load_firewall(&self) -> Result<()> {
+        shell::output(self.topology.gateway.command("nft").arg(FIREWALL)).map(drop)
     }
 
     fn limit_descriptors(&self, limit: &str) -> Result<()> {
@@ -155,8 +190,17 @@ impl<'a> Bed<'a> {
         shell::output(&mut prlimit).map(drop)
     }
 
-    /// Waits until the kernel knows no flow any more.
-    pub fn wait_until_idle(&self, patience: Duration) -> Result<()> {
+    /// Waits until the kernel knows no flow any more, and daemons that were taken over from have ended.
+    pub fn wait_until_idle(&mut self, patience: Duration) -> Result<()> {
+        for daemon in self.predecessors.drain(..) {
+            let exit = daemon.wait()?;
+            ensure!(
+                exit.code() == Some(0),
+                "a daemon that was taken over from ended with {:?}",
+                exit.status
+            );
+            self.log += &exit.log;
+        }
         let start = Instant::now();
         loop {
             if vitals::flow_map_bytes(self.pid())? <= self.empty_map_bytes {

@@ -64,12 +64,16 @@ impl Totals {
         }
     }
 
-    /// A flow broke, or was never made. Only a fault may account for that: one that breaks open flows at any time since
-    /// the flow began, or any fault while it was being made.
+    /// A flow broke, or was never made. Only a fault may account for that, at any time since the flow began: one that breaks
+    /// open flows, or, while it was being made, one that breaks new flows.
     pub fn broke(&self, begin: Instant, is_open: bool, what: impl FnOnce() -> String) {
         let accounts = |inflicted: &Inflicted| {
             let is_over = inflicted.end.is_some_and(|end| end + AFTERMATH < begin);
-            !is_over && (!is_open || inflicted.fault.breaks_open_flows())
+            !is_over
+                && match is_open {
+                    true => inflicted.fault.breaks_open_flows(),
+                    false => inflicted.fault.breaks_new_flows(),
+                }
         };
         if lock(&self.faults).iter().any(accounts) {
             self.broken.add(1);
@@ -155,6 +159,9 @@ mod tests {
         let totals = Totals::default();
         let begin = Instant::now();
         totals.broke(begin, true, || "before any".to_owned());
+        totals.fault_begins(Fault::Firewall);
+        totals.fault_ends();
+        totals.broke(begin, false, || "new when the firewall was loaded".to_owned());
         totals.fault_begins(Fault::Hang);
         totals.fault_ends();
         totals.broke(begin, true, || "open during a hang".to_owned());
@@ -164,8 +171,13 @@ mod tests {
         totals.broke(begin, true, || "open when killed".to_owned());
         totals.broke(Instant::now() + AFTERMATH * 2, true, || "long after".to_owned());
         assert_eq!(
-            totals.complaints()[..3],
-            ["before any", "open during a hang", "long after"]
+            totals.complaints()[..4],
+            [
+                "before any",
+                "new when the firewall was loaded",
+                "open during a hang",
+                "long after"
+            ]
         );
         assert_eq!(totals.broken.get(), 2);
     }
