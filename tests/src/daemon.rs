@@ -194,9 +194,17 @@ impl Daemon {
     ///
     /// # Errors
     /// When it does not within 30 s.
-    pub fn wait(mut self) -> Result<Exit> {
-        let Some(status) = self.status_within(EXIT_TIMEOUT)? else {
-            bail!("the daemon still runs after {EXIT_TIMEOUT:?}:\n{}", self.log());
+    pub fn wait(self) -> Result<Exit> {
+        self.wait_within(EXIT_TIMEOUT)
+    }
+
+    /// Waits until it exits by itself.
+    ///
+    /// # Errors
+    /// When it does not within the timeout.
+    pub fn wait_within(mut self, timeout: Duration) -> Result<Exit> {
+        let Some(status) = self.status_within(timeout)? else {
+            bail!("the daemon still runs after {timeout:?}:\n{}", self.log());
         };
         self.join_reader();
         Ok(Exit {

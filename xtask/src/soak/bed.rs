@@ -193,7 +193,7 @@ impl<'a> Bed<'a> {
     /// Waits until the kernel knows no flow any more, and daemons that were taken over from have ended.
     pub fn wait_until_idle(&mut self, patience: Duration) -> Result<()> {
         for daemon in self.predecessors.drain(..) {
-            let exit = daemon.wait()?;
+            let exit = daemon.wait_within(patience)?;
             ensure!(
                 exit.code() == Some(0),
                 "a daemon that was taken over from ended with {:?}",
