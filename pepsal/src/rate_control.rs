@@ -16,9 +16,9 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use nix::{errno::Errno, libc};
+use nix::libc;
 
-use crate::btf::Btf;
+use crate::{btf::Btf, host::bpf::bpf};
 
 /// The name that the congestion control has where no other instance has it.
 const NAME: &str = "pepsal";
@@ -335,13 +335,6 @@ struct LinkCreate {
     flags: u32,
 }
 
-fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<RawFd> {
-    // SAFETY: the kernel reads as much of the attributes as it is told there is, and follows the pointers in them, which
-    // callers keep alive.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<T>()) };
-    Ok(Errno::result(result)? as RawFd)
-}
-
 fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: the kernel has just made it for us.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -350,20 +343,18 @@ fn owned(fd: RawFd) -> OwnedFd {
 fn load(code: &[Instruction], operations_id: u32, member: u32) -> io::Result<OwnedFd> {
     let mut prog_name = [0; 16];
     prog_name[..NAME.len()].copy_from_slice(NAME.as_bytes());
-    bpf(
-        BPF_PROG_LOAD,
-        &ProgLoad {
-            prog_type: BPF_PROG_TYPE_STRUCT_OPS,
-            insn_cnt: code.len() as u32,
-            insns: code.as_ptr() as u64,
-            license: c"Dual MIT/GPL".as_ptr() as u64,
-            prog_name,
-            expected_attach_type: member,
-            attach_btf_id: operations_id,
-            ..ProgLoad::default()
-        },
-    )
-    .map(owned)
+    let mut program = ProgLoad {
+        prog_type: BPF_PROG_TYPE_STRUCT_OPS,
+        insn_cnt: code.len() as u32,
+        insns: code.as_ptr() as u64,
+        license: c"Dual MIT/GPL".as_ptr() as u64,
+        prog_name,
+        expected_attach_type: member,
+        attach_btf_id: operations_id,
+        ..ProgLoad::default()
+    };
+    // SAFETY: the kernel reads as many instructions as it is told there are, and a string that ends.
+    Ok(owned(unsafe { bpf(BPF_PROG_LOAD, &mut program) }?))
 }
 
 /// `union bpf_attr` for `BPF_BTF_LOAD`, as far as it is used.
@@ -392,54 +383,48 @@ fn some_types() -> io::Result<OwnedFd> {
         .flat_map(|word| word.to_ne_bytes())
         .collect();
     types.extend(b"\0int\0");
-    let (btf, btf_size) = (types.as_ptr() as u64, types.len() as u32);
-    bpf(
-        BPF_BTF_LOAD,
-        &BtfLoad {
-            btf,
-            btf_log_buf: 0,
-            btf_size,
-            btf_log_size: 0,
-        },
-    )
-    .map(owned)
+    let mut load = BtfLoad {
+        btf: types.as_ptr() as u64,
+        btf_log_buf: 0,
+        btf_size: types.len() as u32,
+        btf_log_size: 0,
+    };
+    // SAFETY: the kernel reads as many bytes of types as it is told there are.
+    Ok(owned(unsafe { bpf(BPF_BTF_LOAD, &mut load) }?))
 }
 
 fn register(value: &[u8], value_id: u32) -> io::Result<OwnedFd> {
     let types = some_types()?;
     let mut map_name = [0; 16];
     map_name[..NAME.len()].copy_from_slice(NAME.as_bytes());
-    let map = owned(bpf(
-        BPF_MAP_CREATE,
-        &MapCreate {
-            map_type: BPF_MAP_TYPE_STRUCT_OPS,
-            key_size: 4,
-            value_size: value.len() as u32,
-            max_entries: 1,
-            map_flags: BPF_F_LINK,
-            map_name,
-            btf_fd: types.as_raw_fd() as u32,
-            btf_vmlinux_value_type_id: value_id,
-            ..MapCreate::default()
-        },
-    )?);
+    let mut wanted = MapCreate {
+        map_type: BPF_MAP_TYPE_STRUCT_OPS,
+        key_size: 4,
+        value_size: value.len() as u32,
+        max_entries: 1,
+        map_flags: BPF_F_LINK,
+        map_name,
+        btf_fd: types.as_raw_fd() as u32,
+        btf_vmlinux_value_type_id: value_id,
+        ..MapCreate::default()
+    };
+    // SAFETY: nothing is pointed to.
+    let map = owned(unsafe { bpf(BPF_MAP_CREATE, &mut wanted) }?);
     let key = 0_u32;
-    let (key, value) = ((&raw const key) as u64, value.as_ptr() as u64);
-    bpf(
-        BPF_MAP_UPDATE_ELEM,
-        &MapUpdate {
-            map_fd: map.as_raw_fd() as u64,
-            key,
-            value,
-            flags: 0,
-        },
-    )?;
-    let map_fd = map.as_raw_fd() as u32;
-    let link = LinkCreate {
-        map_fd,
+    let mut update = MapUpdate {
+        map_fd: map.as_raw_fd() as u64,
+        key: (&raw const key) as u64,
+        value: value.as_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads a key and a value of the sizes that the map was made with.
+    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut update) }?;
+    let mut link = LinkCreate {
+        map_fd: map.as_raw_fd() as u32,
         target_fd: 0,
         attach_type: BPF_STRUCT_OPS,
         flags: 0,
     };
-    bpf(BPF_LINK_CREATE, &link).map(owned)
+    // SAFETY: nothing is pointed to.
+    Ok(owned(unsafe { bpf(BPF_LINK_CREATE, &mut link) }?))
 }

@@ -1,4 +1,5 @@
-//! The host: the daemon's own network namespaces, and kernel settings.
+//! The host: the daemon's own network namespaces, kernel settings, and bpf(2).
 
+pub mod bpf;
 pub mod namespace;
 pub mod sysctls;

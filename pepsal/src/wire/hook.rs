@@ -4,7 +4,9 @@
 use std::io;
 
 use aya::programs::TcAttachType;
-use nix::{errno::Errno, libc, net::if_::if_nametoindex};
+use nix::{libc, net::if_::if_nametoindex};
+
+use crate::host::bpf::bpf;
 
 /// `enum bpf_cmd` of `uapi/linux/bpf.h`.
 const BPF_PROG_QUERY: libc::c_int = 16;
@@ -48,8 +50,7 @@ pub fn programs(interface: &str, direction: TcAttachType) -> io::Result<Vec<u32>
         count: PROGRAMS as u32,
         ..Query::default()
     };
-    // SAFETY: the kernel writes at most `count` identifiers, and the structure, whose size it is told.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_QUERY, &raw mut query, size_of::<Query>()) };
-    Errno::result(result)?;
+    // SAFETY: the kernel writes at most `count` identifiers.
+    unsafe { bpf(BPF_PROG_QUERY, &mut query) }?;
     Ok(ids[..PROGRAMS.min(query.count as usize)].to_vec())
 }

@@ -1,0 +1,22 @@
+//! bpf(2), for the commands that aya has no call for.
+
+use std::os::fd::RawFd;
+
+use nix::{
+    errno::Errno,
+    libc::{self, c_int},
+};
+
+/// Gives a command of `enum bpf_cmd` (`uapi/linux/bpf.h`) to the kernel, and returns its answer: a descriptor, or zero.
+/// `attributes` is as much of `union bpf_attr` as the command needs; the kernel writes results into it.
+///
+/// # Safety
+/// `T` is laid out as the command has it. What pointers in it lead to is there, and as large as the command wants it.
+///
+/// # Errors
+/// The kernel's.
+pub unsafe fn bpf<T>(command: c_int, attributes: &mut T) -> nix::Result<RawFd> {
+    // SAFETY: the kernel is told how large the attributes are; the rest is the caller's to see to.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<T>()) };
+    Ok(Errno::result(result)? as RawFd)
+}
