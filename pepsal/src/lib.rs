@@ -102,7 +102,7 @@ use crate::{
         Namespaces,
         attachment::Attachments,
         claims::{self, Claims, Predecessor, Requests, Successor},
-        device::{self, Device, Mtus},
+        device::{Device, Mtus, Side},
         filter::GENERATION,
         interfaces::{self, Changes, Interfaces},
         programs::{self, Programs},
@@ -241,8 +241,8 @@ impl Proxy {
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
-        let mut clients = Device::new(device::CLIENTS, namespaces.clients).await?;
-        let mut servers = Device::new(device::SERVERS, namespaces.servers).await?;
+        let mut clients = Device::new(Side::Clients, namespaces.clients).await?;
+        let mut servers = Device::new(Side::Servers, namespaces.servers).await?;
         let selection = Selection::new(&options.steering.only, &options.steering.bypass);
         let config = programs::Config {
             mark,
@@ -264,8 +264,8 @@ impl Proxy {
             Listeners::bind(options.port.get(), &options.tcp, &legs, &links)
         })?;
         let mut attachments = Attachments::new(predecessor.is_some(), directory.clone());
-        attachments.attach_device(&mut programs, &clients, true)?;
-        attachments.attach_device(&mut programs, &servers, false)?;
+        attachments.attach_device(&mut programs, &clients)?;
+        attachments.attach_device(&mut programs, &servers)?;
         let changes = Changes::subscribe()?;
         let intercepted = options.interfaces.clone();
         let shared = Arc::new(Shared {
@@ -456,15 +456,10 @@ impl Proxy {
     }
 
     async fn try_adapt(&mut self) -> Result<()> {
-        for (device, is_clients) in [(&mut self.clients, true), (&mut self.servers, false)] {
+        for device in [&mut self.clients, &mut self.servers] {
             let is_new = device.restore().await?;
-            if is_new
-                || !self
-                    .attachments
-                    .is_device_intact(&mut self.programs, device, is_clients)
-            {
-                self.attachments
-                    .attach_device(&mut self.programs, device, is_clients)?;
+            if is_new || !self.attachments.is_device_intact(&mut self.programs, device) {
+                self.attachments.attach_device(&mut self.programs, device)?;
             }
         }
         let interfaces = interfaces::list().await?;

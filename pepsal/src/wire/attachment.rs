@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 
 use crate::wire::{
     claims,
-    device::{Device, INNER},
+    device::{Device, INNER, Side},
     hook,
     interfaces::Interfaces,
     programs::{Programs, program},
@@ -45,6 +45,14 @@ enum Hook {
 }
 
 impl Hook {
+    /// The host end of a side's device.
+    fn of_device(side: Side) -> Self {
+        match side {
+            Side::Clients => Self::ClientsOut,
+            Side::Servers => Self::ServersOut,
+        }
+    }
+
     fn program(self) -> &'static str {
         match self {
             Self::Steer => STEER,
@@ -109,30 +117,21 @@ impl Attachments {
         }
     }
 
-    /// Attaches programs to both ends of a device, the clients' or the servers'.
+    /// Attaches programs to both ends of a device.
     ///
     /// # Errors
     /// When the kernel refuses an attachment.
-    pub fn attach_device(
-        &mut self,
-        programs: &mut Programs,
-        device: &Device,
-        is_clients: bool,
-    ) -> Result<()> {
-        let hook = if is_clients {
-            Hook::ClientsOut
-        } else {
-            Hook::ServersOut
-        };
+    pub fn attach_device(&mut self, programs: &mut Programs, device: &Device) -> Result<()> {
+        let hook = Hook::of_device(device.side);
         // A program is on a hook once.
-        self.devices[usize::from(!is_clients)] = None;
+        self.devices[device.side as usize] = None;
         let links = DeviceLinks {
             _host: self.attach(programs, &device.name, hook)?,
             _inner: device
                 .namespace()
                 .run(|| self.attach(programs, INNER, Hook::Label))?,
         };
-        self.devices[usize::from(!is_clients)] = Some(links);
+        self.devices[device.side as usize] = Some(links);
         Ok(())
     }
 
@@ -259,10 +258,10 @@ impl Attachments {
 
     /// Returns false when a program was detached since; always true without tcx, where that is unknown.
     pub fn are_intact(&self, programs: &mut Programs, devices: [&Device; 2]) -> bool {
-        let [clients, servers] = devices;
         self.tcx_refused
-            || self.is_device_intact(programs, clients, true)
-                && self.is_device_intact(programs, servers, false)
+            || devices
+                .iter()
+                .all(|device| self.is_device_intact(programs, device))
                 && self
                     .interfaces
                     .values()
@@ -270,12 +269,8 @@ impl Attachments {
     }
 
     /// Returns false when a program was detached from a device since.
-    pub fn is_device_intact(&self, programs: &mut Programs, device: &Device, is_clients: bool) -> bool {
-        let hook = if is_clients {
-            Hook::ClientsOut
-        } else {
-            Hook::ServersOut
-        };
+    pub fn is_device_intact(&self, programs: &mut Programs, device: &Device) -> bool {
+        let hook = Hook::of_device(device.side);
         self.tcx_refused
             || is_attached(programs, &device.name, hook)
                 && device

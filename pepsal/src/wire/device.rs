@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fs,
     net::{Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, AsRawFd},
     thread,
@@ -37,10 +37,26 @@ use crate::{host::namespace::Namespace, wire::interfaces};
 /// The device's end in the namespace.
 pub const INNER: &str = "wire0";
 
-/// Prefix of the name of a clients' device's host end.
-pub const CLIENTS: &str = "pepsal-c";
-/// Prefix of the name of a servers' device's host end.
-pub const SERVERS: &str = "pepsal-s";
+/// Whose legs a device carries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// Client legs.
+    Clients,
+    /// Server legs.
+    Servers,
+}
+
+impl Side {
+    const BOTH: [Self; 2] = [Self::Clients, Self::Servers];
+
+    /// Returns what the names of its devices' host ends begin with.
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Clients => "pepsal-c",
+            Self::Servers => "pepsal-s",
+        }
+    }
+}
 
 /// Names that are tried: one pair for each of so many instances.
 const NAMES: u32 = 1000;
@@ -64,8 +80,8 @@ const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6]
 
 /// Returns whether an interface of this name is the host end of a device, of this instance or another.
 pub fn is_named(name: &str) -> bool {
-    [CLIENTS, SERVERS].iter().any(|prefix| {
-        let number = name.strip_prefix(prefix);
+    Side::BOTH.iter().any(|side| {
+        let number = name.strip_prefix(side.prefix());
         number.is_some_and(|number| number.parse::<u32>().is_ok())
     })
 }
@@ -73,9 +89,12 @@ pub fn is_named(name: &str) -> bool {
 /// The namespace of one side's legs, and the device pair that joins it to the host. Dropping it removes the pair.
 #[derive(Debug)]
 pub struct Device {
-    prefix: &'static str,
+    /// Whose legs it carries.
+    pub side: Side,
     namespace: Namespace,
     inside: Handle,
+    /// Interface index of the inner end, in the namespace.
+    inner: u32,
     /// Identifier of the namespace (RTM_NEWNSID), relative to the host's namespace.
     pub netns_id: u32,
     /// Name of the host end.
@@ -108,16 +127,17 @@ impl Mtus {
 }
 
 impl Device {
-    /// Makes a device pair, whose host end's name begins with `prefix`, and the namespace's rules and routes.
+    /// Makes the device pair of a side, and the namespace's rules and routes.
     ///
     /// # Errors
     /// When the kernel refuses a device, a rule or a route.
-    pub async fn new(prefix: &'static str, namespace: Namespace) -> Result<Self> {
+    pub async fn new(side: Side, namespace: Namespace) -> Result<Self> {
         let inside = namespace.netlink()?;
         let mut device = Self {
-            prefix,
+            side,
             namespace,
             inside,
+            inner: 0,
             netns_id: 0,
             name: String::new(),
             ifindex: 0,
@@ -211,11 +231,9 @@ impl Device {
         message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(no_address)])];
         // A host without IPv6 makes no addresses anyway.
         let _ = host.link().set(message).execute().await;
-        let inner = self
-            .namespace
-            .run(|| if_nametoindex(INNER))
-            .context("a device has vanished")?;
-        set_up(&self.inside, inner).await?;
+        let inner = self.namespace.run(|| if_nametoindex(INNER));
+        self.inner = inner.context("a device has vanished")?;
+        set_up(&self.inside, self.inner).await?;
         set_up(&host, self.ifindex).await?;
         for family in FAMILIES {
             self.route_local(family).await?;
@@ -226,7 +244,7 @@ impl Device {
     }
 
     async fn add_under_free_name(&mut self, host: &Handle) -> Result<()> {
-        let prefix = self.prefix;
+        let prefix = self.side.prefix();
         for number in 0..NAMES {
             let name = format!("{prefix}{number}");
             match self.add(host, &name).await {
@@ -300,10 +318,6 @@ impl Device {
     }
 
     async fn route_all(&self, family: AddressFamily, table: u32, mtu: u32) -> Result<()> {
-        let inner = self
-            .namespace
-            .run(|| if_nametoindex(INNER))
-            .context("a device has vanished")?;
         let mut route = route(family, table);
         route.header.kind = RouteType::Unicast;
         route.header.flags = RouteFlags::Onlink;
@@ -312,7 +326,7 @@ impl Device {
             _ => RouteAddress::Inet6(NEIGHBOUR_V6),
         };
         route.attributes.extend([
-            RouteAttribute::Oif(inner),
+            RouteAttribute::Oif(self.inner),
             RouteAttribute::Gateway(neighbour),
             RouteAttribute::Metrics(vec![RouteMetric::Mtu(mtu)]),
         ]);
@@ -448,9 +462,7 @@ fn is_absent(error: &rtnetlink::Error) -> bool {
 
 fn is_errno(error: &rtnetlink::Error, errno: i32) -> bool {
     match error {
-        rtnetlink::Error::NetlinkError(message) => {
-            io::Error::from_raw_os_error(errno).raw_os_error() == message.to_io().raw_os_error()
-        }
+        rtnetlink::Error::NetlinkError(message) => message.to_io().raw_os_error() == Some(errno),
         _ => false,
     }
 }
