@@ -1,32 +1,13 @@
 //! Ingress of the clients' device: segments that client legs send, out to the client.
 
-use pepsal_ebpf::{
-    Counter,
-    packet::{Parsed, parse},
-};
+use pepsal_ebpf::packet::{Parsed, parse};
 
-use crate::{
-    label::origin,
-    maps::count,
-    route,
-    skb::{DROP, Skb},
-};
+use crate::{label::origin, route, skb::Skb};
 
 /// Sends a segment out by the interface that the client's SYN came in by, and if the client is not to be reached there, by
-/// the interface that the host's routing names.
+/// the interface that the host's routing names. None where there is no way.
 #[inline(always)]
-pub fn to_client(skb: Skb) -> i32 {
-    match try_to_client(skb) {
-        Some(verdict) => verdict,
-        None => {
-            count(Counter::Undeliverable);
-            DROP
-        }
-    }
-}
-
-#[inline(always)]
-fn try_to_client(skb: Skb) -> Option<i32> {
+pub fn to_client(skb: Skb) -> Option<i32> {
     let Ok(Parsed::Tcp(segment)) = parse(&skb, skb.family()?) else {
         return None;
     };

@@ -79,7 +79,7 @@ pub fn pepsal_replies(ctx: TcContext) -> i32 {
             count(counter);
             match counter {
                 Counter::Redirect => DROP,
-                _ => replies::to_servers(skb),
+                _ => or_drop(replies::to_servers(skb)),
             }
         }
         Err(counter) => {
@@ -92,19 +92,28 @@ pub fn pepsal_replies(ctx: TcContext) -> i32 {
 /// TC ingress of the clients' device, host end.
 #[classifier]
 pub fn pepsal_clients_out(ctx: TcContext) -> i32 {
-    clients_out::to_client(Skb(ctx.skb.skb))
+    or_drop(clients_out::to_client(Skb(ctx.skb.skb)))
 }
 
 /// TC ingress of the servers' device, host end.
 #[classifier]
 pub fn pepsal_servers_out(ctx: TcContext) -> i32 {
-    servers_out::to_host(Skb(ctx.skb.skb))
+    or_drop(servers_out::to_host(Skb(ctx.skb.skb)))
 }
 
 /// TC egress of either device, inner end.
 #[classifier]
 pub fn pepsal_label(ctx: TcContext) -> i32 {
-    label::label(Skb(ctx.skb.skb))
+    or_drop(label::label(Skb(ctx.skb.skb)))
+}
+
+/// The verdict for a packet of a leg. One that cannot be delivered is dropped: no other connection has it.
+#[inline(always)]
+fn or_drop(verdict: Option<i32>) -> i32 {
+    verdict.unwrap_or_else(|| {
+        count(Counter::Undeliverable);
+        DROP
+    })
 }
 
 /// Socket lookup of the client legs' namespace.

@@ -6,8 +6,8 @@ use pepsal_ebpf::{
 };
 
 use crate::{
-    maps::{INTERFACES, clients_ifindex, count, servers_ifindex},
-    skb::{DROP, Skb},
+    maps::{INTERFACES, clients_ifindex, servers_ifindex},
+    skb::Skb,
     sockets::{Found, Side},
 };
 
@@ -55,20 +55,15 @@ fn classify_redirect(skb: Skb, family: Family) -> Result<Counter, Counter> {
     }
 }
 
-/// Gives a packet to the servers' side. The device pair takes Ethernet frames that are for its inner end.
+/// Gives a packet to the servers' side. The device pair takes Ethernet frames that are for its inner end. None where the
+/// packet cannot be made one.
 #[inline(always)]
-pub fn to_servers(skb: Skb) -> i32 {
+pub fn to_servers(skb: Skb) -> Option<i32> {
     // SAFETY: a whole value, which the daemon writes before it attaches to the interface.
     let has_header =
         unsafe { INTERFACES.get(skb.ifindex()) }.is_none_or(|interface| interface.has_header != 0);
     let is_framed = has_header || frame(skb);
-    match is_framed && skb.write(0, &DEVICE_MAC) {
-        true => skb.redirect(servers_ifindex()),
-        false => {
-            count(Counter::Undeliverable);
-            DROP
-        }
-    }
+    (is_framed && skb.write(0, &DEVICE_MAC)).then(|| skb.redirect(servers_ifindex()))
 }
 
 #[inline(always)]

@@ -1,27 +1,14 @@
 //! Ingress of the servers' device: packets that server legs send, into the host like the client's own.
 
-use pepsal_ebpf::Counter;
-
 use crate::{
     label::origin,
-    maps::{INTERFACES, count, instance, mark},
-    skb::{DROP, Skb},
+    maps::{INTERFACES, instance, mark},
+    skb::Skb,
 };
 
-/// Gives a server leg's packet to the ingress of the interface that the client's SYN came in by.
+/// Gives a server leg's packet to the ingress of the interface that the client's SYN came in by. None where that is unknown.
 #[inline(always)]
-pub fn to_host(skb: Skb) -> i32 {
-    match try_to_host(skb) {
-        Some(verdict) => verdict,
-        None => {
-            count(Counter::Undeliverable);
-            DROP
-        }
-    }
-}
-
-#[inline(always)]
-fn try_to_host(skb: Skb) -> Option<i32> {
+pub fn to_host(skb: Skb) -> Option<i32> {
     let ifindex = origin(skb)?;
     // SAFETY: a whole value, which the daemon writes before it attaches to the interface.
     let interface = unsafe { INTERFACES.get(ifindex) }?;
