@@ -102,6 +102,17 @@ impl Topology {
         }
     }
 
+    /// Joins gateway and server by a second veth pair, whose ends are `sat2` and `eth1`. No route leads over it but those to
+    /// its own addresses: `10.4.0.1` and `fd04::1` at the gateway, `10.4.0.2` and `fd04::2` at the server.
+    ///
+    /// # Errors
+    /// When there is one already.
+    pub fn add_second_link(&self) -> Result<()> {
+        veth(&self.gateway, "sat2", &self.server, "eth1")?;
+        SECOND.assign(&self.gateway, "sat2", 1)?;
+        SECOND.assign(&self.server, "eth1", 2)
+    }
+
     /// What the emulator has carried; none where `sat0` is a veth or netem does the work.
     pub fn link_counters(&self) -> Option<LinkCounters> {
         self.emulator.as_ref().map(Emulator::counters)
@@ -205,6 +216,8 @@ impl Builder {
 const LAN: Subnet = Subnet(1);
 const OUTER: Subnet = Subnet(2);
 const TRANSIT: Subnet = Subnet(3);
+/// The second link between gateway and server.
+const SECOND: Subnet = Subnet(4);
 
 /// 10.N.0.0/24 and fd0N::/64.
 #[derive(Clone, Copy)]

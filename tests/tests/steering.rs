@@ -541,17 +541,8 @@ fn replies_may_come_back_another_way() -> Result<()> {
             .gateway
             .sysctl(&format!("net.ipv4.conf.{interface}.rp_filter"), 0)?;
     }
-    topology.gateway.ip(format!(
-        "link add sat2 type veth peer name eth1 netns {}
-         link set sat2 up
-         address add 10.4.0.1/24 dev sat2
-         address add fd04::1/64 dev sat2 nodad",
-        topology.server.path().display()
-    ))?;
-    topology.server.ip("link set eth1 up
-         address add 10.4.0.2/24 dev eth1
-         address add fd04::2/64 dev eth1 nodad
-         route replace default via 10.4.0.1
+    topology.add_second_link()?;
+    topology.server.ip("route replace default via 10.4.0.1
          route replace default via fd04::1")?;
     let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
     assert_splits(&topology)?;

@@ -22,30 +22,27 @@ fn reject_over(limit: &str) -> String {
 
 #[test]
 fn connections_of_a_client_are_limited() -> Result<()> {
-    Scenario::new(reject_over("ct count over 3")).holds(|host| {
-        for family in Family::BOTH {
-            let client = host.outwards(family, &host.open);
-            let open: Vec<Session> = (0..3).map(|_| client.session()).collect::<Result<_>>()?;
-            client.is_rejected()?;
-            host.outwards_from_other(family, &host.open).is_accepted()?;
-            drop(open);
-        }
+    Scenario::new(reject_over("ct count over 3")).holds_for_each_family(|host, family| {
+        let client = host.outwards(family, &host.open);
+        let open: Vec<Session> = (0..3).map(|_| client.session()).collect::<Result<_>>()?;
+        client.is_rejected()?;
+        host.outwards_from_other(family, &host.open).is_accepted()?;
+        drop(open);
         Ok(())
     })
 }
 
 #[test]
 fn rate_of_new_connections_of_a_client_is_limited() -> Result<()> {
-    Scenario::new(reject_over("limit rate over 3/hour burst 3 packets")).holds(|host| {
-        for family in Family::BOTH {
+    Scenario::new(reject_over("limit rate over 3/hour burst 3 packets")).holds_for_each_family(
+        |host, family| {
             for _ in 0..3 {
                 host.outwards(family, &host.open).is_accepted()?;
             }
             host.outwards(family, &host.open).is_rejected()?;
-            host.outwards_from_other(family, &host.open).is_accepted()?;
-        }
-        Ok(())
-    })
+            host.outwards_from_other(family, &host.open).is_accepted()
+        },
+    )
 }
 
 #[test]

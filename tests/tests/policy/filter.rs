@@ -14,13 +14,12 @@ const NEIGHBOUR_DISCOVERY: &str = "meta l4proto { icmp, ipv6-icmp } accept";
 #[test]
 fn forward_drops_by_port() -> Result<()> {
     let rules = filter("forward", "accept", "tcp dport $closed drop");
-    Scenario::new(rules).daemon(&[LAN, HASTY]).holds(|host| {
-        for family in Family::BOTH {
+    Scenario::new(rules)
+        .daemon(&[LAN, HASTY])
+        .holds_for_each_family(|host, family| {
             host.outwards(family, &host.closed).is_dropped()?;
-            host.outwards(family, &host.open).is_served()?;
-        }
-        Ok(())
-    })
+            host.outwards(family, &host.open).is_served()
+        })
 }
 
 #[test]
@@ -30,13 +29,12 @@ fn forward_drops_by_address() -> Result<()> {
         "accept",
         "ip saddr $other4 drop; ip6 saddr $other6 drop",
     );
-    Scenario::new(rules).daemon(&[LAN, HASTY]).holds(|host| {
-        for family in Family::BOTH {
+    Scenario::new(rules)
+        .daemon(&[LAN, HASTY])
+        .holds_for_each_family(|host, family| {
             host.outwards_from_other(family, &host.open).is_dropped()?;
-            host.outwards(family, &host.open).is_served()?;
-        }
-        Ok(())
-    })
+            host.outwards(family, &host.open).is_served()
+        })
 }
 
 #[test]
@@ -47,13 +45,12 @@ fn forward_accepts_by_interface_and_port_only() -> Result<()> {
         "iifname lan0 oifname sat0 tcp dport $open accept
          iifname sat0 oifname lan0 tcp sport $open accept",
     );
-    Scenario::new(rules).daemon(&[LAN, HASTY]).holds(|host| {
-        for family in Family::BOTH {
+    Scenario::new(rules)
+        .daemon(&[LAN, HASTY])
+        .holds_for_each_family(|host, family| {
             host.outwards(family, &host.closed).is_dropped()?;
-            host.outwards(family, &host.open).is_served()?;
-        }
-        Ok(())
-    })
+            host.outwards(family, &host.open).is_served()
+        })
 }
 
 #[test]
@@ -64,12 +61,9 @@ fn forward_rejects_at_once() -> Result<()> {
             "accept",
             &format!("tcp dport $closed reject with {how}"),
         );
-        Scenario::new(rules).holds(|host| {
-            for family in Family::BOTH {
-                host.outwards(family, &host.closed).is_rejected()?;
-                host.outwards(family, &host.open).is_served()?;
-            }
-            Ok(())
+        Scenario::new(rules).holds_for_each_family(|host, family| {
+            host.outwards(family, &host.closed).is_rejected()?;
+            host.outwards(family, &host.open).is_served()
         })?;
     }
     Ok(())
@@ -83,13 +77,12 @@ fn nothing_new_comes_from_outside() -> Result<()> {
         "ct state established,related accept
          iifname lan0 ct state new accept",
     );
-    Scenario::new(rules).daemon(&[BOTH, HASTY]).holds(|host| {
-        for family in Family::BOTH {
+    Scenario::new(rules)
+        .daemon(&[BOTH, HASTY])
+        .holds_for_each_family(|host, family| {
             host.inwards(family).is_dropped()?;
-            host.outwards(family, &host.open).is_served()?;
-        }
-        Ok(())
-    })
+            host.outwards(family, &host.open).is_served()
+        })
 }
 
 #[test]

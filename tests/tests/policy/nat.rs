@@ -44,13 +44,12 @@ fn default_route(topology: &Topology) -> Result<()> {
 #[test]
 fn masquerading_hides_clients() -> Result<()> {
     for rules in layouts("postrouting", ["oifname sat0 masquerade"; 2]) {
-        Scenario::new(rules).prepare(no_way_back).holds(|host| {
-            for family in Family::BOTH {
+        Scenario::new(rules)
+            .prepare(no_way_back)
+            .holds_for_each_family(|host, family| {
                 host.outwards(family, &host.open)
-                    .is_served_as(family.server_next_hop())?;
-            }
-            Ok(())
-        })?;
+                    .is_served_as(family.server_next_hop())
+            })?;
     }
     Ok(())
 }
@@ -68,12 +67,9 @@ fn source_nat_gives_the_address_it_names() -> Result<()> {
                 topology.gateway.ip("address add 10.2.0.77/24 dev sat0
                      address add fd02::77/64 dev sat0 nodad")
             })
-            .holds(|host| {
-                for family in Family::BOTH {
-                    host.outwards(family, &host.open)
-                        .is_served_as(second_address(family))?;
-                }
-                Ok(())
+            .holds_for_each_family(|host, family| {
+                host.outwards(family, &host.open)
+                    .is_served_as(second_address(family))
             })?;
     }
     Ok(())
@@ -86,14 +82,13 @@ fn destination_nat_leads_to_another_server() -> Result<()> {
         "ip6 daddr 2001:db8::1 tcp dport $closed dnat ip6 to $server6:$open",
     ];
     for rules in layouts("prerouting", rules) {
-        Scenario::new(rules).prepare(default_route).holds(|host| {
-            for family in Family::BOTH {
+        Scenario::new(rules)
+            .prepare(default_route)
+            .holds_for_each_family(|host, family| {
                 host.outwards(family, &host.closed)
                     .destination(foreign_address(family))
-                    .is_served()?;
-            }
-            Ok(())
-        })?;
+                    .is_served()
+            })?;
     }
     Ok(())
 }
@@ -117,12 +112,9 @@ fn redirection_leads_to_a_service_of_the_gateway() -> Result<()> {
 
 fn leads_to_the_gateway(rulesets: [String; 2]) -> Result<()> {
     for rules in rulesets {
-        Scenario::new(rules).holds(|host| {
-            for family in Family::BOTH {
-                host.outwards(family, &host.closed).is_served()?;
-                host.outwards(family, &host.open).is_served()?;
-            }
-            Ok(())
+        Scenario::new(rules).holds_for_each_family(|host, family| {
+            host.outwards(family, &host.closed).is_served()?;
+            host.outwards(family, &host.open).is_served()
         })?;
     }
     Ok(())

@@ -57,27 +57,24 @@ fn transparent_proxy_of_the_host_gets_its_connections() -> Result<()> {
     );
     Scenario::new(rules)
         .prepare(deliver_marked_locally)
-        .holds(|host| {
-            for family in Family::BOTH {
-                let proxy = transparent_listener(&host.topology.gateway, family, PROXY)?;
-                let server = SocketAddr::new(family.server(), PORT);
-                let client = Connector::default().connect(&host.topology.client, server)?;
-                let accepted = proxy
-                    .accept(patience(PATIENCE))
-                    .context("the proxy's connection")?;
-                ensure!(
-                    (accepted.peer, accepted.stream.local_addr()?) == (client.local_addr()?, server),
-                    "the proxy gets {} to {}",
-                    accepted.peer,
-                    accepted.stream.local_addr()?
-                );
-                for (mut from, mut to) in [(&client, &accepted.stream), (&accepted.stream, &client)] {
-                    from.write_all(&[7; 1000])?;
-                    to.read_exact(&mut [0; 1000])?;
-                }
-                host.outwards(family, &host.open).is_served()?;
+        .holds_for_each_family(|host, family| {
+            let proxy = transparent_listener(&host.topology.gateway, family, PROXY)?;
+            let server = SocketAddr::new(family.server(), PORT);
+            let client = Connector::default().connect(&host.topology.client, server)?;
+            let accepted = proxy
+                .accept(patience(PATIENCE))
+                .context("the proxy's connection")?;
+            ensure!(
+                (accepted.peer, accepted.stream.local_addr()?) == (client.local_addr()?, server),
+                "the proxy gets {} to {}",
+                accepted.peer,
+                accepted.stream.local_addr()?
+            );
+            for (mut from, mut to) in [(&client, &accepted.stream), (&accepted.stream, &client)] {
+                from.write_all(&[7; 1000])?;
+                to.read_exact(&mut [0; 1000])?;
             }
-            Ok(())
+            host.outwards(family, &host.open).is_served()
         })
 }
 

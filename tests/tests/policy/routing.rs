@@ -26,16 +26,7 @@ fn other_way_for(topology: &Topology, selector: &str) -> Result<()> {
 
 /// A second link between gateway and server, and table 100, which prefers it. The server answers over the first.
 fn second_link(topology: &Topology) -> Result<()> {
-    topology.gateway.ip(format!(
-        "link add sat2 type veth peer name eth1 netns {}
-         link set sat2 up
-         address add 10.4.0.1/24 dev sat2
-         address add fd04::1/64 dev sat2 nodad",
-        topology.server.path().display()
-    ))?;
-    topology.server.ip("link set eth1 up
-         address add 10.4.0.2/24 dev eth1
-         address add fd04::2/64 dev eth1 nodad")?;
+    topology.add_second_link()?;
     for interface in ["all", "eth0", "eth1"] {
         topology
             .server
@@ -71,11 +62,7 @@ fn rule_for_the_interface_is_followed() -> Result<()> {
                  route add default via fd03::2 table 100")?;
             other_way_for(topology, "iif lan0")
         })
-        .holds(|host| {
-            Family::BOTH
-                .into_iter()
-                .try_for_each(|family| host.outwards(family, &host.open).is_served())
-        })
+        .holds_for_each_family(|host, family| host.outwards(family, &host.open).is_served())
 }
 
 #[test]

@@ -135,6 +135,15 @@ impl Scenario {
         Ok(())
     }
 
+    /// The same, with a check of each family.
+    pub fn holds_for_each_family(self, check: impl Fn(&Host, Family) -> Result<()>) -> Result<()> {
+        self.holds(|host| {
+            Family::BOTH
+                .into_iter()
+                .try_for_each(|family| check(host, family))
+        })
+    }
+
     fn host(&self, is_split: bool) -> Result<Host> {
         let topology = self.builder.extra_clients(1).build()?;
         let host = Host {
