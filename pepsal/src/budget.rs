@@ -213,34 +213,9 @@ impl Budget {
                 appetite
             })
             .collect();
-        let weights = || members.iter().map(|member| member.weight);
-        let demands = |want: fn(&Appetite) -> u64| -> Vec<Demand> {
-            let demand = |(weight, appetite)| Demand {
-                weight,
-                want: want(appetite),
-            };
-            weights().zip(&appetites).map(demand).collect()
-        };
-        let shares = divide(rate, &demands(|appetite| appetite.need));
-        let spare = rate - shares.iter().sum::<u64>();
-        // What nobody needs is for those who have something to send, in case that they can after all.
-        let extra = divide(
-            spare,
-            &demands(|appetite| if appetite.is_backlogged { u64::MAX } else { 0 }),
-        );
-        let backlogged = weights()
-            .zip(&appetites)
-            .filter(|(_, appetite)| appetite.is_backlogged);
-        let backlogged: u64 = backlogged.map(|(weight, _)| weight).sum();
-        for (((member, appetite), share), extra) in members.iter_mut().zip(&appetites).zip(shares).zip(extra)
-        {
+        for ((member, appetite), share) in members.iter_mut().zip(&appetites).zip(shares(rate, &appetites)) {
             member.leg.idle.store(appetite.need == 0, Ordering::Relaxed);
-            let share = match appetite.is_backlogged {
-                true => share + extra,
-                // It sends all that it has at once, at what it would get if it had more; that costs the others nothing.
-                false => share.max(rate * member.weight / (backlogged + member.weight)),
-            };
-            member.set_share(share.min(appetite.ceiling), now);
+            member.set_share(share, now);
         }
         appetites.iter().any(|appetite| appetite.need > 0)
     }
@@ -261,13 +236,56 @@ impl Budget {
 }
 
 /// What a leg asks of a division.
+#[derive(Debug, Clone, Copy)]
 struct Appetite {
+    weight: u64,
     /// Bytes per second that it can use; zero when it is idle.
     need: u64,
     /// Whether it has more to send than was let out.
     is_backlogged: bool,
+    /// Whether it sends about as fast as its share allows, or has only begun.
+    keeps_up: bool,
     /// Bytes per second that it is not to exceed, whatever there is.
     ceiling: u64,
+}
+
+/// The bytes per second that each leg may send of a link's `rate`.
+///
+/// The rate is reserved for legs that use it. One that sends less, because its peer or its source is slow or because its
+/// segments were lost, has only the double of that reserved, but may send at what it would get if it used it: the kernel
+/// spaces two segments out by the rate of the moment, and at a few kB/s that is seconds in which no division helps.
+fn shares(rate: u64, appetites: &[Appetite]) -> Vec<u64> {
+    let demands = |want: fn(&Appetite) -> u64| -> Vec<Demand> {
+        let demand = |appetite: &Appetite| Demand {
+            weight: appetite.weight,
+            want: want(appetite),
+        };
+        appetites.iter().map(demand).collect()
+    };
+    let reserved = divide(rate, &demands(|appetite| appetite.need));
+    let spare = rate - reserved.iter().sum::<u64>();
+    // What nobody needs is for those who have something to send, in case that they can after all.
+    let extra = divide(
+        spare,
+        &demands(|appetite| if appetite.is_backlogged { u64::MAX } else { 0 }),
+    );
+    let eager = appetites.iter().filter(|appetite| appetite.is_eager());
+    let eager: u64 = eager.map(|appetite| appetite.weight).sum();
+    let share = |((appetite, reserved), extra): ((&Appetite, u64), u64)| {
+        let share = match appetite.is_eager() {
+            true => reserved + extra,
+            false => (reserved + extra).max(rate * appetite.weight / (eager + appetite.weight)),
+        };
+        share.min(appetite.ceiling)
+    };
+    appetites.iter().zip(reserved).zip(extra).map(share).collect()
+}
+
+impl Appetite {
+    /// Whether it has more to send than its share lets out, and nothing else holds it back.
+    fn is_eager(&self) -> bool {
+        self.is_backlogged && self.keeps_up
+    }
 }
 
 impl Member {
@@ -280,8 +298,10 @@ impl Member {
             (self.unacknowledged, self.rate, self.active_since) = (0, 0.0, now);
             self.silence.end();
             return Appetite {
+                weight: self.weight,
                 need: 0,
                 is_backlogged: false,
+                keeps_up: false,
                 ceiling: u64::MAX,
             };
         }
@@ -303,8 +323,10 @@ impl Member {
             false => (2.0 * self.rate) as u64 + FLOOR,
         };
         Appetite {
+            weight: self.weight,
             need: need.min(self.backoff.ceiling),
             is_backlogged,
+            keeps_up,
             ceiling: self.backoff.ceiling,
         }
     }
@@ -559,6 +581,28 @@ mod tests {
     fn nobody_gets_nothing_of_nothing() {
         assert_eq!(divide(100, &[]), Vec::<u64>::new());
         assert_eq!(divide(0, &[demand(5)]), [0]);
+    }
+
+    fn appetite(need: u64, keeps_up: bool) -> Appetite {
+        Appetite {
+            weight: 1,
+            need,
+            is_backlogged: true,
+            keeps_up,
+            ceiling: u64::MAX,
+        }
+    }
+
+    #[test]
+    fn a_leg_that_lost_its_segments_is_not_held_at_what_it_sends() {
+        let (eager, stalled) = (appetite(u64::MAX, true), appetite(FLOOR, false));
+        assert_eq!(shares(1_000_000, &[eager, stalled]), [1_000_000 - FLOOR, 500_000]);
+        assert_eq!(shares(1_000_000, &[stalled]), [1_000_000]);
+        let faded = Appetite {
+            ceiling: 30_000,
+            ..stalled
+        };
+        assert_eq!(shares(1_000_000, &[eager, faded])[1], 30_000);
     }
 
     /// A period of 1.2 s, two round trips of a satellite link, with segments of 1448 bytes.
