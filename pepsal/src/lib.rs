@@ -259,13 +259,15 @@ impl Proxy {
         if let Err(error) = cgroup.and_then(|cgroup| programs.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
+        let mut attachments = Attachments::new(predecessor.is_some(), directory.clone());
+        // Before any socket: the kernel closes a dead process's descriptors from the highest to the lowest, and the resets of
+        // its sockets leave through these programs.
+        attachments.attach_device(&mut programs, &clients)?;
+        attachments.attach_device(&mut programs, &servers)?;
         let listeners = clients.namespace().run(|| {
             let _entered = workers.acceptor().enter();
             Listeners::bind(options.port.get(), &options.tcp, &legs, &links)
         })?;
-        let mut attachments = Attachments::new(predecessor.is_some(), directory.clone());
-        attachments.attach_device(&mut programs, &clients)?;
-        attachments.attach_device(&mut programs, &servers)?;
         let changes = Changes::subscribe()?;
         let intercepted = options.interfaces.clone();
         let shared = Arc::new(Shared {

@@ -56,7 +56,7 @@ const WORKERS: usize = 24;
 const FAULT_INTERVAL: Duration = Duration::from_secs(5);
 
 /// How long flows may take to end once no more are begun.
-const QUIET: Duration = Duration::from_secs(60);
+const QUIET: Duration = Duration::from_secs(30);
 
 /// Runs it and prints what it came to.
 pub fn run(options: &Options) -> Result<ExitCode> {

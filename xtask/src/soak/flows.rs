@@ -136,7 +136,7 @@ fn run(plan: Plan, server: SocketAddr, totals: &Totals) {
     let stream = match Connector::default().connect_here(server) {
         Ok(stream) => stream,
         Err(error) => {
-            totals.broke(begin, false, || format!("connect: {error}"));
+            totals.broke(begin, false, &error, "connect");
             // The gateway says no at once, and would be asked at once again.
             return thread::sleep(Duration::from_millis(100));
         }
@@ -150,9 +150,7 @@ fn run(plan: Plan, server: SocketAddr, totals: &Totals) {
         }
         Ok(()) => totals.complete.add(1),
         Err(Ended { error, received }) => {
-            totals.broke(begin, received, || {
-                format!("client, {} bytes: {error}", plan.bytes)
-            });
+            totals.broke(begin, received, &error, &format!("client, {} bytes", plan.bytes));
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What flows came to, and which faults there were when they did.
 
 use std::{
+    io::{self, ErrorKind},
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -65,8 +66,9 @@ impl Totals {
     }
 
     /// A flow broke, or was never made. Only a fault may account for that, at any time since the flow began: one that breaks
-    /// open flows, or, while it was being made, one that breaks new flows.
-    pub fn broke(&self, begin: Instant, is_open: bool, what: impl FnOnce() -> String) {
+    /// open flows, or, while it was being made, one that breaks new flows. No fault accounts for a peer that was left waiting:
+    /// whatever ends a flow tells both ends.
+    pub fn broke(&self, begin: Instant, is_open: bool, error: &io::Error, what: &str) {
         let accounts = |inflicted: &Inflicted| {
             let is_over = inflicted.end.is_some_and(|end| end + AFTERMATH < begin);
             !is_over
@@ -75,10 +77,11 @@ impl Totals {
                     false => inflicted.fault.breaks_new_flows(),
                 }
         };
-        if lock(&self.faults).iter().any(accounts) {
+        let left_waiting = matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock);
+        if !left_waiting && lock(&self.faults).iter().any(accounts) {
             self.broken.add(1);
         } else {
-            lock(&self.unexplained).push(what());
+            lock(&self.unexplained).push(format!("{what}: {error}"));
         }
     }
 
@@ -158,24 +161,35 @@ mod tests {
     fn flows_may_break_only_by_faults_that_break_flows() {
         let totals = Totals::default();
         let begin = Instant::now();
-        totals.broke(begin, true, || "before any".to_owned());
+        let broke = |begin, is_open, kind: ErrorKind, what| {
+            totals.broke(begin, is_open, &kind.into(), what);
+        };
+        let reset = ErrorKind::ConnectionReset;
+        broke(begin, true, reset, "before any");
         totals.fault_begins(Fault::Firewall);
         totals.fault_ends();
-        totals.broke(begin, false, || "new when the firewall was loaded".to_owned());
+        broke(begin, false, reset, "new when the firewall was loaded");
         totals.fault_begins(Fault::Hang);
         totals.fault_ends();
-        totals.broke(begin, true, || "open during a hang".to_owned());
-        totals.broke(begin, false, || "new during a hang".to_owned());
+        broke(begin, true, reset, "open during a hang");
+        broke(begin, false, reset, "new during a hang");
         totals.fault_begins(Fault::Kill);
         totals.fault_ends();
-        totals.broke(begin, true, || "open when killed".to_owned());
-        totals.broke(Instant::now() + AFTERMATH * 2, true, || "long after".to_owned());
+        broke(begin, true, reset, "open when killed");
+        broke(begin, true, ErrorKind::TimedOut, "waiting when killed");
+        broke(Instant::now() + AFTERMATH * 2, true, reset, "long after");
+        let complaints = totals.complaints();
+        let whats: Vec<_> = complaints
+            .iter()
+            .filter_map(|what| what.split(':').next())
+            .collect();
         assert_eq!(
-            totals.complaints()[..4],
+            whats[..5],
             [
                 "before any",
                 "new when the firewall was loaded",
                 "open during a hang",
+                "waiting when killed",
                 "long after"
             ]
         );
