@@ -9,11 +9,12 @@ use std::{
 };
 
 use pepsal::{
-    conduit::ConduitPool,
-    flow::CloseReason,
-    relay::{Leg, Limits, Progress, Side, relay},
-    socket,
-    stream::Stream,
+    flow::{
+        CloseReason,
+        conduit::ConduitPool,
+        relay::{Leg, Limits, Progress, Side, relay},
+    },
+    tcp::{options, stream::Stream},
 };
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::{
@@ -285,6 +286,6 @@ async fn connection(options: u8) -> io::Result<(TcpStream, Stream)> {
         end.set_out_of_band_inline(true)?;
     }
     // As legs have it until they have ended cleanly.
-    socket::reset_on_close(leg.as_fd(), true)?;
+    options::reset_on_close(leg.as_fd(), true)?;
     Ok((peer, Stream::register(leg)?))
 }

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     ctl,
-    link::LinkSpec,
+    link::profile::LinkSpec,
     observe::http::Place,
     wire::{claims, selection::Rule},
 };

@@ -1,4 +1,4 @@
-//! The daemon: command line, log, background, runtime; the rest is [`pepsal::run`].
+//! The daemon: command line, log, background, runtime; the rest is [`daemon::run`].
 
 use std::{
     env,
@@ -15,12 +15,12 @@ use nix::{
     unistd::{ForkResult, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fork, pipe2, setsid},
 };
 use pepsal::{
-    cgroup::OwnCgroup,
     cli::{Cli, Command},
     config::{self, Configuration},
     ctl,
-    log::Log,
-    preflight, privileges,
+    daemon::{self, privileges},
+    host::{cgroup::OwnCgroup, requirements},
+    observe::log::Log,
     wire::{Namespaces, claims},
 };
 
@@ -59,14 +59,14 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     };
     let log = Log::start(options.level())?;
     if options.explain {
-        for profile in pepsal::explain(options, &mut None)? {
+        for profile in daemon::explain(options, &mut None)? {
             println!("{profile}");
         }
         return Ok(ExitCode::SUCCESS);
     }
     // Where cgroup v2 is hidden, it has to be mounted; and sockets belong to the group that their process was in.
     let cgroup = OwnCgroup::enter();
-    preflight::check()?;
+    requirements::check()?;
     if let Some(user) = &options.user {
         claims::Directory::make_for(&options.runtime_dir, user)?;
         privileges::become_user(user)?;
@@ -78,7 +78,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
         .enable_all()
         .build()
         .context("cannot start the runtime")?;
-    let ran = runtime.block_on(pepsal::run(configuration, &log, cgroup, namespaces, || {
+    let ran = runtime.block_on(daemon::run(configuration, &log, cgroup, namespaces, || {
         if let Some(told) = background {
             detach(told);
         }

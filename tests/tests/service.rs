@@ -386,7 +386,7 @@ fn system_calls(set: &str) -> Result<BTreeSet<String>> {
 }
 
 /// What the daemon's own filter allows, by its source.
-const FILTER: &str = include_str!("../../pepsal/src/privileges/filter.rs");
+const FILTER: &str = include_str!("../../pepsal/src/daemon/privileges/filter.rs");
 
 #[test]
 fn unit_allows_every_system_call_that_the_daemon_s_own_filter_does() -> Result<()> {

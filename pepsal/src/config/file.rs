@@ -11,13 +11,13 @@ use toml::{
     de::{DeArray, DeTable, DeValue},
 };
 
-use super::{
-    keys::{self, KEYS, Key, LINK, LINKS},
-    problem::{Problem, Text},
-};
 use crate::{
     cli::Cli,
-    link::{self, Draft},
+    config::{
+        keys::{self, KEYS, Key, LINK, LINKS},
+        problem::{Problem, Text},
+    },
+    link::profile::{self, Draft},
 };
 
 /// What a key was given.
@@ -244,8 +244,8 @@ impl Reader<'_> {
             let (key_at, key) = (key.span().start, &**key.get_ref());
             let value_at = value.span().start;
             positions.insert(key.to_owned(), value_at);
-            if !link::KEYS.contains(&key) {
-                let meant = keys::suggest(key, link::KEYS).map(|key| format!("link.{interface}.{key}"));
+            if !profile::KEYS.contains(&key) {
+                let meant = keys::suggest(key, profile::KEYS).map(|key| format!("link.{interface}.{key}"));
                 let hint = did_you_mean(meant.as_deref());
                 self.problem(key_at, &format!("unknown key 'link.{interface}.{key}'{hint}"));
                 continue;

@@ -24,7 +24,7 @@ pub use problem::{Problem, Text};
 
 use crate::{
     cli::{Cli, Options},
-    link::LinkSpec,
+    link::profile::LinkSpec,
     wire::selection::Rule,
 };
 
@@ -289,7 +289,7 @@ mod tests {
     use std::{collections::HashSet, time::Duration};
 
     use super::*;
-    use crate::{cli::LogLevel, link::LinkProfile};
+    use crate::{cli::LogLevel, link::profile::LinkProfile};
 
     /// A directory with files, gone with its value.
     struct Directory(PathBuf);

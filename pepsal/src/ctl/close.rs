@@ -5,8 +5,10 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::client::Socket;
-use crate::observe::protocol::{Answer, Question};
+use crate::{
+    ctl::client::Socket,
+    observe::protocol::{Answer, Question},
+};
 
 /// Which flows.
 #[derive(Debug, Clone, Args)]

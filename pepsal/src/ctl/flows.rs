@@ -5,9 +5,12 @@ use std::{process::ExitCode, time::Duration};
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{client::Socket, text};
-use crate::observe::protocol::{
-    Answer, FlowState, FlowStatus, Flows, FlowsQuestion, LegName, LegStatus, Limit, LimitedBy, Question, Sort,
+use crate::{
+    ctl::{client::Socket, text},
+    observe::protocol::{
+        Answer, FlowState, FlowStatus, Flows, FlowsQuestion, LegName, LegStatus, Limit, LimitedBy, Question,
+        Sort,
+    },
 };
 
 /// Which flows, and how they are shown.

@@ -5,8 +5,10 @@ use std::{collections::BTreeMap, process::ExitCode};
 use anyhow::{Result, bail};
 use clap::Args;
 
-use super::{client::Socket, text};
-use crate::observe::protocol::{Answer, Question, Status};
+use crate::{
+    ctl::{client::Socket, text},
+    observe::protocol::{Answer, Question, Status},
+};
 
 /// How it is shown.
 #[derive(Debug, Clone, Args)]

@@ -1,5 +1,8 @@
-//! The host: the daemon's own network namespaces, kernel settings, and bpf(2).
+//! What this host's kernel offers, and what is set there: requirements, namespaces, kernel settings, control groups, bpf(2).
 
 pub mod bpf;
+pub mod btf;
+pub mod cgroup;
 pub mod namespace;
+pub mod requirements;
 pub mod sysctls;

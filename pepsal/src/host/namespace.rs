@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::privileges;
+use crate::daemon::privileges;
 
 /// A network namespace, and the thread of this process that is in it. Sockets, threads and interfaces that the thread makes
 /// belong to the namespace.

@@ -19,16 +19,18 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::{
-    View,
-    protocol::{
-        Answer, Ends, FlowState, FlowStatus, Flows, FlowsQuestion, Question, Reply, Request, Status, VERSION,
-        Ways,
+use crate::{
+    flow::table::{Flow, State},
+    observe::{
+        View,
+        connections::{self, Listener, Stream},
+        protocol::{
+            Answer, Ends, FlowState, FlowStatus, Flows, FlowsQuestion, Question, Reply, Request, Status,
+            VERSION, Ways,
+        },
+        socket_file::SocketFile,
     },
-    socket_file::SocketFile,
-    visitors::{self, Listener, Stream},
 };
-use crate::table::{Flow, State};
 
 /// Where the admin socket is unless something else is asked for.
 pub const DEFAULT_PATH: &str = "/run/pepsal/pepsal.sock";
@@ -83,7 +85,7 @@ fn make_directory(socket: &Path) -> io::Result<()> {
 
 /// Answers for as long as it is polled.
 pub async fn serve(listener: Listener, view: Arc<View>) {
-    visitors::receive(listener, PLACES, |stream| {
+    connections::receive(listener, PLACES, |stream| {
         let view = view.clone();
         async move {
             if let Err(error) = visit(stream, &view).await {

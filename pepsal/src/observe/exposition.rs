@@ -16,12 +16,13 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use super::{View, process::Process};
 use crate::{
-    flow::CloseReason,
-    log,
-    metrics::Event,
-    table::{LegObservation, State},
+    flow::{
+        CloseReason,
+        metrics::Event,
+        table::{LegObservation, State},
+    },
+    observe::{View, log, process::Process},
 };
 
 /// The content type of what [`Figures::render`] makes.
@@ -96,7 +97,7 @@ impl Figures {
         let (up, down) = metrics.bytes();
         let attached = view.attached.get();
         let is_intercepted = |name: &String| attached.iter().any(|on| on.intercepts && on.interface == *name);
-        let link = |link: &Arc<crate::link::Link>| {
+        let link = |link: &Arc<crate::link::profile::Link>| {
             let (rate, used) = link.budget.rate();
             let interface = link.profile.interface.clone();
             LinkFigures {

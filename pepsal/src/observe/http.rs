@@ -26,10 +26,11 @@ use nix::libc;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::{
-    View, exposition,
+use crate::observe::{
+    View,
+    connections::{self, Listener, Stream},
+    exposition,
     socket_file::SocketFile,
-    visitors::{self, Listener, Stream},
 };
 
 /// Where metrics are served unless something else is asked for.
@@ -105,7 +106,7 @@ fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
 
 /// Answers for as long as it is polled.
 pub async fn serve(listener: Listener, view: Arc<View>) {
-    visitors::receive(listener, PLACES, |stream| visit(stream, view.clone())).await;
+    connections::receive(listener, PLACES, |stream| visit(stream, view.clone())).await;
 }
 
 async fn visit(stream: Box<dyn Stream>, view: Arc<View>) {

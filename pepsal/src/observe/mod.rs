@@ -7,17 +7,18 @@
 //! readiness and status come from the same [`snapshot`], which is taken once a second at most, however many ask.
 //!
 //! Neither listener can keep connections from being relayed: who connects to them gets one of a fixed number of places,
-//! the longest there makes room for the next ([`visitors`]), and nobody is waited for.
+//! the longest there makes room for the next ([`connections`]), and nobody is waited for.
 
 pub mod admin;
 pub mod exposition;
 pub mod http;
+pub mod log;
 mod process;
 pub mod protocol;
-mod sample;
 mod snapshot;
 mod socket_file;
-mod visitors;
+mod status;
+mod connections;
 
 use std::{
     path::Path,
@@ -32,10 +33,10 @@ use anyhow::Result;
 use tokio::task::JoinSet;
 use tracing::info;
 
-use self::{snapshot::Snapshot, socket_file::SocketFile};
 use crate::{
     cli::Mark,
     flow::Shared,
+    observe::{snapshot::Snapshot, socket_file::SocketFile},
     wire::{attachment::Attached, counters::Counters},
 };
 

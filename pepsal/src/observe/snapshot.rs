@@ -8,8 +8,10 @@ use std::{
 use anyhow::{Context, Result};
 use tokio::{sync::Mutex, task::spawn_blocking};
 
-use super::{View, exposition::Figures, protocol::Status};
-use crate::wire::attachment::Attached;
+use crate::{
+    observe::{View, exposition::Figures, protocol::Status},
+    wire::attachment::Attached,
+};
 
 /// How long a snapshot is current.
 const CURRENT: Duration = Duration::from_secs(1);

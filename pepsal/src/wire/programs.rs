@@ -17,11 +17,10 @@ use tokio::io::{Interest, unix::AsyncFd};
 use tracing::debug;
 
 use crate::{
-    cgroup::OwnCgroup,
     cli::Mark,
-    host::namespace::Namespace,
-    link::Links,
-    listener::{Listeners, Pair},
+    flow::listener::{Listeners, Pair},
+    host::{cgroup::OwnCgroup, namespace::Namespace},
+    link::profile::Links,
     wire::{
         attachment, counters::Counters, device::Device, filter::Filter, flow_map::FlowMap,
         interfaces::Interfaces, selection::Selection, selection_maps::SelectionMaps,

@@ -7,8 +7,10 @@ use nix::{
     unistd::{SysconfVar, sysconf},
 };
 
-use super::{Finding, Severity, numbers, set};
-use crate::preflight;
+use crate::{
+    ctl::doctor::{Finding, Severity, numbers, set},
+    host::requirements,
+};
 
 /// Bytes of TCP memory that a leg holds while it is busy on a short path.
 const LEG_MEMORY: u64 = 32 << 10;
@@ -48,7 +50,7 @@ fn release() -> String {
 
 fn kernel() -> Finding {
     let release = release();
-    match preflight::check_kernel(&release) {
+    match requirements::check_kernel(&release) {
         Ok(()) => Finding::ok("kernel", format!("Linux {}", release.trim())),
         Err(error) => Finding::new(
             "kernel",
@@ -60,7 +62,7 @@ fn kernel() -> Finding {
 }
 
 fn features() -> impl Iterator<Item = Finding> {
-    let version = preflight::version(&release());
+    let version = requirements::version(&release());
     let lacking = FEATURES.iter().filter(move |(since, _)| version < *since);
     lacking.map(|((major, minor), what)| {
         Finding::new(
@@ -86,7 +88,7 @@ fn btf() -> Finding {
 
 fn capabilities() -> Finding {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    match preflight::check_capabilities(&status) {
+    match requirements::check_capabilities(&status) {
         Ok(()) => Finding::ok("capabilities", "this user has all that are needed"),
         Err(error) => Finding::new(
             "capabilities",
@@ -118,7 +120,7 @@ fn descriptors(flows: u32) -> Finding {
     let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return Finding::unknown(CHECK, "the limit of descriptors is unknown");
     };
-    let needed = preflight::descriptors(flows);
+    let needed = requirements::descriptors(flows);
     if most >= needed {
         return Finding::ok(CHECK, format!("{most} are allowed, {flows} flows need {needed}"));
     }

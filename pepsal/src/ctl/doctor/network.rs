@@ -4,7 +4,7 @@ use std::process::Command;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 
-use super::{Finding, Severity, numbers, set};
+use crate::ctl::doctor::{Finding, Severity, numbers, set};
 
 pub fn look(interfaces: &[String]) -> Vec<Finding> {
     let mut findings = Vec::new();

@@ -18,9 +18,13 @@ use ratatui::{
     crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers},
 };
 
-use self::history::History;
-use super::client::{Client, Socket};
-use crate::observe::protocol::{Answer, Flows, FlowsQuestion, Question, Sort, Status};
+use crate::{
+    ctl::{
+        client::{Client, Socket},
+        top::history::History,
+    },
+    observe::protocol::{Answer, Flows, FlowsQuestion, Question, Sort, Status},
+};
 
 /// How often, and how, it is shown.
 #[derive(Debug, Clone, Args)]

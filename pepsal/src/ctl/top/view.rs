@@ -10,9 +10,8 @@ use ratatui::{
     widgets::{Block, Gauge, Row, Sparkline, Table},
 };
 
-use super::App;
 use crate::{
-    ctl::{flows::limited, text},
+    ctl::{flows::limited, text, top::App},
     observe::protocol::{FlowState, FlowStatus, LegStatus, LinkStatus, Sort, Status},
 };
 

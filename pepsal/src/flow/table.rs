@@ -17,10 +17,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    metrics::{Event, Metrics, Traffic},
-    relay::{Progress, Side},
-    socket,
-    stream::Stream,
+    flow::{
+        metrics::{Event, Metrics, Traffic},
+        relay::{Progress, Side},
+    },
+    tcp::{options, stream::Stream},
     wire::{flow_map::FlowMap, programs::monotonic_ns},
 };
 
@@ -128,7 +129,7 @@ impl Flow {
             };
             counted.advance_bytes(sent, received, watched.traffic.as_deref());
             let stream = watched.stream.upgrade()?;
-            let info = socket::tcp_info(&*stream).ok()?;
+            let info = options::tcp_info(&*stream).ok()?;
             counted.advance_segments(&info, watched.traffic.as_deref());
             Some(LegObservation {
                 stream,

@@ -9,8 +9,7 @@ use std::{
 };
 
 use crate::{
-    budget::Budget,
-    rate_control::RateControl,
+    link::{budget::Budget, rate_control::RateControl},
     units::{self, Rate, show_size},
 };
 

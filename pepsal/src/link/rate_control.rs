@@ -2,7 +2,7 @@
 //!
 //! On a satellite link a lost packet says that it rained, not that somebody else wants to send. Loss-based control slows
 //! down for it; BBR finds the rate again, but takes many round trips of 600 ms each. Here nothing has to be found: the
-//! link's [`budget`](crate::budget) divides what the operator said there is, and caps each leg's pacing at its share. So
+//! link's [`budget`](crate::link::budget) divides what the operator said there is, and caps each leg's pacing at its share. So
 //! the window is what the share sends in the shortest round trip seen and a quarter more, from the first segment on; a
 //! standing queue can never grow past that quarter.
 //!
@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context, Result};
 use nix::libc;
 
-use crate::{btf::Btf, host::bpf::bpf};
+use crate::host::{bpf::bpf, btf::Btf};
 
 /// The name that the congestion control has where no other instance has it.
 const NAME: &str = "pepsal";

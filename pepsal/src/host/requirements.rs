@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::warn;
 
-use crate::socket;
+use crate::tcp::options;
 
 /// The oldest kernel whose features suffice.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
@@ -138,7 +138,7 @@ pub fn first_usable<const N: usize>(algorithms: [&'static str; N]) -> &'static s
 /// When no socket can be opened.
 pub fn default_congestion() -> io::Result<String> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
-    socket::congestion(&socket)
+    options::congestion(&socket)
 }
 
 /// Makes sure that a congestion control can be used, which loads its module.
@@ -148,7 +148,7 @@ pub fn default_congestion() -> io::Result<String> {
 pub fn check_congestion(algorithm: &str) -> Result<()> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
         .context("cannot open a TCP socket")?;
-    if let Err(error) = socket::set_congestion(&socket, algorithm) {
+    if let Err(error) = options::set_congestion(&socket, algorithm) {
         let available = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control")
             .unwrap_or_else(|_| "unknown".into());
         let why = match error.kind() {

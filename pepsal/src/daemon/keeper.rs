@@ -24,7 +24,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    flow::Shared, metrics::Event, notify::ServiceManager, wire::programs::Programs, workers::Workers,
+    daemon::{service_manager::ServiceManager, workers::Workers},
+    flow::{Shared, metrics::Event},
+    wire::programs::Programs,
 };
 
 /// How often the keeper makes its round; the programs take a daemon for hung that misses six of them.

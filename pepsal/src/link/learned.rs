@@ -15,7 +15,10 @@ use std::{
 use pepsal_ebpf::map_addr;
 use tokio::time::{Instant, sleep};
 
-use crate::{socket, stream::Stream, units::Rate};
+use crate::{
+    tcp::{options, stream::Stream},
+    units::Rate,
+};
 
 /// Paths that are remembered at most; the oldest are forgotten first.
 const MOST: usize = 4096;
@@ -46,7 +49,7 @@ pub struct Paths(Mutex<HashMap<Path, Memory>>);
 impl Paths {
     /// Remembers what a leg saw, if it saw enough: what was acknowledged for each second that it had something to send.
     pub fn learn(&self, ifindex: u32, peer: IpAddr, stream: &Stream) {
-        let Ok(info) = socket::tcp_info(stream) else {
+        let Ok(info) = options::tcp_info(stream) else {
             return;
         };
         let (rtt, busy) = (
@@ -66,7 +69,7 @@ impl Paths {
         if !self.lock().contains_key(&path) {
             return;
         }
-        let Ok(info) = socket::tcp_info(&**stream) else {
+        let Ok(info) = options::tcp_info(&**stream) else {
             return;
         };
         let rtt = Duration::from_micros(info.tcpi_rtt.into());
@@ -78,9 +81,9 @@ impl Paths {
             return;
         };
         // A window at once and without pacing would be a burst.
-        let resumed = socket::set_pacing_rate(&**stream, rate.bps() / 8)
-            .and_then(|()| socket::set_initial_window(&**stream, segments))
-            .and_then(|()| socket::restart_congestion(&**stream));
+        let resumed = options::set_pacing_rate(&**stream, rate.bps() / 8)
+            .and_then(|()| options::set_initial_window(&**stream, segments))
+            .and_then(|()| options::restart_congestion(&**stream));
         match resumed {
             Ok(()) => drop(tokio::spawn(self.clone().validate(
                 path,
@@ -96,7 +99,7 @@ impl Paths {
         sleep(rtt * 2).await;
         let Some(stream) = stream.upgrade() else { return };
         lift_pacing(&stream);
-        if socket::tcp_info(&*stream).is_ok_and(|info| info.tcpi_total_retrans > 0)
+        if options::tcp_info(&*stream).is_ok_and(|info| info.tcpi_total_retrans > 0)
             && let Some(memory) = self.lock().get_mut(&path)
         {
             memory.rate = Rate::from_bps(memory.rate.bps() / 2);
@@ -133,7 +136,7 @@ impl Paths {
 
 fn lift_pacing(stream: &Stream) {
     // All ones stands for no limit; it was accepted a moment ago.
-    let _ = socket::set_pacing_rate(stream, u64::MAX);
+    let _ = options::set_pacing_rate(stream, u64::MAX);
 }
 
 fn path(ifindex: u32, peer: IpAddr) -> Path {

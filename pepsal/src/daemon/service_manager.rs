@@ -6,7 +6,7 @@ use sd_notify::NotifyState;
 use tokio::time::sleep;
 use tracing::debug;
 
-use crate::cgroup;
+use crate::host::cgroup;
 
 /// What the service manager gets on top of the time to drain, for what else a stop takes.
 const STOP_ALLOWANCE: Duration = Duration::from_secs(10);

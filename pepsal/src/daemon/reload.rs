@@ -9,12 +9,11 @@ use tokio::task::{JoinError, JoinSet};
 use tracing::{info, warn};
 
 use crate::{
-    Proxy, announce,
     cli::Options,
     config::{Applies, Change, Configuration, Problem},
-    flow::Settings,
-    leg_config, link_profiles, listener,
-    log::Log,
+    daemon::{Proxy, announce, leg_config, link_profiles},
+    flow::{Settings, listener},
+    observe::log::Log,
     wire::{interfaces, selection::Selection},
 };
 

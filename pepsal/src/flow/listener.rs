@@ -15,11 +15,10 @@ use tracing::warn;
 
 use crate::{
     cli::TcpArgs,
-    leg::LegConfig,
-    link::{Link, Links},
-    preflight,
-    relay::Side,
-    socket,
+    flow::{connect::LegConfig, relay::Side},
+    host::requirements,
+    link::profile::{Link, Links},
+    tcp::options,
 };
 
 /// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
@@ -119,9 +118,9 @@ fn bind(
         None,
     )?;
     listener.set_reuse_address(true)?;
-    socket::set_transparent(&listener, addr.is_ipv6())?;
+    options::set_transparent(&listener, addr.is_ipv6())?;
     if addr.is_ipv6() {
-        socket::set_v6_only(&listener)?;
+        options::set_v6_only(&listener)?;
     }
     tune(&listener, tcp, legs, link)?;
     listener.bind(&addr.into())?;
@@ -139,21 +138,21 @@ fn tune(
     link: Option<&Arc<Link>>,
 ) -> io::Result<()> {
     let fastopen = if tcp.fastopen { FASTOPEN_QUEUE } else { 0 };
-    socket::set_fastopen_queue(listener, fastopen)?;
+    options::set_fastopen_queue(listener, fastopen)?;
     if let Some(link) = link {
         // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
-        socket::set_receive_buffer(listener, link.profile.receive_buffer.value)?;
+        options::set_receive_buffer(listener, link.profile.receive_buffer.value)?;
     }
     // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
     match legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
-        Some(congestion) => socket::set_congestion(listener, congestion)?,
-        None => socket::set_congestion(listener, &preflight::default_congestion()?)?,
+        Some(congestion) => options::set_congestion(listener, congestion)?,
+        None => options::set_congestion(listener, &requirements::default_congestion()?)?,
     }
     if !tcp.cork {
-        socket::set_cork(listener, false)?;
+        options::set_cork(listener, false)?;
     }
     legs.tune(listener.as_fd(), link.map(Arc::as_ref));
     // What the SYN-ACK announces; on an accepted socket it is too late for that. Zero is the path's.
     let mss = legs.mss_of(link.map(Arc::as_ref));
-    socket::set_mss(listener, mss.unwrap_or(0))
+    options::set_mss(listener, mss.unwrap_or(0))
 }

@@ -10,7 +10,7 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::socket_file::SocketFile;
+use crate::observe::socket_file::SocketFile;
 
 /// Where visitors come in.
 pub enum Listener {

@@ -1,5 +1,13 @@
 //! One flow, from its accepted connection to its end.
 
+pub mod conduit;
+pub mod connect;
+pub mod fault_injection;
+pub mod listener;
+pub mod metrics;
+pub mod relay;
+pub mod table;
+
 use std::{
     io,
     net::{IpAddr, SocketAddr},
@@ -27,16 +35,19 @@ use tracing::{debug, warn};
 
 use crate::{
     cli::Options,
-    conduit::ConduitPool,
-    fault,
+    flow::{
+        conduit::ConduitPool,
+        connect::{Attempt, LegConfig},
+        metrics::{Event, Metrics},
+        relay::{Leg, Limits, Side, relay},
+        table::{Flow, FlowTable, Observation},
+    },
     host::namespace::Namespace,
-    leg::{self, Attempt, LegConfig},
-    link::{Link, Links},
-    metrics::{Event, Metrics},
-    paths::{self, Paths},
-    relay::{Leg, Limits, Side, relay},
-    stream::Stream,
-    table::{Flow, FlowTable, Observation},
+    link::{
+        learned::{self, Paths},
+        profile::{Link, Links},
+    },
+    tcp::stream::Stream,
     wire::{interfaces::Interfaces, programs::monotonic_ns},
 };
 
@@ -293,7 +304,7 @@ impl End {
 
     /// Keeps what a leg without a profile has shown of its path.
     fn learn(&self, sent: &AtomicU64, paths: &Paths) {
-        if self.link.is_none() && sent.load(Ordering::Relaxed) >= paths::ENOUGH {
+        if self.link.is_none() && sent.load(Ordering::Relaxed) >= learned::ENOUGH {
             paths.learn(self.ifindex, self.peer, self.leg.stream());
         }
     }
@@ -336,7 +347,7 @@ async fn connect(
         };
         let stream = legs.connect(&attempt, &shared.host, &shared.metrics).await?;
         if early_data {
-            progress.add(Side::Server, leg::open(&stream, client_leg.stream()).await?);
+            progress.add(Side::Server, connect::open(&stream, client_leg.stream()).await?);
         }
         Ok(stream)
     };
@@ -356,7 +367,7 @@ async fn connect(
     let leg = Leg::new(stream, Side::Server);
     let server_end = End::start(leg, link, flow, &record, legs, shared);
     flow.set_open();
-    fault::at("flow", server);
+    fault_injection::at("flow", server);
     shared
         .metrics
         .connect

@@ -16,7 +16,7 @@ use tracing::warn;
 
 mod filter;
 
-/// What is kept; [`crate::preflight`] refuses to start without.
+/// What is kept; [`crate::host::requirements`] refuses to start without.
 const KEPT: [Capability; 5] = [
     Capability::CAP_BPF,
     Capability::CAP_PERFMON,

@@ -19,7 +19,11 @@ use tokio::{
 };
 use tracing::trace;
 
-use crate::{link::LinkProfile, rate_control::RateControl, socket, stream::Stream, units::Rate};
+use crate::{
+    link::{profile::LinkProfile, rate_control::RateControl},
+    tcp::{options, stream::Stream},
+    units::Rate,
+};
 
 /// What a leg asks of its link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -292,7 +296,7 @@ impl Member {
     fn appetite(&mut self, now: Instant, elapsed: Duration, rtt: Duration) -> Appetite {
         let stream = &*self.leg.stream;
         let written = self.leg.written.load(Ordering::Relaxed);
-        let unacknowledged = socket::unacknowledged(stream).unwrap_or(0);
+        let unacknowledged = options::unacknowledged(stream).unwrap_or(0);
         let acknowledged = (written - self.written + self.unacknowledged).saturating_sub(unacknowledged);
         if written == self.written && unacknowledged == 0 {
             (self.unacknowledged, self.rate, self.active_since) = (0, 0.0, now);
@@ -305,7 +309,7 @@ impl Member {
                 ceiling: u64::MAX,
             };
         }
-        let unsent = socket::unsent(stream).unwrap_or(0);
+        let unsent = options::unsent(stream).unwrap_or(0);
         let is_backlogged = unsent > 0;
         self.silence
             .observe(acknowledged, unacknowledged.saturating_sub(unsent), elapsed);
@@ -342,7 +346,7 @@ impl Member {
             false => Duration::ZERO,
         };
         if wanted != self.user_timeout {
-            if let Err(error) = socket::set_user_timeout(&*self.leg.stream, wanted) {
+            if let Err(error) = options::set_user_timeout(&*self.leg.stream, wanted) {
                 trace!("user timeout refused: {error}");
             }
             self.user_timeout = wanted;
@@ -455,7 +459,7 @@ impl Backoff {
         if self.period.time < (2 * rtt).max(Duration::from_millis(200)) {
             return;
         }
-        let Ok(info) = socket::tcp_info(stream) else {
+        let Ok(info) = options::tcp_info(stream) else {
             return;
         };
         let mut period = mem::take(&mut self.period);
@@ -489,11 +493,11 @@ fn set_initial_window(stream: &Stream, bytes: u64, congestion: &str) {
     if RateControl::is_named(congestion) {
         return restart(stream);
     }
-    let mss = socket::mss(stream).map_or(1448, |mss| u64::from(mss.max(1)));
+    let mss = options::mss(stream).map_or(1448, |mss| u64::from(mss.max(1)));
     match u32::try_from(bytes / mss) {
         // That much the kernel takes by itself.
         Ok(0..=10) | Err(_) => {}
-        Ok(segments) => match socket::set_initial_window(stream, segments) {
+        Ok(segments) => match options::set_initial_window(stream, segments) {
             Ok(()) if congestion == BBR => restart(stream),
             Ok(()) => {}
             Err(error) => trace!("initial window refused: {error}"),
@@ -505,7 +509,7 @@ fn set_initial_window(stream: &Stream, bytes: u64, congestion: &str) {
 const BBR: &str = "bbr";
 
 fn restart(stream: &Stream) {
-    if let Err(error) = socket::restart_congestion(stream) {
+    if let Err(error) = options::restart_congestion(stream) {
         trace!("cannot restart the congestion control: {error}");
     }
 }
@@ -514,7 +518,7 @@ fn restart(stream: &Stream) {
 const FLOOR: u64 = 1_448;
 
 fn pace(stream: &Stream, bytes_per_second: u64) {
-    if let Err(error) = socket::set_pacing_rate(stream, bytes_per_second) {
+    if let Err(error) = options::set_pacing_rate(stream, bytes_per_second) {
         trace!("pacing refused: {error}");
     }
 }

@@ -32,12 +32,15 @@ use tokio_util::sync::CancellationToken;
 use tracing::trace;
 
 use crate::{
-    budget::Membership,
-    conduit::{Conduit, ConduitPool, MESSAGE_BYTES},
-    flow::CloseReason,
-    link::Link,
-    socket,
-    stream::{Readable, Stream},
+    flow::{
+        CloseReason,
+        conduit::{Conduit, ConduitPool, MESSAGE_BYTES},
+    },
+    link::{budget::Membership, profile::Link},
+    tcp::{
+        options,
+        stream::{Readable, Stream},
+    },
 };
 
 /// One end of a flow while it is relayed.
@@ -61,7 +64,7 @@ pub enum Side {
 }
 
 impl Leg {
-    /// Takes over a connected stream, which is reset when it is dropped ([`crate::leg::LegConfig::tune`]).
+    /// Takes over a connected stream, which is reset when it is dropped ([`crate::flow::connect::LegConfig::tune`]).
     pub fn new(stream: Stream, side: Side) -> Self {
         Self {
             membership: None,
@@ -76,7 +79,7 @@ impl Leg {
         let profile = &link.profile;
         let (weight, window) = (profile.weights.of(traffic_class), profile.initial_window.value);
         if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side)
-            && let Err(error) = socket::set_send_window(&*self.stream, bytes)
+            && let Err(error) = options::set_send_window(&*self.stream, bytes)
         {
             trace!("send window refused: {error}");
         }
@@ -118,7 +121,7 @@ impl Leg {
     /// Passes an orderly end on: a FIN after all that was written, which nothing may cut short any more.
     fn finish(&self) -> Result<(), Broken> {
         let end = || {
-            socket::reset_on_close(self.stream.as_fd(), false)?;
+            options::reset_on_close(self.stream.as_fd(), false)?;
             self.stream.socket().shutdown(Shutdown::Write)
         };
         end().map_err(|error| self.broke(error))
@@ -373,7 +376,7 @@ impl Direction<'_> {
         self.from.stream.try_read(|from| match conduit.fill(from) {
             Ok(bytes @ 1..) => Ok(Read::Bytes(bytes)),
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-            nothing if !socket::is_at_mark(from)? => nothing.map(|_| Read::End),
+            nothing if !options::is_at_mark(from)? => nothing.map(|_| Read::End),
             _ => {
                 let mut byte = [0];
                 Ok(match recv(from.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT)? {
@@ -449,7 +452,7 @@ where
         () = limits.stop.cancelled() => {}
     }
     // The direction towards `to` may have ended cleanly long ago; that its peer broke is the newer truth.
-    let _ = socket::reset_on_close(to.stream.as_fd(), true);
+    let _ = options::reset_on_close(to.stream.as_fd(), true);
 }
 
 /// Waits until the peer has acknowledged all but `most` of what it was sent, is gone, or makes no progress.
@@ -458,7 +461,7 @@ async fn delivered(leg: &Leg, most: u64) {
     let mut deadline = Instant::now() + DELIVERY_STALL;
     let mut pause = Duration::from_millis(1);
     while !leg.is_broken() && Instant::now() < deadline {
-        match socket::unacknowledged(&leg.stream) {
+        match options::unacknowledged(&leg.stream) {
             Err(_) => return,
             Ok(bytes) if bytes <= most => return,
             Ok(bytes) if bytes < left => {

@@ -133,7 +133,7 @@ impl Metrics {
     }
 
     /// Bytes that flows have carried, up and down. Those of open flows are in it as of when they were last looked at
-    /// ([`crate::table::Flow::observe`]).
+    /// ([`crate::flow::table::Flow::observe`]).
     pub fn bytes(&self) -> (u64, u64) {
         (self.up.load(Ordering::Relaxed), self.down.load(Ordering::Relaxed))
     }

@@ -19,13 +19,13 @@ use tracing::debug;
 
 use crate::{
     cli::{Options, Replicate, Source},
-    host::namespace::Namespace,
-    link::{Link, Origin},
-    metrics::{Event, Metrics},
-    preflight,
-    relay::Side,
-    socket,
-    stream::Stream,
+    flow::{
+        metrics::{Event, Metrics},
+        relay::Side,
+    },
+    host::{namespace::Namespace, requirements},
+    link::profile::{Link, Origin},
+    tcp::{options, stream::Stream},
 };
 
 /// When an idle peer is first asked whether it is still there; how often then, and how often in vain, is the host's to say.
@@ -69,9 +69,9 @@ struct ShortPath {
 
 impl ShortPath {
     fn new() -> Option<Self> {
-        let elsewhere = preflight::default_congestion().ok()?;
+        let elsewhere = requirements::default_congestion().ok()?;
         elsewhere.starts_with("bbr").then(|| Self {
-            congestion: preflight::first_usable(["cubic", "reno"]),
+            congestion: requirements::first_usable(["cubic", "reno"]),
             elsewhere,
         })
     }
@@ -102,7 +102,7 @@ impl LegConfig {
     /// What the command line asks for. `inside` is the congestion control that sockets of the legs' namespaces get when
     /// nobody chooses one.
     pub fn new(options: &Options, inside: &str) -> Self {
-        let of_host = preflight::default_congestion().ok();
+        let of_host = requirements::default_congestion().ok();
         let replicates = |what| options.steering.replicate.contains(&what);
         let tcp = &options.tcp;
         Self {
@@ -170,10 +170,10 @@ impl LegConfig {
         }
         // No measurement, after a SYN cookie, is zero.
         let short = |rtt_us: u32| (1..SHORT_PATH.as_micros()).contains(&rtt_us.into());
-        if !socket::tcp_info(stream).is_ok_and(|info| short(info.tcpi_rtt)) {
+        if !options::tcp_info(stream).is_ok_and(|info| short(info.tcpi_rtt)) {
             tried(
                 "congestion control",
-                socket::set_congestion(stream, &path.elsewhere),
+                options::set_congestion(stream, &path.elsewhere),
             );
         }
     }
@@ -192,11 +192,11 @@ impl LegConfig {
             let ipv6 = client.is_ipv6();
             tried(
                 "traffic class",
-                socket::set_traffic_class(stream, ipv6, record.traffic_class),
+                options::set_traffic_class(stream, ipv6, record.traffic_class),
             );
         }
         if self.quickack {
-            tried("quick ack", socket::set_quickack(stream, true));
+            tried("quick ack", options::set_quickack(stream, true));
         }
     }
 
@@ -238,29 +238,29 @@ impl LegConfig {
         self.tune(socket.as_fd(), link);
         let given = self.mss_of(link);
         if let Some(mss) = path_mss.filter(|mss| given.is_none_or(|given| *mss < given)) {
-            tried("maximum segment size", socket::set_mss(&socket, mss));
+            tried("maximum segment size", options::set_mss(&socket, mss));
         }
         if self.quickack || has_data {
             // What the client has sent already completes the handshake as well as an acknowledgement alone.
-            tried("quick ack", socket::set_quickack(&socket, self.quickack));
+            tried("quick ack", options::set_quickack(&socket, self.quickack));
         }
         if let Some(congestion) = self.initial_congestion_of(Side::Server, link) {
-            tried("congestion control", socket::set_congestion(&socket, congestion));
+            tried("congestion control", options::set_congestion(&socket, congestion));
         }
         if let Some(link) = link {
             // Before the SYN, whose window scale follows from it; then the first acknowledgement opens all of it.
             tried(
                 "receive buffer",
-                socket::set_receive_buffer(&socket, link.profile.receive_buffer.value),
+                options::set_receive_buffer(&socket, link.profile.receive_buffer.value),
             );
         }
         if has_data && self.fastopen {
-            tried("fast open", socket::set_fastopen_connect(&socket));
+            tried("fast open", options::set_fastopen_connect(&socket));
         }
         if self.source == Source::Client {
             // The interface of the client's SYN is where the host gets what the leg sends.
             socket.set_mark(record.ingress_ifindex)?;
-            socket::set_transparent(&socket, client.is_ipv6())?;
+            options::set_transparent(&socket, client.is_ipv6())?;
             socket.set_reuse_address(true)?;
             socket.bind(&client.into())?;
         }
@@ -278,33 +278,33 @@ impl LegConfig {
     pub fn tune(&self, socket: BorrowedFd<'_>, link: Option<&Link>) {
         let sock = socket2::SockRef::from(&socket);
         // Until a direction has ended cleanly, whatever closes the leg resets it.
-        tried("reset on close", socket::reset_on_close(socket, true));
+        tried("reset on close", options::reset_on_close(socket, true));
         if self.cork {
-            tried("cork", socket::set_cork(socket, true));
+            tried("cork", options::set_cork(socket, true));
         } else {
             tried("no delay", sock.set_tcp_nodelay(true));
         }
         if let Some(mss) = self.mss_of(link) {
-            tried("maximum segment size", socket::set_mss(socket, mss));
+            tried("maximum segment size", options::set_mss(socket, mss));
         }
         let mut idle = KEEPALIVE;
         if let Some(Link { profile, .. }) = link {
             tried(
                 "send buffer",
-                socket::set_send_buffer(socket, profile.send_buffer.value),
+                options::set_send_buffer(socket, profile.send_buffer.value),
             );
-            tried("unsent bytes", socket::set_unsent(socket, profile.unsent.value));
+            tried("unsent bytes", options::set_unsent(socket, profile.unsent.value));
             tried(
                 "shortest retransmission timeout",
-                socket::set_rto_min(socket, profile.rto_min.value),
+                options::set_rto_min(socket, profile.rto_min.value),
             );
             tried(
                 "longest retransmission timeout",
-                socket::set_rto_max(socket, profile.rto_max.value),
+                options::set_rto_max(socket, profile.rto_max.value),
             );
             idle = profile.keepalive.value;
         }
-        tried("keepalive", socket::set_keepalive(socket, idle));
+        tried("keepalive", options::set_keepalive(socket, idle));
         // Else a leg is not readable for an urgent byte alone, and reading leaves it out.
         tried("urgent data inline", sock.set_out_of_band_inline(true));
     }
@@ -319,37 +319,37 @@ impl LegConfig {
         if self.dscp && record.traffic_class != 0 {
             tried(
                 "traffic class",
-                socket::set_traffic_class(socket, ipv6, record.traffic_class),
+                options::set_traffic_class(socket, ipv6, record.traffic_class),
             );
         }
         if self.ttl {
             // The host forwards what the leg sends, which takes a hop off.
             let hops = record.ttl - u8::from(self.source == Source::Gateway);
-            tried("time to live", socket::set_ttl(socket, ipv6, hops));
+            tried("time to live", options::set_ttl(socket, ipv6, hops));
         }
         if !self.options {
             return;
         }
         let mut replicated = record.truncated == 0;
         let ip_options = replicable_options(record.ip_options(), self.source_route);
-        if !ip_options.is_empty() && !tried("IP options", socket::set_ip_options(socket, &ip_options)) {
+        if !ip_options.is_empty() && !tried("IP options", options::set_ip_options(socket, &ip_options)) {
             replicated = false;
             // The kernel takes a source route only from its beginning; the other options need not go with it.
             let others = replicable_options(&ip_options, false);
             if others != ip_options && !others.is_empty() {
                 tried(
                     "IP options but source routes",
-                    socket::set_ip_options(socket, &others),
+                    options::set_ip_options(socket, &others),
                 );
             }
         }
         if let Some(header) = settable_header(record.hop_by_hop()) {
-            replicated &= tried("hop-by-hop options", socket::set_hop_by_hop(socket, &header));
+            replicated &= tried("hop-by-hop options", options::set_hop_by_hop(socket, &header));
         }
         if let Some(header) = settable_header(record.destination()) {
             replicated &= tried(
                 "destination options",
-                socket::set_destination_options(socket, &header),
+                options::set_destination_options(socket, &header),
             );
         }
         if !replicated {
@@ -371,7 +371,7 @@ pub async fn open(server: &Stream, client: &Stream) -> io::Result<usize> {
     }
     let mut data = [0; SYN_DATA_MAX];
     // An urgent byte is for the relay.
-    let peeked = match socket::is_at_mark(client)? {
+    let peeked = match options::is_at_mark(client)? {
         true => 0,
         false => recv(
             client.as_fd().as_raw_fd(),
@@ -416,7 +416,7 @@ const SYN_DATA_MAX: usize = 1280 - 40 - 60;
 const TCP_SYN_SENT: u8 = 2;
 
 fn is_connecting(stream: &Stream) -> io::Result<bool> {
-    Ok(socket::tcp_info(stream)?.tcpi_state == TCP_SYN_SENT)
+    Ok(options::tcp_info(stream)?.tcpi_state == TCP_SYN_SENT)
 }
 
 /// Whether an option was taken; the reason why not goes to the log.
@@ -510,7 +510,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::AddrNotAvailable);
         assert!(start.elapsed() >= PORT_PATIENCE, "{:?}", start.elapsed());
 
-        socket::reset_on_close(earlier.as_fd(), true).unwrap();
+        options::reset_on_close(earlier.as_fd(), true).unwrap();
         let release = async {
             sleep(PORT_PATIENCE / 5).await;
             drop(earlier);

@@ -19,7 +19,7 @@ use nix::{
     unistd::{SysconfVar, pipe2, sysconf},
 };
 
-use crate::socket;
+use crate::tcp::options;
 
 /// Most bytes in a pipe: the size from which one flow over veth is as fast as plain forwarding.
 const PIPE_BYTES: usize = 256 << 10;
@@ -186,7 +186,7 @@ impl Conduit<'_> {
             Some(Way::Buffer { bytes, start }) => {
                 *start = 0;
                 // As splice does by itself.
-                if socket::is_at_mark(from)? {
+                if options::is_at_mark(from)? {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
                 recv(from.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT)?
@@ -327,7 +327,7 @@ mod tests {
             assert_eq!(pool.take().fill(to.as_fd()).unwrap(), 2, "{most_pipes} pipes");
             let refused = pool.take().fill(to.as_fd()).unwrap_err();
             assert_eq!(refused.kind(), io::ErrorKind::WouldBlock, "{most_pipes} pipes");
-            assert!(socket::is_at_mark(&to).unwrap());
+            assert!(options::is_at_mark(&to).unwrap());
             let mut urgent = [0];
             to.read_exact(&mut urgent).unwrap();
             assert_eq!(&urgent, b"!");
@@ -351,7 +351,7 @@ mod tests {
             let mut conduit = pool.take_buffer();
             assert_eq!(conduit.fill_with_message(leg.as_fd()).unwrap(), 5);
             assert_eq!(conduit.drain(to.as_fd(), true).unwrap(), 5);
-            let segments = socket::tcp_info(&to).unwrap().tcpi_data_segs_out;
+            let segments = options::tcp_info(&to).unwrap().tcpi_data_segs_out;
             to.shutdown(Shutdown::Write).unwrap();
             let mut received = Vec::new();
             receiver.read_to_end(&mut received).unwrap();

@@ -10,18 +10,20 @@ use nix::{libc::tcp_info, net::if_::if_nametoindex};
 use socket2::SockAddr;
 use tokio::time::Instant;
 
-use super::{
-    View,
-    exposition::Figures,
-    protocol::{
-        FlowCounts, FlowState, FlowStatus, Interface, LegName, LegStatus, Legs, Limit, LimitedBy, LinkStatus,
-        Status, Ways,
-    },
-};
 use crate::{
-    metrics::Metrics,
-    socket,
-    table::{Flow, LegObservation, State},
+    flow::{
+        metrics::Metrics,
+        table::{Flow, LegObservation, State},
+    },
+    observe::{
+        View,
+        exposition::Figures,
+        protocol::{
+            FlowCounts, FlowState, FlowStatus, Interface, LegName, LegStatus, Legs, Limit, LimitedBy,
+            LinkStatus, Status, Ways,
+        },
+    },
+    tcp::options,
     wire::attachment::Attached,
 };
 
@@ -54,7 +56,7 @@ impl Status {
             }
         }
         let [up, down] = figures.bytes;
-        let link = |link: &std::sync::Arc<crate::link::Link>| {
+        let link = |link: &std::sync::Arc<crate::link::profile::Link>| {
             let (rate, used) = link.budget.rate();
             LinkStatus {
                 interface: link.profile.interface.clone(),
@@ -159,7 +161,7 @@ impl LegStatus {
             peer: address(socket.peer_addr()),
             interface: leg.traffic.as_ref().map(|traffic| traffic.interface.clone()),
             state: state_name(info.tcpi_state).to_owned(),
-            congestion: socket::congestion(&*leg.stream).ok(),
+            congestion: options::congestion(&*leg.stream).ok(),
             rtt_seconds: measured(info.tcpi_rtt),
             rtt_min_seconds: measured(info.tcpi_min_rtt),
             mss_bytes: info.tcpi_snd_mss,

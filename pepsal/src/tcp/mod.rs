@@ -1,0 +1,4 @@
+//! One TCP socket.
+
+pub mod options;
+pub mod stream;
