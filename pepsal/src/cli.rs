@@ -1,14 +1,14 @@
 //! The command line: PEPsal's options under their own letters, and pepsal's.
 
-use std::{fmt, num::NonZeroU16, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, num::NonZeroU16, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     ctl,
-    link::profile::LinkSpec,
+    link::spec::LinkSpec,
     observe::http::Place,
-    wire::{claims, selection::Rule},
+    wire::{claims, mark::Mark, selection::Rule},
 };
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
@@ -395,51 +395,6 @@ pub enum Replicate {
     Ttl,
     /// Nothing
     None,
-}
-
-/// A packet mark and the bits that it is allowed to touch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mark {
-    /// The bits to set.
-    pub value: u32,
-    /// The bits that are pepsal's.
-    pub mask: u32,
-}
-
-impl FromStr for Mark {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (value, mask) = text.split_once('/').unwrap_or((text, text));
-        let mark = Self {
-            value: number(value)?,
-            mask: number(mask)?,
-        };
-        if mark.value == 0 {
-            return Err("a mark of zero marks nothing: give at least one bit, like 0x1/0x1".into());
-        }
-        if mark.value & !mark.mask != 0 {
-            return Err(format!(
-                "value {:#x} has bits outside mask {:#x}",
-                mark.value, mark.mask
-            ));
-        }
-        Ok(mark)
-    }
-}
-
-impl fmt::Display for Mark {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:#x}/{:#x}", self.value, self.mask)
-    }
-}
-
-fn number(text: &str) -> Result<u32, String> {
-    let parsed = match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
-        Some(hex) => u32::from_str_radix(hex, 16),
-        None => text.parse(),
-    };
-    parsed.map_err(|_| format!("'{text}' is not a 32-bit number, decimal or 0x…"))
 }
 
 fn port(text: &str) -> Result<NonZeroU16, String> {

@@ -71,7 +71,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
         claims::Directory::make_for(&options.runtime_dir, user)?;
         privileges::become_user(user)?;
     }
-    let namespaces = Namespaces::new()?;
+    let namespaces = Namespaces::new(privileges::drop)?;
     privileges::drop()?;
     // Flows have threads and runtimes of their own.
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -17,7 +17,7 @@ use crate::{
         keys::{self, KEYS, Key, LINK, LINKS},
         problem::{Problem, Text},
     },
-    link::profile::{self, Draft},
+    link::spec::{self, Draft},
 };
 
 /// What a key was given.
@@ -244,8 +244,8 @@ impl Reader<'_> {
             let (key_at, key) = (key.span().start, &**key.get_ref());
             let value_at = value.span().start;
             positions.insert(key.to_owned(), value_at);
-            if !profile::KEYS.contains(&key) {
-                let meant = keys::suggest(key, profile::KEYS).map(|key| format!("link.{interface}.{key}"));
+            if !spec::KEYS.contains(&key) {
+                let meant = keys::suggest(key, spec::KEYS).map(|key| format!("link.{interface}.{key}"));
                 let hint = did_you_mean(meant.as_deref());
                 self.problem(key_at, &format!("unknown key 'link.{interface}.{key}'{hint}"));
                 continue;

@@ -24,7 +24,7 @@ pub use problem::{Problem, Text};
 
 use crate::{
     cli::{Cli, Options},
-    link::profile::LinkSpec,
+    link::spec::LinkSpec,
     wire::selection::Rule,
 };
 

@@ -45,21 +45,24 @@ use crate::{
         metrics::{Event, Metrics},
         table::FlowTable,
     },
-    host::{cgroup::OwnCgroup, namespace::Namespace, requirements},
+    host::{cgroup::OwnCgroup, descriptors, namespace::Namespace},
     link::{
-        profile::{Link, LinkProfile, Links},
+        profile::LinkProfile,
         rate_control::RateControl,
+        registry::{Link, Links},
     },
     observe::{AttachedNow, Observatory, View, log::Log},
+    tcp::congestion,
     wire::{
         Namespaces,
         attachment::Attachments,
         claims::{self, Claims, Predecessor, Requests, Successor},
-        device::{Device, Mtus, Side},
+        device::{Device, Mtus},
         filter::GENERATION,
         interfaces::{self, Changes, Interfaces},
         programs::{self, Programs},
         selection::Selection,
+        side::Side,
     },
 };
 
@@ -190,7 +193,7 @@ impl Proxy {
         // They make the server legs.
         let workers = namespaces.servers.run(|| Workers::start(threads));
         let workers = workers.context("cannot start the worker threads")?;
-        let (limit, pipes) = requirements::fit_descriptors(options.max_connections)?;
+        let (limit, pipes) = descriptors::fit(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
         let mut clients = Device::new(Side::Clients, namespaces.clients).await?;
@@ -252,7 +255,10 @@ impl Proxy {
         if predecessor.is_none() {
             observatory.open(places.0, places.1)?;
         }
-        programs.open(&listeners, clients.namespace())?;
+        programs.open(
+            listeners.pairs.iter().map(|pair| pair.descriptors()),
+            clients.namespace(),
+        )?;
         let wanted = |name: &str| intercepted.iter().any(|wanted| wanted == name);
         programs.describe(&interfaces, wanted, &shared.links)?;
         attachments.follow(&mut programs, &interfaces, wanted)?;
@@ -558,7 +564,7 @@ async fn follow_mtus(
 /// Whether a leg's congestion control ignores congestion marks: BBR's first version does, and pepsal's own, which links have
 /// unless they name another.
 fn ignores_marks(options: &Options) -> Result<bool> {
-    let default = requirements::default_congestion()?;
+    let default = congestion::default()?;
     let tcp = &options.tcp;
     let named = [&tcp.congestion, &tcp.client_congestion, &tcp.server_congestion];
     let mut of_legs = named.into_iter().flatten().chain([&default]);
@@ -567,7 +573,7 @@ fn ignores_marks(options: &Options) -> Result<bool> {
 
 /// How the options want legs to be made, if the kernel can. `namespace` is one of the legs' own.
 fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
-    let inside = namespace.run(requirements::default_congestion)?;
+    let inside = namespace.run(congestion::default)?;
     let legs = LegConfig::new(options, &inside);
     for algorithm in legs.congestion() {
         if RateControl::is_named(algorithm) {
@@ -575,7 +581,7 @@ fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
                 "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
             );
         }
-        requirements::check_congestion(algorithm)?;
+        congestion::check(algorithm)?;
     }
     Ok(legs)
 }
@@ -593,7 +599,7 @@ fn link_profiles(
     }
     let profiles = explain(options, rate_control)?;
     for profile in &profiles {
-        requirements::check_congestion(&profile.congestion.value)?;
+        congestion::check(&profile.congestion.value)?;
     }
     Ok(profiles)
 }
@@ -632,7 +638,7 @@ pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Res
     let congestion = match registered {
         Ok(registered) => rate_control.insert(registered).name.as_str(),
         Err(error) => {
-            let best = requirements::best_congestion();
+            let best = congestion::best();
             warn!(
                 "legs of links use {best}, since pepsal's own congestion control is not to be had: {error:#}"
             );

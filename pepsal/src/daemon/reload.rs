@@ -137,8 +137,10 @@ impl Proxy {
             listener::bind_links(&options.tcp, &legs, &new)
         })?;
         // A pair that is not kept leaves its slot empty.
-        self.programs
-            .register(self.listeners.pairs.len() as u32, &pairs)?;
+        self.programs.register(
+            self.listeners.pairs.len() as u32,
+            pairs.iter().map(|pair| pair.descriptors()),
+        )?;
         self.programs.select(selection)?;
 
         // From here on nothing fails.

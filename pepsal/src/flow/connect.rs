@@ -23,9 +23,9 @@ use crate::{
         metrics::{Event, Metrics},
         relay::Side,
     },
-    host::{namespace::Namespace, requirements},
-    link::profile::{Link, Origin},
-    tcp::{options, stream::Stream},
+    host::namespace::Namespace,
+    link::{profile::Origin, registry::Link},
+    tcp::{congestion, options, stream::Stream},
 };
 
 /// When an idle peer is first asked whether it is still there; how often then, and how often in vain, is the host's to say.
@@ -69,9 +69,9 @@ struct ShortPath {
 
 impl ShortPath {
     fn new() -> Option<Self> {
-        let elsewhere = requirements::default_congestion().ok()?;
+        let elsewhere = congestion::default().ok()?;
         elsewhere.starts_with("bbr").then(|| Self {
-            congestion: requirements::first_usable(["cubic", "reno"]),
+            congestion: congestion::first_usable(["cubic", "reno"]),
             elsewhere,
         })
     }
@@ -102,7 +102,7 @@ impl LegConfig {
     /// What the command line asks for. `inside` is the congestion control that sockets of the legs' namespaces get when
     /// nobody chooses one.
     pub fn new(options: &Options, inside: &str) -> Self {
-        let of_host = requirements::default_congestion().ok();
+        let of_host = congestion::default().ok();
         let replicates = |what| options.steering.replicate.contains(&what);
         let tcp = &options.tcp;
         Self {

@@ -16,9 +16,9 @@ use tracing::warn;
 use crate::{
     cli::TcpArgs,
     flow::{connect::LegConfig, relay::Side},
-    host::requirements,
-    link::profile::{Link, Links},
-    tcp::options,
+    link::registry::{Link, Links},
+    tcp::{congestion, options},
+    wire::programs::ListenerPair,
 };
 
 /// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
@@ -41,6 +41,14 @@ pub struct Pair {
 }
 
 impl Pair {
+    /// The sockets, for the map that new connections are given to them by.
+    pub fn descriptors(&self) -> ListenerPair<'_> {
+        ListenerPair {
+            v4: self.v4.as_fd(),
+            v6: self.v6.as_ref().map(AsFd::as_fd),
+        }
+    }
+
     /// Both.
     pub fn iter(&self) -> impl Iterator<Item = &Listener> {
         [Some(&self.v4), self.v6.as_ref()].into_iter().flatten()
@@ -146,7 +154,7 @@ fn tune(
     // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
     match legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
         Some(congestion) => options::set_congestion(listener, congestion)?,
-        None => options::set_congestion(listener, &requirements::default_congestion()?)?,
+        None => options::set_congestion(listener, &congestion::default()?)?,
     }
     if !tcp.cork {
         options::set_cork(listener, false)?;

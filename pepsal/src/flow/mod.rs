@@ -42,13 +42,13 @@ use crate::{
         relay::{Leg, Limits, Side, relay},
         table::{Flow, FlowTable, Observation},
     },
-    host::namespace::Namespace,
+    host::{clock::monotonic_ns, namespace::Namespace},
     link::{
         learned::{self, Paths},
-        profile::{Link, Links},
+        registry::{Link, Links},
     },
     tcp::stream::Stream,
-    wire::{interfaces::Interfaces, programs::monotonic_ns},
+    wire::interfaces::Interfaces,
 };
 
 /// Why a flow ended.

@@ -36,7 +36,7 @@ use crate::{
         CloseReason,
         conduit::{Conduit, ConduitPool, MESSAGE_BYTES},
     },
-    link::{budget::Membership, profile::Link},
+    link::{budget::Membership, registry::Link},
     tcp::{
         options,
         stream::{Readable, Stream},

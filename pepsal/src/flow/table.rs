@@ -21,8 +21,9 @@ use crate::{
         metrics::{Event, Metrics, Traffic},
         relay::{Progress, Side},
     },
+    host::clock::monotonic_ns,
     tcp::{options, stream::Stream},
-    wire::{flow_map::FlowMap, programs::monotonic_ns},
+    wire::flow_map::FlowMap,
 };
 
 /// How far a flow has come.

@@ -3,6 +3,8 @@
 pub mod bpf;
 pub mod btf;
 pub mod cgroup;
+pub mod clock;
+pub mod descriptors;
 pub mod namespace;
 pub mod requirements;
 pub mod sysctls;

@@ -12,8 +12,6 @@ use std::{
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::daemon::privileges;
-
 /// A network namespace, and the thread of this process that is in it. Sockets, threads and interfaces that the thread makes
 /// belong to the namespace.
 #[derive(Debug)]
@@ -25,12 +23,17 @@ pub struct Namespace {
 type Work<'a> = Box<dyn FnOnce() + Send + 'a>;
 
 impl Namespace {
-    /// Makes a namespace, in which no interface is up. Its thread, which has this name, then gives up its privileges.
+    /// Makes a namespace, in which no interface is up. Its thread, which has this name, then gives up its privileges by
+    /// `give_up`.
     ///
     /// # Errors
     /// Without CAP_SYS_ADMIN, and when no thread can be started.
-    pub fn new(name: &str) -> Result<Self> {
-        Self::entered_by(name, enter_new)
+    pub fn new(name: &str, give_up: fn() -> Result<()>) -> Result<Self> {
+        Self::entered_by(name, move || {
+            let file = enter_new()?;
+            give_up()?;
+            Ok(file)
+        })
     }
 
     /// Returns the namespace that the calling thread is in, with a thread of its own.
@@ -41,7 +44,7 @@ impl Namespace {
         Self::entered_by("pepsal-host", open)
     }
 
-    fn entered_by(name: &str, enter: fn() -> Result<File>) -> Result<Self> {
+    fn entered_by(name: &str, enter: impl FnOnce() -> Result<File> + Send + 'static) -> Result<Self> {
         let (work, to_do) = channel::<Work<'static>>();
         let (made, result) = channel();
         thread::Builder::new().name(name.to_owned()).spawn(move || {
@@ -105,9 +108,7 @@ fn enter_new() -> Result<File> {
         ),
         other => anyhow::Error::new(io::Error::from(other)).context("cannot make a network namespace"),
     })?;
-    let file = open()?;
-    privileges::drop()?;
-    Ok(file)
+    open()
 }
 
 fn open() -> Result<File> {

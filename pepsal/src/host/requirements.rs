@@ -1,18 +1,11 @@
-//! What has to be there before anything is touched: privileges, a kernel that is new enough, descriptors.
+//! What has to be there before anything is touched: privileges, and a kernel that is new enough.
 
-use std::{fs, io, path::Path};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use tracing::warn;
-
-use crate::tcp::options;
 
 /// The oldest kernel whose features suffice.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
-
-/// Descriptors that are not a flow's: the runtime's, the maps', the listeners', netlink's, the log's.
-const OTHER_DESCRIPTORS: u64 = 256;
 
 /// Capabilities that are needed, with their numbers in `uapi/linux/capability.h`.
 const CAPABILITIES: [(&str, u32); 4] = [
@@ -84,83 +77,6 @@ pub fn check_capabilities(status: &str) -> Result<()> {
         bail!(
             "missing {}: run as root, or grant them to the service",
             missing.join(", ")
-        );
-    }
-    Ok(())
-}
-
-/// How many descriptors so many flows need.
-pub fn descriptors(flows: u32) -> u64 {
-    u64::from(flows) * 2 + OTHER_DESCRIPTORS
-}
-
-/// Raises the limit of descriptors as far as it goes, and returns how many flows and how many pipes fit.
-///
-/// # Errors
-/// When the limit cannot be read, or leaves no room for a single flow.
-pub fn fit_descriptors(flows: u32) -> Result<(u32, usize)> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot tell the limit of descriptors")?;
-    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => hard,
-        Err(_) => soft,
-    };
-    let available = limit.saturating_sub(OTHER_DESCRIPTORS);
-    let fitting = u32::try_from(available / 2).unwrap_or(u32::MAX);
-    if fitting == 0 {
-        bail!("{limit} descriptors leave no room for a flow: raise the limit (LimitNOFILE=, ulimit -n)");
-    }
-    if fitting < flows {
-        warn!(
-            "{flows} connections need {} descriptors and {limit} are allowed: handling {fitting} at most; raise the \
-             limit (LimitNOFILE=, ulimit -n) or lower -c",
-            descriptors(flows)
-        );
-    }
-    let flows = flows.min(fitting);
-    let pipes = (available - u64::from(flows) * 2) / 2;
-    Ok((flows, usize::try_from(pipes).unwrap_or(usize::MAX)))
-}
-
-/// The congestion control that keeps its rate best on a link that loses packets, of those that this kernel has.
-pub fn best_congestion() -> &'static str {
-    first_usable(["bbr", "hybla", "cubic"])
-}
-
-/// The first of these congestion controls that this kernel lets us use, or what every kernel has.
-pub fn first_usable<const N: usize>(algorithms: [&'static str; N]) -> &'static str {
-    let usable = |algorithm: &&str| check_congestion(algorithm).is_ok();
-    algorithms.into_iter().find(usable).unwrap_or("reno")
-}
-
-/// The congestion control that sockets get when nobody chooses one (net.ipv4.tcp_congestion_control).
-///
-/// # Errors
-/// When no socket can be opened.
-pub fn default_congestion() -> io::Result<String> {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
-    options::congestion(&socket)
-}
-
-/// Makes sure that a congestion control can be used, which loads its module.
-///
-/// # Errors
-/// For one that cannot, naming those that can.
-pub fn check_congestion(algorithm: &str) -> Result<()> {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
-        .context("cannot open a TCP socket")?;
-    if let Err(error) = options::set_congestion(&socket, algorithm) {
-        let available = fs::read_to_string("/proc/sys/net/ipv4/tcp_available_congestion_control")
-            .unwrap_or_else(|_| "unknown".into());
-        let why = match error.kind() {
-            io::ErrorKind::PermissionDenied => {
-                "not allowed in this network namespace (net.ipv4.tcp_allowed_congestion_control)".to_owned()
-            }
-            io::ErrorKind::NotFound => "unknown to this kernel, and no module of that name loads".to_owned(),
-            _ => error.to_string(),
-        };
-        bail!(
-            "congestion control '{algorithm}' is {why}: available are {}",
-            available.trim().replace(' ', ", ")
         );
     }
     Ok(())

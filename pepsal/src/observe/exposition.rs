@@ -97,7 +97,7 @@ impl Figures {
         let (up, down) = metrics.bytes();
         let attached = view.attached.get();
         let is_intercepted = |name: &String| attached.iter().any(|on| on.intercepts && on.interface == *name);
-        let link = |link: &Arc<crate::link::profile::Link>| {
+        let link = |link: &Arc<crate::link::registry::Link>| {
             let (rate, used) = link.budget.rate();
             let interface = link.profile.interface.clone();
             LinkFigures {

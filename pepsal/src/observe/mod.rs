@@ -34,10 +34,9 @@ use tokio::task::JoinSet;
 use tracing::info;
 
 use crate::{
-    cli::Mark,
     flow::Shared,
     observe::{snapshot::Snapshot, socket_file::SocketFile},
-    wire::{attachment::Attached, counters::Counters},
+    wire::{attachment::Attached, counters::Counters, mark::Mark},
 };
 
 /// What is seen: the running daemon.

@@ -56,7 +56,7 @@ impl Status {
             }
         }
         let [up, down] = figures.bytes;
-        let link = |link: &std::sync::Arc<crate::link::profile::Link>| {
+        let link = |link: &std::sync::Arc<crate::link::registry::Link>| {
             let (rate, used) = link.budget.rate();
             LinkStatus {
                 interface: link.profile.interface.clone(),

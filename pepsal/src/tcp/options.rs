@@ -128,15 +128,15 @@ type RepairWindow = [u32; 5];
 pub fn set_send_window(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     let fd = socket.as_fd();
     set_repair(fd, true)?;
-    let set = || {
+    let widen = || {
         let mut window: RepairWindow = get(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW)?;
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         window[1] = window[1].max(bytes);
         window[2] = window[2].max(bytes);
         let window: Vec<u8> = window.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        self::set(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, &window)
+        set(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, &window)
     };
-    let done = set();
+    let done = widen();
     set_repair(fd, false).and(done)
 }
 

@@ -15,24 +15,13 @@ use tracing::{debug, info, warn};
 
 use crate::wire::{
     claims,
-    device::{Device, INNER, Side},
+    device::{Device, INNER},
     hook,
     interfaces::Interfaces,
-    programs::{Programs, program},
+    object::{CLIENTS_OUT, LABEL, REPLIES, SERVERS_OUT, STEER, program},
+    programs::Programs,
+    side::Side,
 };
-
-/// Ingress of intercepted interfaces.
-const STEER: &str = "pepsal_steer";
-/// Egress of all interfaces.
-const REPLIES: &str = "pepsal_replies";
-/// Host ends of the devices, ingress.
-const CLIENTS_OUT: &str = "pepsal_clients_out";
-const SERVERS_OUT: &str = "pepsal_servers_out";
-/// Inner ends, egress.
-const LABEL: &str = "pepsal_label";
-
-/// The programs that are attached to interfaces and devices.
-pub(super) const PROGRAMS: [&str; 5] = [STEER, REPLIES, CLIENTS_OUT, SERVERS_OUT, LABEL];
 
 /// A hook of an interface, and the program on it.
 #[derive(Debug, Clone, Copy)]

@@ -32,31 +32,13 @@ use pepsal_ebpf::DEVICE_MAC;
 use rtnetlink::Handle;
 use tracing::{debug, warn};
 
-use crate::{host::namespace::Namespace, wire::interfaces};
+use crate::{
+    host::namespace::Namespace,
+    wire::{interfaces, side::Side},
+};
 
 /// The device's end in the namespace.
 pub const INNER: &str = "wire0";
-
-/// Whose legs a device carries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// Client legs.
-    Clients,
-    /// Server legs.
-    Servers,
-}
-
-impl Side {
-    const BOTH: [Self; 2] = [Self::Clients, Self::Servers];
-
-    /// Returns what the names of its devices' host ends begin with.
-    fn prefix(self) -> &'static str {
-        match self {
-            Self::Clients => "pepsal-c",
-            Self::Servers => "pepsal-s",
-        }
-    }
-}
 
 /// Names that are tried: one pair for each of so many instances.
 const NAMES: u32 = 1000;
@@ -77,14 +59,6 @@ const NEIGHBOUR_V4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 const NEIGHBOUR_V6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 
 const FAMILIES: [AddressFamily; 2] = [AddressFamily::Inet, AddressFamily::Inet6];
-
-/// Returns whether an interface of this name is the host end of a device, of this instance or another.
-pub fn is_named(name: &str) -> bool {
-    Side::BOTH.iter().any(|side| {
-        let number = name.strip_prefix(side.prefix());
-        number.is_some_and(|number| number.parse::<u32>().is_ok())
-    })
-}
 
 /// The namespace of one side's legs, and the device pair that joins it to the host. Dropping it removes the pair.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use netlink_packet_route::link::{InfoPortKind, LinkAttribute, LinkInfo, LinkLayerType, LinkMessage};
 use rtnetlink::{Handle, MulticastGroup, new_connection, new_multicast_connection};
 
-use crate::wire::device;
+use crate::wire::side;
 
 /// The interfaces whose packets the programs read, by index.
 pub type Interfaces = BTreeMap<u32, Interface>;
@@ -59,7 +59,7 @@ fn interface(link: LinkMessage) -> Option<(u32, Interface)> {
     }
     let name = name?;
     let is_loopback = link.header.index == 1;
-    if is_loopback || is_port || device::is_named(&name) {
+    if is_loopback || is_port || side::is_host_end(&name) {
         return None;
     }
     let mac = mac.filter(|_| link.header.link_layer_type == LinkLayerType::Ether);

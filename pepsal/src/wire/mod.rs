@@ -19,9 +19,12 @@ pub mod filter;
 pub mod flow_map;
 mod hook;
 pub mod interfaces;
+pub mod mark;
+mod object;
 pub mod programs;
 pub mod selection;
 pub mod selection_maps;
+pub mod side;
 
 use anyhow::{Result, bail};
 use tracing::info;
@@ -38,14 +41,14 @@ pub struct Namespaces {
 }
 
 impl Namespaces {
-    /// Makes both namespaces.
+    /// Makes both namespaces, whose threads then give up their privileges by `give_up`.
     ///
     /// # Errors
     /// Without CAP_SYS_ADMIN, and when no thread can be started.
-    pub fn new() -> Result<Self> {
+    pub fn new(give_up: fn() -> Result<()>) -> Result<Self> {
         Ok(Self {
-            clients: Namespace::new("pepsal-clients")?,
-            servers: Namespace::new("pepsal-servers")?,
+            clients: Namespace::new("pepsal-clients", give_up)?,
+            servers: Namespace::new("pepsal-servers", give_up)?,
         })
     }
 

@@ -1,37 +1,39 @@
 //! The eBPF programs and their maps: loads the programs, fills the maps, and reads them.
 
-use std::{io, os::fd::AsRawFd, sync::Arc, time::Duration};
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+    sync::Arc,
+    time::Duration,
+};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, PerCpuArray, SockMap},
+    maps::{Array, HashMap, MapData, PerCpuArray, SockMap},
     programs::{
-        CgroupSockopt, ProgramError, SchedClassifier, SkLookup, cgroup_sockopt::CgroupSockoptLink,
-        links::CgroupAttachMode, sk_lookup::SkLookupLink,
+        CgroupSockopt, SchedClassifier, SkLookup, cgroup_sockopt::CgroupSockoptLink, links::CgroupAttachMode,
+        sk_lookup::SkLookupLink,
     },
 };
-use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{Counter, Interface, LINKS_MAX, NO_LINK, listener_v4, listener_v6};
 use tokio::io::{Interest, unix::AsyncFd};
-use tracing::debug;
 
 use crate::{
-    cli::Mark,
-    flow::listener::{Listeners, Pair},
-    host::{cgroup::OwnCgroup, namespace::Namespace},
-    link::profile::Links,
+    host::{cgroup::OwnCgroup, clock, namespace::Namespace},
+    link::registry::Links,
     wire::{
-        attachment, counters::Counters, device::Device, filter::Filter, flow_map::FlowMap,
-        interfaces::Interfaces, selection::Selection, selection_maps::SelectionMaps,
+        counters::Counters,
+        device::Device,
+        filter::Filter,
+        flow_map::FlowMap,
+        interfaces::Interfaces,
+        mark::Mark,
+        object::{LISTENER, OBJECT, TC_PROGRAMS, WINDOW, program, refused, take_map},
+        selection::Selection,
+        selection_maps::SelectionMaps,
     },
 };
-
-/// The eBPF object that the build embedded, empty when it had none.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/pepsal.bpf.o"));
-
-const LISTENER: &str = "pepsal_listener";
-const WINDOW: &str = "pepsal_window";
 
 /// How long the daemon may be without a heartbeat before new connections pass it by.
 const HEARTBEAT_BOUND: Duration = Duration::from_secs(3);
@@ -50,6 +52,15 @@ pub struct Config<'a> {
     pub selection: &'a Selection,
     /// Whether every intercepted SYN is logged.
     pub log_syns: bool,
+}
+
+/// The listening sockets of a link, or of the interfaces without a profile.
+#[derive(Debug, Clone, Copy)]
+pub struct ListenerPair<'a> {
+    /// IPv4.
+    pub v4: BorrowedFd<'a>,
+    /// IPv6, where the host has it.
+    pub v6: Option<BorrowedFd<'a>>,
 }
 
 /// The loaded programs and their maps. The kernel frees them when it is dropped, and when the process ends.
@@ -96,7 +107,7 @@ impl Programs {
             .map_max_entries("FLOWS", config.limit)
             .load(OBJECT)
             .context("the kernel refuses the eBPF maps")?;
-        for name in attachment::PROGRAMS {
+        for name in TC_PROGRAMS {
             let program: &mut SchedClassifier = program(&mut ebpf, name)?;
             program.load().map_err(|error| refused(name, error))?;
         }
@@ -131,8 +142,12 @@ impl Programs {
     ///
     /// # Errors
     /// When the kernel refuses a listener or the attachment.
-    pub fn open(&mut self, listeners: &Listeners, namespace: &Namespace) -> Result<()> {
-        self.register(0, &listeners.pairs)?;
+    pub fn open<'a>(
+        &mut self,
+        listeners: impl IntoIterator<Item = ListenerPair<'a>>,
+        namespace: &Namespace,
+    ) -> Result<()> {
+        self.register(0, listeners)?;
         if self.lookup.is_none() {
             let program: &mut SkLookup = program(&mut self.ebpf, LISTENER)?;
             let link = program
@@ -147,12 +162,16 @@ impl Programs {
     ///
     /// # Errors
     /// When the kernel refuses a listener.
-    pub fn register(&mut self, first: u32, pairs: &[Arc<Pair>]) -> Result<()> {
-        for (link, pair) in (first..).zip(pairs) {
+    pub fn register<'a>(
+        &mut self,
+        first: u32,
+        listeners: impl IntoIterator<Item = ListenerPair<'a>>,
+    ) -> Result<()> {
+        for (link, pair) in (first..).zip(listeners) {
             self.listeners
                 .set(listener_v4(link), &pair.v4.as_raw_fd(), 0)
                 .context("cannot register the IPv4 listener")?;
-            if let Some(v6) = &pair.v6 {
+            if let Some(v6) = pair.v6 {
                 self.listeners
                     .set(listener_v6(link), &v6.as_raw_fd(), 0)
                     .context("cannot register the IPv6 listener")?;
@@ -168,7 +187,7 @@ impl Programs {
     pub fn select(&mut self, selection: &Selection) -> Result<()> {
         let heartbeat = &mut self.heartbeat;
         // A beat that fails now is tried again, and told, with the next round.
-        let beat = || drop(heartbeat.set(0, monotonic_ns(), 0));
+        let beat = || drop(heartbeat.set(0, clock::monotonic_ns(), 0));
         self.selection.install(selection, beat)
     }
 
@@ -254,7 +273,7 @@ impl Programs {
     /// When the kernel refuses to write the heartbeat.
     pub fn beat(&mut self) -> Result<()> {
         self.heartbeat
-            .set(0, monotonic_ns(), 0)
+            .set(0, clock::monotonic_ns(), 0)
             .context("cannot write the heartbeat")
     }
 
@@ -281,36 +300,6 @@ fn stale(keys: aya::maps::MapKeys<'_, u32>, interfaces: &Interfaces) -> Vec<u32>
         .collect()
 }
 
-pub(super) fn program<'a, T>(ebpf: &'a mut Ebpf, name: &str) -> Result<T>
-where
-    T: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
-{
-    let program = ebpf
-        .program_mut(name)
-        .ok_or_else(|| anyhow!("the eBPF object has no program {name}"))?;
-    Ok(program.try_into()?)
-}
-
-/// Takes a map out of a loaded object.
-pub(super) fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map> {
-    ebpf.take_map(name)
-        .ok_or_else(|| anyhow!("the eBPF object has no map {name}"))
-}
-
-/// One line for the user; the verifier's many go to the log.
-fn refused(name: &str, error: ProgramError) -> anyhow::Error {
-    match error {
-        ProgramError::LoadError {
-            io_error,
-            verifier_log,
-        } => {
-            debug!("{verifier_log}");
-            anyhow!("the kernel refuses the eBPF program {name}: {io_error} (-v shows the verifier's log)")
-        }
-        other => anyhow!("the kernel refuses the eBPF program {name}: {other}"),
-    }
-}
-
 /// Passes what the programs log on to `tracing`.
 fn forward_log(ebpf: &mut Ebpf) -> Result<()> {
     let logger = aya_log::EbpfLogger::init(ebpf).context("cannot read the log of the eBPF programs")?;
@@ -324,10 +313,4 @@ fn forward_log(ebpf: &mut Ebpf) -> Result<()> {
         }
     });
     Ok(())
-}
-
-/// Returns the time of CLOCK_MONOTONIC in nanoseconds, as `bpf_ktime_get_ns` does.
-pub fn monotonic_ns() -> u64 {
-    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("every Linux has this clock");
-    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }

@@ -14,7 +14,7 @@ use aya::{
 };
 use pepsal_ebpf::{PortSet, PrefixKey};
 
-use crate::wire::{programs::take_map, selection::Selection};
+use crate::wire::{object::take_map, selection::Selection};
 
 /// The maps, and the rules that they contain.
 pub struct SelectionMaps {

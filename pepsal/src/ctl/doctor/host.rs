@@ -9,7 +9,7 @@ use nix::{
 
 use crate::{
     ctl::doctor::{Finding, Severity, numbers, set},
-    host::requirements,
+    host::{descriptors, requirements},
 };
 
 /// Bytes of TCP memory that a leg holds while it is busy on a short path.
@@ -120,7 +120,7 @@ fn descriptors(flows: u32) -> Finding {
     let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else {
         return Finding::unknown(CHECK, "the limit of descriptors is unknown");
     };
-    let needed = requirements::descriptors(flows);
+    let needed = descriptors::needed(flows);
     if most >= needed {
         return Finding::ok(CHECK, format!("{most} are allowed, {flows} flows need {needed}"));
     }

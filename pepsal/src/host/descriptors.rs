@@ -1,0 +1,40 @@
+//! File descriptors: how many flows and pipes the limit of this process has room for.
+
+use anyhow::{Context, Result, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use tracing::warn;
+
+/// Descriptors that are not a flow's: the runtime's, the maps', the listeners', netlink's, the log's.
+const OTHER_DESCRIPTORS: u64 = 256;
+
+/// How many descriptors so many flows need.
+pub fn needed(flows: u32) -> u64 {
+    u64::from(flows) * 2 + OTHER_DESCRIPTORS
+}
+
+/// Raises the limit of descriptors as far as it goes, and returns how many flows and how many pipes fit.
+///
+/// # Errors
+/// When the limit cannot be read, or leaves no room for a single flow.
+pub fn fit(flows: u32) -> Result<(u32, usize)> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot tell the limit of descriptors")?;
+    let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+        Ok(()) => hard,
+        Err(_) => soft,
+    };
+    let available = limit.saturating_sub(OTHER_DESCRIPTORS);
+    let fitting = u32::try_from(available / 2).unwrap_or(u32::MAX);
+    if fitting == 0 {
+        bail!("{limit} descriptors leave no room for a flow: raise the limit (LimitNOFILE=, ulimit -n)");
+    }
+    if fitting < flows {
+        warn!(
+            "{flows} connections need {} descriptors and {limit} are allowed: handling {fitting} at most; raise the \
+             limit (LimitNOFILE=, ulimit -n) or lower -c",
+            needed(flows)
+        );
+    }
+    let flows = flows.min(fitting);
+    let pipes = (available - u64::from(flows) * 2) / 2;
+    Ok((flows, usize::try_from(pipes).unwrap_or(usize::MAX)))
+}
