@@ -10,9 +10,12 @@ use std::{
 
 use pepsal::{
     flow::{
-        CloseReason,
+        close_reason::CloseReason,
         conduit::ConduitPool,
-        relay::{Leg, Limits, Progress, Side, relay},
+        leg::Leg,
+        progress::Progress,
+        relay::{Limits, relay},
+        side::Side,
     },
     tcp::{options, stream::Stream},
 };

@@ -5,16 +5,16 @@ use std::{
     path::Path,
 };
 
-use clap::{ArgAction, Command, CommandFactory, error::ErrorKind};
+use clap::{ArgAction, Command, error::ErrorKind};
 use toml::{
     Spanned,
     de::{DeArray, DeTable, DeValue},
 };
 
 use crate::{
-    cli::Cli,
     config::{
         keys::{self, KEYS, Key, LINK, LINKS},
+        options,
         problem::{Problem, Text},
     },
     link::spec::{self, Draft},
@@ -23,7 +23,7 @@ use crate::{
 /// What a key was given.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Given {
-    /// The field of [`Options`](crate::cli::Options) that the key stands for.
+    /// The field of [`Options`](crate::config::options::Options) that the key stands for.
     pub option: &'static str,
     /// The arguments that say the same.
     pub arguments: Vec<String>,
@@ -40,7 +40,7 @@ pub struct Given {
 pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     let mut reader = Reader {
         text: Text::new(file, content),
-        command: Cli::command().no_binary_name(true),
+        command: options::command().no_binary_name(true),
         given: Vec::new(),
         problems: Vec::new(),
     };

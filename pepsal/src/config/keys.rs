@@ -5,7 +5,7 @@
 pub struct Key {
     /// Its name with that of its table, like `proxy.port`.
     pub name: &'static str,
-    /// The field of [`Options`](crate::cli::Options) that it stands for.
+    /// The field of [`Options`](crate::config::options::Options) that it stands for.
     pub option: &'static str,
     /// When a changed value applies.
     pub applies: Applies,
@@ -68,12 +68,12 @@ pub const KEYS: &[Key] = &[
 ];
 
 /// Keys that there were, and why there are none any more.
-pub const REMOVED: &[(&str, &str)] = &[("steering.table", crate::cli::TABLE_REMOVED)];
+pub const REMOVED: &[(&str, &str)] = &[("steering.table", crate::config::options::TABLE_REMOVED)];
 
 /// The table whose tables are links: `[link.sat0]`.
 pub const LINK: &str = "link";
 
-/// The field of [`Options`](crate::cli::Options) that links are in.
+/// The field of [`Options`](crate::config::options::Options) that links are in.
 pub const LINKS: &str = "links";
 
 /// The key of a name.
@@ -108,10 +108,8 @@ pub fn suggest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
-    use crate::cli::Cli;
+    use crate::config::options;
 
     /// What only makes sense on the command line.
     const COMMAND_LINE_ONLY: [&str; 9] = [
@@ -128,7 +126,7 @@ mod tests {
 
     #[test]
     fn every_option_has_a_key_and_every_key_an_option() {
-        let command = Cli::command();
+        let command = options::command();
         let options: Vec<&str> = command.get_arguments().map(|arg| arg.get_id().as_str()).collect();
         for key in KEYS {
             assert!(options.contains(&key.option), "{} stands for no option", key.name);

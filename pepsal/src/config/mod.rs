@@ -5,6 +5,7 @@
 //! file's. So there is nothing that the one can say and the other cannot, and nothing that they mean
 //! differently.
 
+pub mod options;
 mod file;
 mod keys;
 mod problem;
@@ -17,16 +18,12 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{ArgMatches, CommandFactory, FromArgMatches, parser::ValueSource};
+use clap::{ArgMatches, FromArgMatches, parser::ValueSource};
 
-pub use keys::{Applies, KEYS, Key};
-pub use problem::{Problem, Text};
+pub use crate::config::keys::{Applies, KEYS, Key};
+pub use crate::config::problem::{Problem, Text};
 
-use crate::{
-    cli::{Cli, Options},
-    link::spec::LinkSpec,
-    wire::selection::Rule,
-};
+use crate::{config::options::Options, link::spec::LinkSpec, wire::selection::Rule};
 
 /// What the daemon runs with, and where it is from.
 #[derive(Debug, Clone)]
@@ -61,7 +58,7 @@ impl Configuration {
     }
 
     fn load_in(directory: PathBuf, arguments: Vec<OsString>) -> Result<Self, Vec<Problem>> {
-        let command = Cli::command();
+        let command = options::command();
         let typed = command
             .clone()
             .try_get_matches_from(&arguments)
@@ -93,7 +90,7 @@ impl Configuration {
             let file = file.as_deref().unwrap_or(Path::new("command line"));
             vec![Problem::of_file(file, what.lines().next().unwrap_or_default())]
         })?;
-        let mut options = Cli::from_arg_matches(&matches).expect("clap made both").daemon;
+        let mut options = Options::from_arg_matches(&matches).expect("clap made both");
         if let (Some(file), true, false) = (&file, options.interfaces.is_empty(), options.explain) {
             let what = "interfaces is missing: name those whose new connections are to be intercepted, like \
                         interfaces = [\"lan0\", \"sat0\"]";
@@ -289,7 +286,7 @@ mod tests {
     use std::{collections::HashSet, time::Duration};
 
     use super::*;
-    use crate::{cli::LogLevel, link::profile::LinkProfile};
+    use crate::{link::profile::LinkProfile, observe::log::LogLevel};
 
     /// A directory with files, gone with its value.
     struct Directory(PathBuf);
@@ -433,7 +430,7 @@ mod tests {
     fn the_packaged_file_has_every_key_with_its_default() {
         let packaged = uncommented();
         let given = file::read(Path::new("pepsal.toml"), &packaged).unwrap();
-        let command = Cli::command();
+        let command = options::command();
         let table = toml::de::DeTable::parse(&packaged).unwrap();
         for key in KEYS {
             let (table_name, name) = key.name.split_once('.').unwrap_or(("", key.name));

@@ -33,16 +33,17 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    cli::Options,
-    config::Configuration,
+    config::{Configuration, options::Options},
     daemon::{keeper::Keeper, reload::Reloader, workers::Workers},
     flow::{
-        self, CloseReason, Settings, Shared,
+        self, Shared,
+        close_reason::CloseReason,
         conduit::ConduitPool,
-        connect::LegConfig,
         fault_injection,
+        leg_config::LegConfig,
         listener::{Listener, Listeners, Pair},
         metrics::{Event, Metrics},
+        settings::{Collector, Settings},
         table::FlowTable,
     },
     host::{cgroup::OwnCgroup, descriptors, namespace::Namespace},
@@ -51,7 +52,11 @@ use crate::{
         rate_control::RateControl,
         registry::{Link, Links},
     },
-    observe::{AttachedNow, Observatory, View, log::Log},
+    observe::{
+        Observatory,
+        log::Log,
+        view::{AttachedNow, View},
+    },
     tcp::congestion,
     wire::{
         Namespaces,
@@ -221,12 +226,12 @@ impl Proxy {
         attachments.attach_device(&mut programs, &servers)?;
         let listeners = clients.namespace().run(|| {
             let _entered = workers.acceptor().enter();
-            Listeners::bind(options.port.get(), &options.tcp, &legs, &links)
+            Listeners::bind(options.port.get(), &legs, &links)
         })?;
         let changes = Changes::subscribe()?;
         let intercepted = options.interfaces.clone();
         let shared = Arc::new(Shared {
-            settings: ArcSwap::from_pointee(Settings::new(options, legs, Instant::now())),
+            settings: ArcSwap::from_pointee(settings(options, legs, Instant::now())),
             links,
             host: Namespace::of_host()?,
             interfaces: ArcSwap::default(),
@@ -238,7 +243,6 @@ impl Proxy {
         });
         follow_mtus(&interfaces, &shared, &mut clients, &mut servers).await?;
         let view = View {
-            latest: Default::default(),
             shared: shared.clone(),
             counters: programs.counters().clone(),
             intercepted: intercepted.clone(),
@@ -574,7 +578,7 @@ fn ignores_marks(options: &Options) -> Result<bool> {
 /// How the options want legs to be made, if the kernel can. `namespace` is one of the legs' own.
 fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
     let inside = namespace.run(congestion::default)?;
-    let legs = LegConfig::new(options, &inside);
+    let legs = LegConfig::new(options.legs(), &inside);
     for algorithm in legs.congestion() {
         if RateControl::is_named(algorithm) {
             bail!(
@@ -602,6 +606,20 @@ fn link_profiles(
         congestion::check(&profile.congestion.value)?;
     }
     Ok(profiles)
+}
+
+/// What flows go by, with legs that were made of the same options; `epoch` is when the daemon started.
+fn settings(options: &Options, legs: LegConfig, epoch: Instant) -> Settings {
+    Settings {
+        legs,
+        connect_timeout: options.connect_timeout,
+        collector: Collector {
+            epoch,
+            interval: options.gc_interval,
+            lifetime: options.pending_lifetime,
+        },
+        idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
+    }
 }
 
 fn announce(profile: &LinkProfile) {

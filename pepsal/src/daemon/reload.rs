@@ -9,10 +9,9 @@ use tokio::task::{JoinError, JoinSet};
 use tracing::{info, warn};
 
 use crate::{
-    cli::Options,
-    config::{Applies, Change, Configuration, Problem},
-    daemon::{Proxy, announce, leg_config, link_profiles},
-    flow::{Settings, listener},
+    config::{Applies, Change, Configuration, Problem, options::Options},
+    daemon::{Proxy, announce, leg_config, link_profiles, settings},
+    flow::listener,
     observe::log::Log,
     wire::{interfaces, selection::Selection},
 };
@@ -134,7 +133,7 @@ impl Proxy {
         let new = next.links[known.len()..].to_vec();
         let pairs = self.clients.namespace().run(|| {
             let _entered = self.workers.acceptor().enter();
-            listener::bind_links(&options.tcp, &legs, &new)
+            listener::bind_links(&legs, &new)
         })?;
         // A pair that is not kept leaves its slot empty.
         self.programs.register(
@@ -153,9 +152,9 @@ impl Proxy {
         self.accept_from(&pairs);
         self.keep_budgets(&new);
         self.listeners.pairs.extend(pairs);
-        self.listeners.tune(&options.tcp, &legs, &links);
+        self.listeners.tune(&legs, &links);
         let epoch = self.shared.settings.load().collector.epoch;
-        let settings = Settings::new(options, legs, epoch);
+        let settings = settings(options, legs, epoch);
         self.shared.settings.store(settings.into());
         // Which interface has which link.
         self.adapt().await;

@@ -14,8 +14,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use tracing::warn;
 
 use crate::{
-    cli::TcpArgs,
-    flow::{connect::LegConfig, relay::Side},
+    flow::{leg_config::LegConfig, side::Side},
     link::registry::{Link, Links},
     tcp::{congestion, options},
     wire::programs::ListenerPair,
@@ -67,19 +66,19 @@ impl Listeners {
     ///
     /// # Errors
     /// When a socket cannot be had.
-    pub fn bind(port: u16, tcp: &TcpArgs, legs: &LegConfig, links: &Links) -> Result<Self> {
-        let mut pairs = vec![Arc::new(bind_pair(port, tcp, legs, None)?)];
-        pairs.extend(bind_links(tcp, legs, &links.all())?);
+    pub fn bind(port: u16, legs: &LegConfig, links: &Links) -> Result<Self> {
+        let mut pairs = vec![Arc::new(bind_pair(port, legs, None)?)];
+        pairs.extend(bind_links(legs, &links.all())?);
         Ok(Self { pairs })
     }
 
     /// Gives all of them other options, for connections that are not there yet.
-    pub fn tune(&self, tcp: &TcpArgs, legs: &LegConfig, links: &Links) {
+    pub fn tune(&self, legs: &LegConfig, links: &Links) {
         let links = links.all();
         let numbered = [None].into_iter().chain(links.iter().map(Some));
         for (pair, link) in self.pairs.iter().zip(numbered) {
             for listener in pair.iter() {
-                if let Err(error) = tune(listener, tcp, legs, link) {
+                if let Err(error) = tune(listener, legs, link) {
                     warn!("a listener keeps some of its former options: {error}");
                 }
             }
@@ -91,18 +90,18 @@ impl Listeners {
 ///
 /// # Errors
 /// When a socket cannot be had.
-pub fn bind_links(tcp: &TcpArgs, legs: &LegConfig, links: &[Arc<Link>]) -> Result<Vec<Arc<Pair>>> {
-    let bind = |link| bind_pair(ANY_PORT, tcp, legs, Some(link)).map(Arc::new);
+pub fn bind_links(legs: &LegConfig, links: &[Arc<Link>]) -> Result<Vec<Arc<Pair>>> {
+    let bind = |link| bind_pair(ANY_PORT, legs, Some(link)).map(Arc::new);
     links.iter().map(bind).collect()
 }
 
 /// The kernel chooses.
 const ANY_PORT: u16 = 0;
 
-fn bind_pair(port: u16, tcp: &TcpArgs, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
-    let v4 = bind(Ipv4Addr::LOCALHOST.into(), port, tcp, legs, link)
+fn bind_pair(port: u16, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
+    let v4 = bind(Ipv4Addr::LOCALHOST.into(), port, legs, link)
         .with_context(|| format!("cannot listen on 127.0.0.1 port {port}"))?;
-    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, tcp, legs, link) {
+    let v6 = match bind(Ipv6Addr::LOCALHOST.into(), port, legs, link) {
         Ok(listener) => Some(listener),
         Err(error) => {
             warn!("IPv6 connections are not intercepted: cannot listen on [::1]:{port}: {error}");
@@ -112,13 +111,7 @@ fn bind_pair(port: u16, tcp: &TcpArgs, legs: &LegConfig, link: Option<&Arc<Link>
     Ok(Pair { v4, v6 })
 }
 
-fn bind(
-    addr: IpAddr,
-    port: u16,
-    tcp: &TcpArgs,
-    legs: &LegConfig,
-    link: Option<&Arc<Link>>,
-) -> io::Result<Listener> {
+fn bind(addr: IpAddr, port: u16, legs: &LegConfig, link: Option<&Arc<Link>>) -> io::Result<Listener> {
     let addr = SocketAddr::new(addr, port);
     let listener = Socket::new(
         Domain::for_address(addr),
@@ -130,7 +123,7 @@ fn bind(
     if addr.is_ipv6() {
         options::set_v6_only(&listener)?;
     }
-    tune(&listener, tcp, legs, link)?;
+    tune(&listener, legs, link)?;
     listener.bind(&addr.into())?;
     listener.listen(BACKLOG)?;
     // SAFETY: a socket owns its descriptor, and nothing replaces it.
@@ -139,13 +132,8 @@ fn bind(
 
 /// What connections get from the listener that they are accepted from. Everything is set, so that a listener that is in
 /// use loses what it had before.
-fn tune(
-    listener: impl AsFd + Copy,
-    tcp: &TcpArgs,
-    legs: &LegConfig,
-    link: Option<&Arc<Link>>,
-) -> io::Result<()> {
-    let fastopen = if tcp.fastopen { FASTOPEN_QUEUE } else { 0 };
+fn tune(listener: impl AsFd + Copy, legs: &LegConfig, link: Option<&Arc<Link>>) -> io::Result<()> {
+    let fastopen = if legs.options.fastopen { FASTOPEN_QUEUE } else { 0 };
     options::set_fastopen_queue(listener, fastopen)?;
     if let Some(link) = link {
         // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
@@ -156,7 +144,7 @@ fn tune(
         Some(congestion) => options::set_congestion(listener, congestion)?,
         None => options::set_congestion(listener, &congestion::default()?)?,
     }
-    if !tcp.cork {
+    if !legs.options.cork {
         options::set_cork(listener, false)?;
     }
     legs.tune(listener.as_fd(), link.map(Arc::as_ref));

@@ -11,7 +11,7 @@ use std::{
 
 use prometheus_client::metrics::histogram::Histogram;
 
-use crate::{flow::CloseReason, wire::interfaces::Interfaces};
+use crate::{flow::close_reason::CloseReason, wire::interfaces::Interfaces};
 
 macro_rules! events {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {

@@ -1,12 +1,19 @@
 //! One flow, from its accepted connection to its end.
 
-pub mod conduit;
-pub mod connect;
-pub mod fault_injection;
+pub mod close_reason;
+pub mod side;
+pub mod progress;
+pub mod settings;
 pub mod listener;
-pub mod metrics;
+pub mod leg_config;
+pub mod leg;
+pub mod connect;
+pub mod replicate;
 pub mod relay;
+pub mod conduit;
 pub mod table;
+pub mod metrics;
+pub mod fault_injection;
 
 use std::{
     io,
@@ -28,18 +35,21 @@ use nix::{
 };
 use pepsal_ebpf::SynRecord;
 use socket2::Socket;
-use thiserror::Error;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::{
-    cli::Options,
     flow::{
+        close_reason::CloseReason,
         conduit::ConduitPool,
-        connect::{Attempt, LegConfig},
+        connect::Attempt,
+        leg::Leg,
+        leg_config::LegConfig,
         metrics::{Event, Metrics},
-        relay::{Leg, Limits, Side, relay},
+        relay::{Limits, relay},
+        settings::Settings,
+        side::Side,
         table::{Flow, FlowTable, Observation},
     },
     host::{clock::monotonic_ns, namespace::Namespace},
@@ -50,118 +60,6 @@ use crate::{
     tcp::stream::Stream,
     wire::interfaces::Interfaces,
 };
-
-/// Why a flow ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
-pub enum CloseReason {
-    /// Both ends had said all.
-    #[error("finished")]
-    Finished,
-    /// The client reset its connection.
-    #[error("client reset")]
-    ClientReset,
-    /// The server reset its connection.
-    #[error("server reset")]
-    ServerReset,
-    /// The client did not acknowledge any more.
-    #[error("client timed out")]
-    ClientTimedOut,
-    /// The server did not acknowledge any more.
-    #[error("server timed out")]
-    ServerTimedOut,
-    /// The server refused the connection.
-    #[error("refused")]
-    Refused,
-    /// No route to the server, or a router said so.
-    #[error("unreachable")]
-    Unreachable,
-    /// The server did not answer in time.
-    #[error("connect timeout")]
-    ConnectTimeout,
-    /// The connection stayed pending past its lifetime.
-    #[error("pending too long")]
-    PendingTooLong,
-    /// The server leg could not be made here.
-    #[error("local failure")]
-    LocalFailure,
-    /// Its task panicked, which is an error in pepsal.
-    #[error("panicked")]
-    Panicked,
-    /// Nothing moved for too long.
-    #[error("idle timeout")]
-    IdleTimeout,
-    /// pepsal was stopped.
-    #[error("shutdown")]
-    Shutdown,
-    /// The operator closed it.
-    #[error("administrative")]
-    Administrative,
-}
-
-impl CloseReason {
-    /// Every reason.
-    pub const ALL: &[Self] = &[
-        Self::Finished,
-        Self::ClientReset,
-        Self::ServerReset,
-        Self::ClientTimedOut,
-        Self::ServerTimedOut,
-        Self::Refused,
-        Self::Unreachable,
-        Self::ConnectTimeout,
-        Self::PendingTooLong,
-        Self::LocalFailure,
-        Self::Panicked,
-        Self::IdleTimeout,
-        Self::Shutdown,
-        Self::Administrative,
-    ];
-
-    /// Its name in metrics.
-    pub fn name(self) -> String {
-        self.to_string().replace(' ', "_")
-    }
-
-    fn of_connect(error: &io::Error) -> Self {
-        match error.kind() {
-            io::ErrorKind::ConnectionRefused => Self::Refused,
-            io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Self::Unreachable,
-            // An administrative prohibition, by a router or by a route.
-            io::ErrorKind::PermissionDenied => Self::Unreachable,
-            io::ErrorKind::TimedOut => Self::ConnectTimeout,
-            io::ErrorKind::ConnectionReset => Self::ServerReset,
-            _ => Self::LocalFailure,
-        }
-    }
-}
-
-/// What a flow goes by from its start to its end. A reload changes it for flows that start later.
-pub struct Settings {
-    /// How legs are made.
-    pub legs: LegConfig,
-    /// How long the server may take to answer.
-    pub connect_timeout: Duration,
-    /// How long a flow may stay pending.
-    pub collector: Collector,
-    /// How long an open flow may carry nothing.
-    pub idle_timeout: Option<Duration>,
-}
-
-impl Settings {
-    /// What the options ask for, with legs that were made of them; `epoch` is when the daemon started.
-    pub fn new(options: &Options, legs: LegConfig, epoch: Instant) -> Self {
-        Self {
-            legs,
-            connect_timeout: options.connect_timeout,
-            collector: Collector {
-                epoch,
-                interval: options.gc_interval,
-                lifetime: options.pending_lifetime,
-            },
-            idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
-        }
-    }
-}
 
 /// What all flows share.
 pub struct Shared {
@@ -183,27 +81,6 @@ pub struct Shared {
     pub conduits: ConduitPool,
     /// Cancelled when open flows have to end.
     pub stop: CancellationToken,
-}
-
-/// PEPsal's garbage collector: every `interval` it ends the connections that have been pending for `lifetime`.
-#[derive(Debug, Clone, Copy)]
-pub struct Collector {
-    /// When it was started.
-    pub epoch: Instant,
-    /// Time between two rounds.
-    pub interval: Duration,
-    /// How long a connection may stay pending.
-    pub lifetime: Duration,
-}
-
-impl Collector {
-    /// The round that ends a connection which is pending since `since`.
-    fn due(&self, since: Instant) -> Instant {
-        let expires = since + self.lifetime;
-        let interval = self.interval.max(Duration::from_secs(1));
-        let rounds = (expires - self.epoch).as_nanos().div_ceil(interval.as_nanos());
-        self.epoch + interval * u32::try_from(rounds).unwrap_or(u32::MAX)
-    }
 }
 
 /// Serves an accepted connection until its end. Whatever goes wrong here resets the client: dropping a [`Leg`] does.
@@ -393,37 +270,5 @@ fn has_data(stream: &Stream) -> io::Result<bool> {
         Ok(bytes) => Ok(bytes > 0),
         Err(Errno::EAGAIN) => Ok(false),
         Err(error) => Err(error.into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pending_connection_ends_at_the_first_round_past_its_lifetime() {
-        let epoch = Instant::now();
-        let seconds = Duration::from_secs;
-        let collector = Collector {
-            epoch,
-            interval: seconds(10),
-            lifetime: seconds(15),
-        };
-        assert_eq!(collector.due(epoch), epoch + seconds(20));
-        assert_eq!(collector.due(epoch + seconds(5)), epoch + seconds(20));
-        assert_eq!(collector.due(epoch + seconds(6)), epoch + seconds(30));
-    }
-
-    #[test]
-    fn addresses_that_another_leg_keeps_are_a_local_failure() {
-        let kept = io::Error::from(io::ErrorKind::AddrNotAvailable);
-        assert_eq!(CloseReason::of_connect(&kept), CloseReason::LocalFailure);
-    }
-
-    #[test]
-    fn every_reason_is_listed_in_its_place() {
-        for (index, reason) in CloseReason::ALL.iter().enumerate() {
-            assert_eq!(*reason as usize, index);
-        }
     }
 }

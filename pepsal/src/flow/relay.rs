@@ -12,13 +12,8 @@
 use std::{
     future::{Future, pending},
     io,
-    net::Shutdown,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
     time::Duration,
 };
 
@@ -29,168 +24,17 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::trace;
 
 use crate::{
     flow::{
-        CloseReason,
+        close_reason::CloseReason,
         conduit::{Conduit, ConduitPool, MESSAGE_BYTES},
+        leg::{Broken, Leg},
+        progress::Progress,
+        side::Side,
     },
-    link::{budget::Membership, registry::Link},
-    tcp::{
-        options,
-        stream::{Readable, Stream},
-    },
+    tcp::{options, stream::Readable},
 };
-
-/// One end of a flow while it is relayed.
-pub struct Leg {
-    /// Given up before the stream is closed.
-    membership: Option<Membership>,
-    stream: Arc<Stream>,
-    side: Side,
-    /// Set once the connection is known to be broken. The kernel reports an error only once, and then pretends an
-    /// orderly end of stream.
-    broken: AtomicBool,
-}
-
-/// Which end of a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Side {
-    /// The accepted connection.
-    Client,
-    /// The connected one.
-    Server,
-}
-
-impl Leg {
-    /// Takes over a connected stream, which is reset when it is dropped ([`crate::flow::connect::LegConfig::tune`]).
-    pub fn new(stream: Stream, side: Side) -> Self {
-        Self {
-            membership: None,
-            stream: Arc::new(stream),
-            side,
-            broken: AtomicBool::new(false),
-        }
-    }
-
-    /// Lets a leg that has not sent anything yet start at its share of its link's rate.
-    pub fn join(&mut self, link: &Link, traffic_class: u8, congestion: &str) {
-        let profile = &link.profile;
-        let (weight, window) = (profile.weights.of(traffic_class), profile.initial_window.value);
-        if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side)
-            && let Err(error) = options::set_send_window(&*self.stream, bytes)
-        {
-            trace!("send window refused: {error}");
-        }
-        self.membership = Some(link.budget.join(self.stream.clone(), weight, congestion, window));
-    }
-
-    /// Which end of the flow it is.
-    pub fn side(&self) -> Side {
-        self.side
-    }
-
-    /// The leg's stream.
-    pub fn stream(&self) -> &Arc<Stream> {
-        &self.stream
-    }
-
-    /// Waits until the peer has given up, and says how that ends a flow.
-    pub async fn abandoned(&self) -> CloseReason {
-        self.error().await.reason()
-    }
-
-    fn broke(&self, error: io::Error) -> Broken {
-        self.broken.store(true, Ordering::Relaxed);
-        Broken {
-            side: self.side,
-            error,
-        }
-    }
-
-    fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Relaxed)
-    }
-
-    /// Waits until the connection is broken, whatever else happens on it.
-    fn error(&self) -> impl Future<Output = Broken> {
-        self.stream.broken().map(|error| self.broke(error))
-    }
-
-    /// Passes an orderly end on: a FIN after all that was written, which nothing may cut short any more.
-    fn finish(&self) -> Result<(), Broken> {
-        let end = || {
-            options::reset_on_close(self.stream.as_fd(), false)?;
-            self.stream.socket().shutdown(Shutdown::Write)
-        };
-        end().map_err(|error| self.broke(error))
-    }
-}
-
-/// A leg broke, and how.
-struct Broken {
-    side: Side,
-    error: io::Error,
-}
-
-impl Broken {
-    fn reason(&self) -> CloseReason {
-        match (self.side, self.error.kind()) {
-            (Side::Client, io::ErrorKind::TimedOut) => CloseReason::ClientTimedOut,
-            (Side::Server, io::ErrorKind::TimedOut) => CloseReason::ServerTimedOut,
-            (Side::Client, _) => CloseReason::ClientReset,
-            (Side::Server, _) => CloseReason::ServerReset,
-        }
-    }
-}
-
-/// What a flow has carried, readable while it goes on.
-#[derive(Debug)]
-pub struct Progress {
-    /// Bytes from the client to the server.
-    pub up: AtomicU64,
-    /// Bytes from the server to the client.
-    pub down: AtomicU64,
-    started: Instant,
-    /// Milliseconds from `started` to the last byte moved.
-    last_ms: AtomicU64,
-}
-
-impl Default for Progress {
-    /// Nothing carried yet.
-    fn default() -> Self {
-        Self {
-            up: AtomicU64::new(0),
-            down: AtomicU64::new(0),
-            started: Instant::now(),
-            last_ms: AtomicU64::new(0),
-        }
-    }
-}
-
-impl Progress {
-    /// When the flow began.
-    pub fn started(&self) -> Instant {
-        self.started
-    }
-
-    /// When the flow last carried a byte.
-    pub fn last(&self) -> Instant {
-        self.started + Duration::from_millis(self.last_ms.load(Ordering::Relaxed))
-    }
-
-    /// Counts bytes that were given to a leg.
-    pub fn add(&self, to: Side, bytes: usize) {
-        let counter = match to {
-            Side::Server => &self.up,
-            Side::Client => &self.down,
-        };
-        counter.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.last_ms
-            .store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
-    }
-}
 
 /// What bounds a relay.
 pub struct Limits<'a> {
@@ -294,8 +138,12 @@ impl Direction<'_> {
         let from = self.from;
         let mut is_bulk = false;
         loop {
-            let readable = from.stream.readable().await.map_err(|error| from.broke(error))?;
-            let passing = if is_bulk || from.stream.has_error() || from.stream.has_been_urgent() {
+            let readable = from
+                .stream()
+                .readable()
+                .await
+                .map_err(|error| from.broke(error))?;
+            let passing = if is_bulk || from.stream().has_error() || from.stream().has_been_urgent() {
                 Passing::Waiting(self.pass_stream().boxed())
             } else {
                 self.pass_message(readable)
@@ -315,7 +163,7 @@ impl Direction<'_> {
     fn pass_message(&self, readable: Readable<'_>) -> Passing<'_> {
         let from = self.from;
         let mut conduit = self.pool.take_buffer();
-        let bytes = match conduit.fill_with_message(from.stream.as_fd()) {
+        let bytes = match conduit.fill_with_message(from.stream().as_fd()) {
             Ok(0) => return Passing::Done(self.ended()),
             Ok(bytes) => bytes,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -373,7 +221,7 @@ impl Direction<'_> {
     /// # Errors
     /// `WouldBlock` when it has nothing.
     fn read(&self, conduit: &mut Conduit<'_>) -> io::Result<Read> {
-        self.from.stream.try_read(|from| match conduit.fill(from) {
+        self.from.stream().try_read(|from| match conduit.fill(from) {
             Ok(bytes @ 1..) => Ok(Read::Bytes(bytes)),
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
             nothing if !options::is_at_mark(from)? => nothing.map(|_| Read::End),
@@ -407,18 +255,16 @@ impl Direction<'_> {
     }
 
     async fn writable(&self) -> Result<(), Broken> {
-        let writable = self.to.stream.writable().await;
+        let writable = self.to.stream().writable().await;
         writable.map_err(|error| self.to.broke(error))
     }
 
     /// Whether there was room.
     fn write(&self, write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> Result<bool, Broken> {
-        match self.to.stream.try_write(write) {
+        match self.to.stream().try_write(write) {
             Ok(bytes) => {
-                self.progress.add(self.to.side, bytes);
-                if let Some(membership) = &self.to.membership {
-                    membership.wrote(bytes);
-                }
+                self.progress.add(self.to.side(), bytes);
+                self.to.wrote(bytes);
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -452,7 +298,7 @@ where
         () = limits.stop.cancelled() => {}
     }
     // The direction towards `to` may have ended cleanly long ago; that its peer broke is the newer truth.
-    let _ = options::reset_on_close(to.stream.as_fd(), true);
+    let _ = options::reset_on_close(to.stream().as_fd(), true);
 }
 
 /// Waits until the peer has acknowledged all but `most` of what it was sent, is gone, or makes no progress.
@@ -461,7 +307,7 @@ async fn delivered(leg: &Leg, most: u64) {
     let mut deadline = Instant::now() + DELIVERY_STALL;
     let mut pause = Duration::from_millis(1);
     while !leg.is_broken() && Instant::now() < deadline {
-        match options::unacknowledged(&leg.stream) {
+        match options::unacknowledged(&**leg.stream()) {
             Err(_) => return,
             Ok(bytes) if bytes <= most => return,
             Ok(bytes) if bytes < left => {

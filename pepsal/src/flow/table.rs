@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     flow::{
         metrics::{Event, Metrics, Traffic},
-        relay::{Progress, Side},
+        progress::Progress,
+        side::Side,
     },
     host::clock::monotonic_ns,
     tcp::{options, stream::Stream},

@@ -22,13 +22,14 @@ use tracing::{debug, info, warn};
 use crate::{
     flow::table::{Flow, State},
     observe::{
-        View,
         connections::{self, Listener, Stream},
         protocol::{
             Answer, Ends, FlowState, FlowStatus, Flows, FlowsQuestion, Question, Reply, Request, Status,
             VERSION, Ways,
         },
+        snapshot::Snapshots,
         socket_file::SocketFile,
+        view::View,
     },
 };
 
@@ -84,11 +85,11 @@ fn make_directory(socket: &Path) -> io::Result<()> {
 }
 
 /// Answers for as long as it is polled.
-pub async fn serve(listener: Listener, view: Arc<View>) {
+pub async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
     connections::receive(listener, PLACES, |stream| {
-        let view = view.clone();
+        let snapshots = snapshots.clone();
         async move {
-            if let Err(error) = visit(stream, &view).await {
+            if let Err(error) = visit(stream, &snapshots).await {
                 debug!("admin socket: {error}");
             }
         }
@@ -97,7 +98,7 @@ pub async fn serve(listener: Listener, view: Arc<View>) {
 }
 
 /// A line is answered by a line, until there are no more, or one that is too long, or the visitor does not read.
-async fn visit(stream: Box<dyn Stream>, view: &Arc<View>) -> io::Result<()> {
+async fn visit(stream: Box<dyn Stream>, snapshots: &Snapshots) -> io::Result<()> {
     let (read, mut write) = split(stream);
     let mut read = BufReader::new(read);
     loop {
@@ -108,7 +109,7 @@ async fn visit(stream: Box<dyn Stream>, view: &Arc<View>) -> io::Result<()> {
         };
         let is_last = line.is_none();
         let answer = match line {
-            Some(line) => answer(&line, view).await,
+            Some(line) => answer(&line, snapshots).await,
             None => Answer::Error(format!("the request is longer than {REQUEST_MAX} bytes")),
         };
         let reply = Reply {
@@ -142,10 +143,11 @@ async fn read_line(read: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Line> {
     })
 }
 
-async fn answer(line: &[u8], view: &Arc<View>) -> Answer {
+async fn answer(line: &[u8], snapshots: &Snapshots) -> Answer {
+    let view = &snapshots.view;
     let answered = match Asked::parse(line) {
         Err(refusal) => Err(refusal),
-        Ok(Asked::Status) => status(view).await.map(Answer::Status),
+        Ok(Asked::Status) => status(snapshots).await.map(Answer::Status),
         Ok(Asked::Flows(question, filter)) => flows(question, filter, view).await.map(Answer::Flows),
         Ok(Asked::Close(target)) => close(&target, view).map(Answer::Closed),
     };
@@ -197,8 +199,8 @@ impl Asked {
     }
 }
 
-async fn status(view: &Arc<View>) -> Result<Box<Status>, String> {
-    let snapshot = view.snapshot().await.map_err(|error| format!("{error:#}"))?;
+async fn status(snapshots: &Snapshots) -> Result<Box<Status>, String> {
+    let snapshot = snapshots.current().await.map_err(|error| format!("{error:#}"))?;
     Ok(Box::new(snapshot.status.clone()))
 }
 

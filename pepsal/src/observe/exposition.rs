@@ -18,11 +18,11 @@ use prometheus_client::{
 
 use crate::{
     flow::{
-        CloseReason,
+        close_reason::CloseReason,
         metrics::Event,
         table::{LegObservation, State},
     },
-    observe::{View, log, process::Process},
+    observe::{log, process::Process, view::View},
 };
 
 /// The content type of what [`Figures::render`] makes.

@@ -27,9 +27,9 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::observe::{
-    View,
     connections::{self, Listener, Stream},
     exposition,
+    snapshot::Snapshots,
     socket_file::SocketFile,
 };
 
@@ -105,12 +105,12 @@ fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
 }
 
 /// Answers for as long as it is polled.
-pub async fn serve(listener: Listener, view: Arc<View>) {
-    connections::receive(listener, PLACES, |stream| visit(stream, view.clone())).await;
+pub async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
+    connections::receive(listener, PLACES, |stream| visit(stream, snapshots.clone())).await;
 }
 
-async fn visit(stream: Box<dyn Stream>, view: Arc<View>) {
-    let service = service_fn(|request| answer(request, view.clone()));
+async fn visit(stream: Box<dyn Stream>, snapshots: Arc<Snapshots>) {
+    let service = service_fn(|request| answer(request, snapshots.clone()));
     let connection = http1::Builder::new()
         .keep_alive(false)
         .max_buf_size(REQUEST_MAX)
@@ -122,7 +122,10 @@ async fn visit(stream: Box<dyn Stream>, view: Arc<View>) {
     }
 }
 
-async fn answer(request: Request<Incoming>, view: Arc<View>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(
+    request: Request<Incoming>,
+    snapshots: Arc<Snapshots>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".into());
         refusal
@@ -131,9 +134,9 @@ async fn answer(request: Request<Incoming>, view: Arc<View>) -> Result<Response<
         return Ok(refusal);
     }
     Ok(match request.uri().path() {
-        "/metrics" => metrics(view).await,
+        "/metrics" => metrics(snapshots).await,
         "/healthz" => text(StatusCode::OK, "ok\n".into()),
-        "/readyz" => readiness(&view).await,
+        "/readyz" => readiness(&snapshots).await,
         _ => text(
             StatusCode::NOT_FOUND,
             "there are /metrics, /healthz and /readyz\n".into(),
@@ -141,8 +144,8 @@ async fn answer(request: Request<Incoming>, view: Arc<View>) -> Result<Response<
     })
 }
 
-async fn metrics(view: Arc<View>) -> Response<Full<Bytes>> {
-    match view.snapshot().await {
+async fn metrics(snapshots: Arc<Snapshots>) -> Response<Full<Bytes>> {
+    match snapshots.current().await {
         Ok(snapshot) => {
             let mut response = text(StatusCode::OK, snapshot.metrics.clone());
             response
@@ -159,8 +162,8 @@ fn failure(error: &anyhow::Error) -> Response<Full<Bytes>> {
 }
 
 /// Ready is who intercepts new connections wherever it was told to.
-async fn readiness(view: &Arc<View>) -> Response<Full<Bytes>> {
-    let snapshot = match view.snapshot().await {
+async fn readiness(snapshots: &Snapshots) -> Response<Full<Bytes>> {
+    let snapshot = match snapshots.current().await {
         Ok(snapshot) => snapshot,
         Err(error) => return failure(&error),
     };

@@ -2,6 +2,7 @@
 //! most, so that nobody outside can fill a disk with it.
 
 use std::{
+    fmt::{Display, Formatter},
     io::{IsTerminal, stderr},
     panic,
     sync::{
@@ -12,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use tracing::{Event, Level, Metadata, error};
 use tracing_subscriber::{
     EnvFilter, Layer, Registry, fmt,
@@ -20,7 +22,32 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use crate::cli::LogLevel;
+/// How severe something has to be to be logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum LogLevel {
+    /// What ends the daemon
+    Error,
+    /// What an operator should look at
+    Warn,
+    /// Changes of state
+    Info,
+    /// Every flow
+    Debug,
+    /// Every socket option that was refused, and more
+    Trace,
+}
+
+impl Display for LogLevel {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+            Self::Trace => "trace",
+        })
+    }
+}
 
 /// The running log.
 pub struct Log {

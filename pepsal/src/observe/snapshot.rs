@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use tokio::{sync::Mutex, task::spawn_blocking};
 
 use crate::{
-    observe::{View, exposition::Figures, protocol::Status},
+    observe::{exposition::Figures, protocol::Status, view::View},
     wire::attachment::Attached,
 };
 
@@ -31,7 +31,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// None in practice.
-    pub async fn take(view: Arc<View>) -> Result<Self> {
+    async fn take(view: Arc<View>) -> Result<Self> {
         let taken = Instant::now();
         let (is_ready, attached) = (view.is_ready(), view.attached.get());
         // Many system calls: not on the threads that relay, nor on the one that beats.
@@ -49,15 +49,44 @@ impl Snapshot {
     }
 
     /// Whether it is no older than a second, and shows whether and where new connections are taken.
-    pub fn is_current(&self, view: &View) -> bool {
+    fn is_current(&self, view: &View) -> bool {
         self.taken.elapsed() < CURRENT
             && self.status.ready == view.is_ready()
             && self.attached == view.attached.get()
     }
 }
 
+/// The snapshots of a daemon.
+pub struct Snapshots {
+    /// What they are taken of.
+    pub view: Arc<View>,
+    latest: Latest<Snapshot>,
+}
+
+impl Snapshots {
+    /// Those of a daemon.
+    pub fn new(view: Arc<View>) -> Self {
+        Self {
+            view,
+            latest: Latest::default(),
+        }
+    }
+
+    /// Returns a snapshot that is at most a second old.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub async fn current(&self) -> Result<Arc<Snapshot>> {
+        let view = self.view.clone();
+        let is_current = move |snapshot: &Snapshot| snapshot.is_current(&view);
+        self.latest
+            .get(is_current, Snapshot::take(self.view.clone()))
+            .await
+    }
+}
+
 /// The value that was made last, shared by all who ask for one while it is current.
-pub struct Latest<T = Snapshot>(Arc<Mutex<Option<Arc<T>>>>);
+struct Latest<T>(Arc<Mutex<Option<Arc<T>>>>);
 
 impl<T> Default for Latest<T> {
     fn default() -> Self {
@@ -70,7 +99,7 @@ impl<T: Send + Sync + 'static> Latest<T> {
     ///
     /// # Errors
     /// When it cannot be made.
-    pub async fn get(
+    async fn get(
         &self,
         is_current: impl FnOnce(&T) -> bool + Send + 'static,
         make: impl Future<Output = Result<T>> + Send + 'static,

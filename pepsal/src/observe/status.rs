@@ -16,12 +16,12 @@ use crate::{
         table::{Flow, LegObservation, State},
     },
     observe::{
-        View,
         exposition::Figures,
         protocol::{
             FlowCounts, FlowState, FlowStatus, Interface, LegName, LegStatus, Legs, Limit, LimitedBy,
             LinkStatus, Status, Ways,
         },
+        view::View,
     },
     tcp::options,
     wire::attachment::Attached,

@@ -9,6 +9,7 @@ use std::{
 };
 
 use nix::libc;
+use tracing::debug;
 
 /// `TCP_REPAIR_OFF_NO_WP` of `uapi/linux/tcp.h`: leave repair mode without probing the peer's window.
 const TCP_REPAIR_OFF_NO_WP: c_int = -1;
@@ -283,6 +284,14 @@ pub fn reset_on_close(socket: BorrowedFd<'_>, reset: bool) -> io::Result<()> {
 /// `struct tcp_info` of `uapi/linux/tcp.h`, as much of it as the running kernel fills.
 pub fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
     get(socket, libc::SOL_TCP, libc::TCP_INFO)
+}
+
+/// Returns whether an option was set; the reason of a refusal is logged.
+pub fn tried(what: &str, result: io::Result<()>) -> bool {
+    if let Err(error) = &result {
+        debug!("{what} refused: {error}");
+    }
+    result.is_ok()
 }
 
 /// What `getsockopt` can fill in: every pattern of bits is a value.

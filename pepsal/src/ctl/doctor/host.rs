@@ -8,7 +8,10 @@ use nix::{
 };
 
 use crate::{
-    ctl::doctor::{Finding, Severity, numbers, set},
+    ctl::doctor::{
+        finding::{Finding, Severity},
+        setting::{numbers, set},
+    },
     host::{descriptors, requirements},
 };
 

@@ -4,16 +4,20 @@
 //! [`host`] is about the kernel and its limits, [`network`] about what happens to packets. The firewall, address translation
 //! and routing of the host are not looked at: they see the flows as without pepsal.
 
+mod finding;
 mod host;
 mod network;
+mod setting;
 
-use std::{fs, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use serde::Serialize;
 
-use crate::wire::interfaces;
+use crate::{
+    ctl::doctor::finding::{Finding, Severity},
+    wire::interfaces,
+};
 
 /// What pepsal is going to be started with.
 #[derive(Debug, Clone, Args)]
@@ -33,62 +37,6 @@ pub struct Arguments {
     /// Print a list of {"check","severity","what","mend"}
     #[arg(long)]
     json: bool,
-}
-
-/// How bad a finding is, the worst first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Severity {
-    /// pepsal does not start, or intercepts nothing.
-    Error,
-    /// Some connections are not intercepted, or go slower than they could.
-    Warning,
-    /// Worth knowing; it includes what could not be looked at.
-    Note,
-    /// As it should be.
-    Ok,
-}
-
-/// What was found.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Finding {
-    /// What was looked at.
-    pub check: &'static str,
-    /// How bad it is.
-    pub severity: Severity,
-    /// What is so, and what that means.
-    pub what: String,
-    /// The command that mends it, or what else there is to do.
-    pub mend: Option<String>,
-}
-
-impl Finding {
-    fn ok(check: &'static str, what: impl Into<String>) -> Self {
-        Self {
-            check,
-            severity: Severity::Ok,
-            what: what.into(),
-            mend: None,
-        }
-    }
-
-    fn new(
-        check: &'static str,
-        severity: Severity,
-        what: impl Into<String>,
-        mend: impl Into<Option<String>>,
-    ) -> Self {
-        Self {
-            check,
-            severity,
-            what: what.into(),
-            mend: mend.into(),
-        }
-    }
-
-    fn unknown(check: &'static str, why: impl Into<String>) -> Self {
-        Self::new(check, Severity::Note, why, None)
-    }
 }
 
 /// Looks at everything. The exit code is 1 when something would keep pepsal from working.
@@ -140,23 +88,4 @@ fn show(finding: &Finding) {
     if let Some(mend) = &finding.mend {
         println!("{:<22} mend: {mend}", "");
     }
-}
-
-/// A kernel setting; nothing where there is none of that name.
-fn sysctl(name: &str) -> Option<String> {
-    let text = fs::read_to_string(format!("/proc/sys/{name}")).ok()?;
-    Some(text.trim().to_owned())
-}
-
-/// The numbers of a kernel setting.
-fn numbers(name: &str) -> Option<Vec<u64>> {
-    let text = sysctl(name)?;
-    text.split_whitespace()
-        .map(|number| number.parse().ok())
-        .collect()
-}
-
-/// The command that changes a kernel setting. Names of interfaces may have dots, so it goes by the path.
-fn set(name: &str, value: impl std::fmt::Display) -> Option<String> {
-    Some(format!("sysctl -w {name}='{value}'"))
 }

@@ -4,7 +4,10 @@ use std::process::Command;
 
 use aya::programs::{SchedClassifier, TcAttachType};
 
-use crate::ctl::doctor::{Finding, Severity, numbers, set};
+use crate::ctl::doctor::{
+    finding::{Finding, Severity},
+    setting::{numbers, set},
+};
 
 pub fn look(interfaces: &[String]) -> Vec<Finding> {
     let mut findings = Vec::new();

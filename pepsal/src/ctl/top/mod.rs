@@ -1,5 +1,6 @@
-//! `pepsal top`: the flows live, sorted, with small plots. [`view`] draws what [`history`] remembers.
+//! `pepsal top`: the flows live, sorted, with small plots. [`view`] draws the [`app`], and what [`history`] remembers.
 
+mod app;
 mod history;
 mod view;
 
@@ -15,15 +16,15 @@ use clap::Args;
 use ratatui::{
     DefaultTerminal, Terminal,
     backend::TestBackend,
-    crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers},
+    crossterm::event::{self, Event, KeyEventKind},
 };
 
 use crate::{
     ctl::{
         client::{Client, Socket},
-        top::history::History,
+        top::app::{App, Picture},
     },
-    observe::protocol::{Answer, Flows, FlowsQuestion, Question, Sort, Status},
+    observe::protocol::Sort,
 };
 
 /// How often, and how, it is shown.
@@ -84,7 +85,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let pictures = poll(arguments.clone(), client);
     // It restores the terminal when this panics, too.
     let mut terminal = ratatui::try_init().context("cannot take over the terminal")?;
-    let watched = app.watch(&mut terminal, &pictures);
+    let watched = watch(&mut app, &mut terminal, &pictures);
     ratatui::restore();
     watched?;
     Ok(ExitCode::SUCCESS)
@@ -99,32 +100,6 @@ fn text_of(backend: &TestBackend) -> String {
         format!("{}\n", row.trim_end())
     })
     .collect()
-}
-
-/// What the daemon says at one moment.
-struct Picture {
-    status: Status,
-    flows: Flows,
-}
-
-impl Picture {
-    /// It takes `interval`.
-    fn ask(client: &mut Client, interval: Duration) -> Result<Self> {
-        let question = FlowsQuestion {
-            interval_ms: interval.as_millis().try_into().unwrap_or(u64::MAX),
-            ..Default::default()
-        };
-        let Answer::Flows(flows) = client.ask(Question::Flows(question))? else {
-            bail!("the daemon answers something else");
-        };
-        let Answer::Status(status) = client.ask(Question::Status)? else {
-            bail!("the daemon answers something else");
-        };
-        Ok(Self {
-            status: *status,
-            flows,
-        })
-    }
 }
 
 /// Asks on a thread of its own, so that keys are not kept waiting. A daemon that was started again is found again.
@@ -155,97 +130,33 @@ fn poll(arguments: Arguments, client: Client) -> Receiver<Result<Picture>> {
     pictures
 }
 
-/// What is shown.
-struct App {
-    picture: Option<Picture>,
-    /// Why there is no newer picture.
-    trouble: Option<String>,
-    history: History,
-    sort: Sort,
-    /// The first flow that is shown.
-    offset: usize,
-}
-
-impl App {
-    fn new(sort: Sort) -> Self {
-        Self {
-            picture: None,
-            trouble: None,
-            history: History::default(),
-            sort,
-            offset: 0,
-        }
-    }
-
-    fn update(&mut self, asked: Result<Picture>) {
-        match asked {
-            Ok(picture) => {
-                self.history.add(&picture.flows);
-                self.picture = Some(picture);
-                self.trouble = None;
-                self.arrange();
-            }
-            Err(error) => self.trouble = Some(format!("{error:#}")),
-        }
-    }
-
-    fn arrange(&mut self) {
-        if let Some(picture) = &mut self.picture {
-            let by = self.sort;
-            let list = &mut picture.flows.list;
-            list.sort_by(|a, b| by.key(b).total_cmp(&by.key(a)));
-            self.offset = self.offset.min(list.len().saturating_sub(1));
-        }
-    }
-
-    /// Until the user has seen enough.
-    fn watch(&mut self, terminal: &mut DefaultTerminal, pictures: &Receiver<Result<Picture>>) -> Result<()> {
-        loop {
-            terminal.draw(|frame| view::draw(frame, self))?;
-            if event::poll(Duration::from_millis(100))? {
-                // A change of size is drawn by the next round.
-                if let Event::Key(key) = event::read()?
-                    && key.kind == KeyEventKind::Press
-                    && self.is_last(key)
-                {
-                    return Ok(());
-                }
-            }
-            match pictures.try_recv() {
-                Ok(asked) => self.update(asked),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => bail!("the daemon is not asked any more"),
+/// Shows pictures until the user has seen enough.
+fn watch(app: &mut App, terminal: &mut DefaultTerminal, pictures: &Receiver<Result<Picture>>) -> Result<()> {
+    loop {
+        terminal.draw(|frame| view::draw(frame, app))?;
+        if event::poll(Duration::from_millis(100))? {
+            // A change of size is drawn by the next round.
+            if let Event::Key(key) = event::read()?
+                && key.kind == KeyEventKind::Press
+                && app.is_last(key)
+            {
+                return Ok(());
             }
         }
-    }
-
-    /// Does what a key says, and whether that is to end.
-    fn is_last(&mut self, key: KeyEvent) -> bool {
-        let page = 10;
-        match key.code {
-            KeyCode::Char('q') | KeyCode::Esc => return true,
-            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return true,
-            KeyCode::Char('a') => self.sort = Sort::Age,
-            KeyCode::Char('b') => self.sort = Sort::Bytes,
-            KeyCode::Char('r') => self.sort = Sort::Rate,
-            KeyCode::Char('t') => self.sort = Sort::Rtt,
-            KeyCode::Char('x') => self.sort = Sort::Retransmits,
-            KeyCode::Down => self.offset += 1,
-            KeyCode::Up => self.offset = self.offset.saturating_sub(1),
-            KeyCode::PageDown => self.offset += page,
-            KeyCode::PageUp => self.offset = self.offset.saturating_sub(page),
-            KeyCode::Home => self.offset = 0,
-            _ => {}
+        match pictures.try_recv() {
+            Ok(asked) => app.update(asked),
+            Err(TryRecvError::Empty) => {}
+            Err(TryRecvError::Disconnected) => bail!("the daemon is not asked any more"),
         }
-        self.arrange();
-        false
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use ratatui::crossterm::event::KeyCode;
+
     use super::*;
-    use crate::observe::protocol::{FlowState, FlowStatus, Legs, Ways};
+    use crate::observe::protocol::{FlowState, FlowStatus, Flows, Legs, Ways};
 
     fn flow(id: u64, up: f64) -> FlowStatus {
         FlowStatus {

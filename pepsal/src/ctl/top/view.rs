@@ -11,7 +11,7 @@ use ratatui::{
 };
 
 use crate::{
-    ctl::{flows::limited, text, top::App},
+    ctl::{flows::limited, text, top::app::App},
     observe::protocol::{FlowState, FlowStatus, LegStatus, LinkStatus, Sort, Status},
 };
 

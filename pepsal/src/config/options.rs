@@ -1,0 +1,347 @@
+//! The daemon's options: PEPsal's under their own letters, and pepsal's.
+
+use std::{num::NonZeroU16, path::PathBuf, time::Duration};
+
+use clap::{Args, Command};
+
+use crate::{
+    flow::{
+        leg_config::LegOptions,
+        replicate::{Replicate, Source},
+    },
+    link::spec::LinkSpec,
+    observe::{http::Place, log::LogLevel},
+    wire::{claims, mark::Mark, selection::Rule},
+};
+
+/// How to run the proxy.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Read what is not given here from this file; SIGHUP reads it again
+    #[arg(short = 'F', long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+
+    /// Intercept new TCP connections that arrive on this interface (repeatable): name every interface by which packets of
+    /// clients arrive
+    #[arg(
+        short = 'i',
+        long = "interface",
+        value_name = "INTERFACE",
+        required_unless_present_any = ["explain", "config"]
+    )]
+    pub interfaces: Vec<String>,
+
+    /// What is known of the link behind an interface (repeatable): its rate and round trip, from which follow the windows,
+    /// buffers, pacing and timeouts of every leg that leaves through it. Other keys: up (the rate that this gateway sends
+    /// at), cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, user-timeout, keepalive, connect-timeout,
+    /// weights=equal|dscp, peer=pepsal
+    #[arg(long = "link", value_name = "INTERFACE,rate=RATE,rtt=TIME[,KEY=VALUE…]")]
+    pub links: Vec<LinkSpec>,
+
+    /// Print what follows from each --link, and where every value comes from, and do nothing else
+    #[arg(long)]
+    pub explain: bool,
+
+    /// Run in the background once ready
+    #[arg(short = 'd', long)]
+    pub daemon: bool,
+
+    /// Take over from the instance that intercepts on these interfaces, without a gap: it leaves new connections to this one
+    /// and ends when its own have. The mark has to be the same; where no instance runs, this is an ordinary start
+    #[arg(long)]
+    pub takeover: bool,
+
+    /// Log more: debug, then trace (-vv); RUST_LOG overrides
+    #[arg(short = 'v', long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+
+    /// Least severity of what is logged; RUST_LOG overrides
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        default_value = "info",
+        conflicts_with = "verbose"
+    )]
+    pub log_level: LogLevel,
+
+    /// Port of the proxy's own listeners, inside its own network namespace
+    #[arg(
+        short = 'p',
+        long,
+        value_name = "PORT",
+        default_value = "5000",
+        value_parser = port,
+        help_heading = "Proxy"
+    )]
+    pub port: NonZeroU16,
+
+    /// Most connections to handle at once; further ones pass through untouched
+    #[arg(
+        short = 'c',
+        long = "conns",
+        value_name = "MAXCONN",
+        default_value_t = 2112,
+        value_parser = clap::value_parser!(u32).range(1..=1_000_000),
+        help_heading = "Proxy"
+    )]
+    pub max_connections: u32,
+
+    /// Append a table of the flows to this file every five minutes
+    #[arg(short = 'l', long, value_name = "LOGFILE", help_heading = "Proxy")]
+    pub logfile: Option<PathBuf>,
+
+    /// How often to collect pending connections that are past their lifetime (seconds, or with a unit)
+    #[arg(
+        short = 'g',
+        long,
+        alias = "gc_interval",
+        value_name = "INTERVAL",
+        default_value = "15h",
+        value_parser = duration,
+        help_heading = "Proxy"
+    )]
+    pub gc_interval: Duration,
+
+    /// Lifetime of a pending connection: one that was accepted, but not by the server (seconds, or with a unit)
+    #[arg(
+        short = 't',
+        long = "plifetime",
+        value_name = "LIFETIME",
+        default_value = "5h",
+        value_parser = duration,
+        help_heading = "Proxy"
+    )]
+    pub pending_lifetime: Duration,
+
+    /// Worker threads [default: one per core]
+    #[arg(
+        short = 'T',
+        long,
+        value_name = "THREADS",
+        value_parser = clap::value_parser!(u16).range(1..=1024),
+        help_heading = "Proxy"
+    )]
+    pub threads: Option<u16>,
+
+    /// Tell this process when 99 % of MAXCONN are in use (SIGUSR1) and when 95 % are again (SIGUSR2)
+    #[arg(
+        short = 'M',
+        long = "monitoring-pid",
+        value_name = "PID",
+        value_parser = clap::value_parser!(i32).range(1..),
+        help_heading = "Proxy"
+    )]
+    pub monitoring_pid: Option<i32>,
+
+    /// Run as this user, with the capabilities that are needed; files and sockets have to be open to that user
+    #[arg(long, value_name = "NAME", help_heading = "Proxy")]
+    pub user: Option<String>,
+
+    /// Directory in which instances claim their interfaces; those that could have one in common have to share it
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = claims::RUNTIME_DIRECTORY,
+        help_heading = "Proxy"
+    )]
+    pub runtime_dir: PathBuf,
+
+    /// How long the server may take to answer before the client's connection is reset
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = some_time, help_heading = "Proxy")]
+    pub connect_timeout: Duration,
+
+    /// How long an open flow may carry nothing before it is reset; 0 for ever
+    #[arg(long, value_name = "DURATION", default_value = "1day", value_parser = duration, help_heading = "Proxy")]
+    pub idle_timeout: Duration,
+
+    /// How long open flows may go on after SIGTERM or SIGINT before they are reset
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, help_heading = "Proxy")]
+    pub drain_timeout: Duration,
+
+    /// Where metrics are served: ADDRESS:PORT, unix:/PATH, or none [default: 127.0.0.1:9300]
+    #[arg(long, value_name = "WHERE", help_heading = "Observation")]
+    pub metrics_listen: Option<Place>,
+
+    /// Socket that the commands status, flows, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
+    #[arg(long, value_name = "PATH", help_heading = "Observation")]
+    pub admin_socket: Option<PathBuf>,
+
+    /// Selection, steering and what is carried over to the server leg.
+    #[command(flatten)]
+    pub steering: SteeringOptions,
+
+    /// Socket options of the legs.
+    #[command(flatten)]
+    pub tcp: TcpArgs,
+
+    /// Accepted for PEPsal's sake and ignored: no sniffer is needed
+    #[arg(
+        short = 's',
+        long = "sniff-interface",
+        value_name = "INTERFACE",
+        help_heading = "Proxy"
+    )]
+    pub sniff_interface: Option<String>,
+}
+
+impl Options {
+    /// The level that -v or --log-level ask for.
+    pub fn level(&self) -> LogLevel {
+        match self.verbose {
+            0 => self.log_level,
+            1 => LogLevel::Debug,
+            _ => LogLevel::Trace,
+        }
+    }
+
+    /// What is chosen of legs.
+    pub fn legs(&self) -> LegOptions {
+        let (steering, tcp) = (&self.steering, &self.tcp);
+        LegOptions {
+            source: steering.source,
+            replicate: steering.replicate.clone(),
+            fastopen: tcp.fastopen,
+            quickack: tcp.quickack,
+            cork: tcp.cork,
+            mss: tcp.mss,
+            congestion: tcp.congestion.clone(),
+            client_congestion: tcp.client_congestion.clone(),
+            server_congestion: tcp.server_congestion.clone(),
+        }
+    }
+}
+
+/// The daemon's options as clap reads them, without the commands beside them.
+pub fn command() -> Command {
+    Options::augment_args(Command::new("pepsal"))
+}
+
+/// Which connections are intercepted, and what of them reaches the server.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Steering")]
+pub struct SteeringOptions {
+    /// Intercept only what a rule takes (repeatable): [dst=|src=]PREFIX[:PORTS], port=PORTS, [IPv6]:PORTS; PORTS is 80
+    /// or 8000-8099. Destination, source and port are judged apart; the longest prefix, then the narrowest range, wins
+    #[arg(long, value_name = "RULE")]
+    pub only: Vec<Rule>,
+
+    /// Leave alone what a rule takes (repeatable), written as for --only
+    #[arg(long, value_name = "RULE")]
+    pub bypass: Vec<Rule>,
+
+    /// Rules for --only from a file, one a line (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub only_from: Vec<PathBuf>,
+
+    /// Rules for --bypass from a file, one a line (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub bypass_from: Vec<PathBuf>,
+
+    /// Packet mark of server legs' packets on their way into the host, where it is cleared, and the bits of the mark that it
+    /// may touch
+    #[arg(long, value_name = "VALUE[/MASK]", default_value = "0x10000000/0x10000000")]
+    pub mark: Mark,
+
+    /// Refused: no routes are added to the host any more
+    #[arg(long, value_name = "NUMBER", hide = true, value_parser = removed_table)]
+    table: Option<u32>,
+
+    /// Source address of server legs: the client's, or the gateway's, as an ordinary socket of the host
+    #[arg(long, value_name = "WHOSE", default_value = "client")]
+    pub source: Source,
+
+    /// What of the client's SYN is carried over to the server leg
+    #[arg(
+        long,
+        value_name = "WHAT",
+        value_delimiter = ',',
+        default_value = "dscp,options"
+    )]
+    pub replicate: Vec<Replicate>,
+
+    /// Log every intercepted SYN from the kernel
+    #[arg(long)]
+    pub log_syns: bool,
+}
+
+/// Options of the legs' sockets.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "TCP")]
+pub struct TcpArgs {
+    /// Enable TCP fast open on the listeners and the server legs
+    #[arg(short = 'f', long)]
+    pub fastopen: bool,
+
+    /// Acknowledge at once (TCP_QUICKACK)
+    #[arg(short = 'q', long)]
+    pub quickack: bool,
+
+    /// Send at once (TCP_NODELAY), which is the default: a relay that waits delays what the sender did not
+    #[arg(short = 'n', long)]
+    pub nodelay: bool,
+
+    /// Send full segments only, for up to 200 ms (TCP_CORK)
+    #[arg(short = 'k', long, conflicts_with = "nodelay")]
+    pub cork: bool,
+
+    /// Congestion control of both legs; the kernel's module is loaded when needed
+    #[arg(
+        short = 'C',
+        long = "congestion-algo",
+        alias = "congestion",
+        value_name = "ALGORITHM"
+    )]
+    pub congestion: Option<String>,
+
+    /// Congestion control of the client legs
+    #[arg(long, value_name = "ALGORITHM")]
+    pub client_congestion: Option<String>,
+
+    /// Congestion control of the server legs
+    #[arg(long, value_name = "ALGORITHM")]
+    pub server_congestion: Option<String>,
+
+    /// Maximum segment size in bytes
+    #[arg(
+        short = 'm',
+        long = "max-segment-size",
+        value_name = "MSS",
+        value_parser = clap::value_parser!(u16).range(88..=32767)
+    )]
+    pub mss: Option<u16>,
+}
+
+fn port(text: &str) -> Result<NonZeroU16, String> {
+    text.parse()
+        .map_err(|_| format!("'{text}' is not a port: give a number from 1 to 65535"))
+}
+
+/// The reason why there is no routing table to choose.
+pub const TABLE_REMOVED: &str =
+    "flows stay in the host's forwarding path, so that pepsal needs no routing table: leave it out";
+
+fn removed_table(_: &str) -> Result<u32, String> {
+    Err(TABLE_REMOVED.to_owned())
+}
+
+/// A time: plain seconds as PEPsal takes them, or a number with a unit.
+fn some_time(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err(format!("'{text}' is no time to wait: give more than nothing")),
+        time => Ok(time),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    if text.bytes().all(|b| b.is_ascii_digit())
+        && let Ok(seconds) = text.parse::<u32>()
+    {
+        return Ok(Duration::from_secs(seconds.into()));
+    }
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= Duration::from_secs(u32::MAX.into()) => Ok(duration),
+        _ => Err(format!(
+            "'{text}' is not a time: give seconds, or a number with a unit like 90s, 5min, 15h"
+        )),
+    }
+}

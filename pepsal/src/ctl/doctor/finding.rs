@@ -1,0 +1,62 @@
+//! What was found of one thing.
+
+use serde::Serialize;
+
+/// How bad a finding is, the worst first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// pepsal does not start, or intercepts nothing.
+    Error,
+    /// Some connections are not intercepted, or go slower than they could.
+    Warning,
+    /// Worth knowing; it includes what could not be looked at.
+    Note,
+    /// As it should be.
+    Ok,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub check: &'static str,
+    /// How bad it is.
+    pub severity: Severity,
+    /// What is so, and what that means.
+    pub what: String,
+    /// The command that mends it, or what else there is to do.
+    pub mend: Option<String>,
+}
+
+impl Finding {
+    /// What is as it should be.
+    pub fn ok(check: &'static str, what: impl Into<String>) -> Self {
+        Self {
+            check,
+            severity: Severity::Ok,
+            what: what.into(),
+            mend: None,
+        }
+    }
+
+    /// What was found, and the command that mends it.
+    pub fn new(
+        check: &'static str,
+        severity: Severity,
+        what: impl Into<String>,
+        mend: impl Into<Option<String>>,
+    ) -> Self {
+        Self {
+            check,
+            severity,
+            what: what.into(),
+            mend: mend.into(),
+        }
+    }
+
+    /// What could not be looked at.
+    pub fn unknown(check: &'static str, why: impl Into<String>) -> Self {
+        Self::new(check, Severity::Note, why, None)
+    }
+}

@@ -1,0 +1,103 @@
+//! What `pepsal top` shows, and what its keys do.
+
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
+
+use crate::{
+    ctl::{client::Client, top::history::History},
+    observe::protocol::{Answer, Flows, FlowsQuestion, Question, Sort, Status},
+};
+
+/// What the daemon says at one moment.
+pub struct Picture {
+    pub status: Status,
+    pub flows: Flows,
+}
+
+impl Picture {
+    /// It takes `interval`.
+    pub fn ask(client: &mut Client, interval: Duration) -> Result<Self> {
+        let question = FlowsQuestion {
+            interval_ms: interval.as_millis().try_into().unwrap_or(u64::MAX),
+            ..Default::default()
+        };
+        let Answer::Flows(flows) = client.ask(Question::Flows(question))? else {
+            bail!("the daemon answers something else");
+        };
+        let Answer::Status(status) = client.ask(Question::Status)? else {
+            bail!("the daemon answers something else");
+        };
+        Ok(Self {
+            status: *status,
+            flows,
+        })
+    }
+}
+
+/// What is shown.
+pub struct App {
+    pub picture: Option<Picture>,
+    /// Why there is no newer picture.
+    pub trouble: Option<String>,
+    pub history: History,
+    pub sort: Sort,
+    /// The first flow that is shown.
+    pub offset: usize,
+}
+
+impl App {
+    pub fn new(sort: Sort) -> Self {
+        Self {
+            picture: None,
+            trouble: None,
+            history: History::default(),
+            sort,
+            offset: 0,
+        }
+    }
+
+    pub fn update(&mut self, asked: Result<Picture>) {
+        match asked {
+            Ok(picture) => {
+                self.history.add(&picture.flows);
+                self.picture = Some(picture);
+                self.trouble = None;
+                self.arrange();
+            }
+            Err(error) => self.trouble = Some(format!("{error:#}")),
+        }
+    }
+
+    pub fn arrange(&mut self) {
+        if let Some(picture) = &mut self.picture {
+            let by = self.sort;
+            let list = &mut picture.flows.list;
+            list.sort_by(|a, b| by.key(b).total_cmp(&by.key(a)));
+            self.offset = self.offset.min(list.len().saturating_sub(1));
+        }
+    }
+
+    /// Does what a key says, and whether that is to end.
+    pub fn is_last(&mut self, key: KeyEvent) -> bool {
+        let page = 10;
+        match key.code {
+            KeyCode::Char('q') | KeyCode::Esc => return true,
+            KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => return true,
+            KeyCode::Char('a') => self.sort = Sort::Age,
+            KeyCode::Char('b') => self.sort = Sort::Bytes,
+            KeyCode::Char('r') => self.sort = Sort::Rate,
+            KeyCode::Char('t') => self.sort = Sort::Rtt,
+            KeyCode::Char('x') => self.sort = Sort::Retransmits,
+            KeyCode::Down => self.offset += 1,
+            KeyCode::Up => self.offset = self.offset.saturating_sub(1),
+            KeyCode::PageDown => self.offset += page,
+            KeyCode::PageUp => self.offset = self.offset.saturating_sub(page),
+            KeyCode::Home => self.offset = 0,
+            _ => {}
+        }
+        self.arrange();
+        false
+    }
+}

@@ -1,0 +1,59 @@
+//! What flows go by: a reload changes it for flows that start later.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::flow::leg_config::LegConfig;
+
+/// What a flow goes by from its start to its end. A reload changes it for flows that start later.
+pub struct Settings {
+    /// How legs are made.
+    pub legs: LegConfig,
+    /// How long the server may take to answer.
+    pub connect_timeout: Duration,
+    /// How long a flow may stay pending.
+    pub collector: Collector,
+    /// How long an open flow may carry nothing.
+    pub idle_timeout: Option<Duration>,
+}
+
+/// PEPsal's garbage collector: every `interval` it ends the connections that have been pending for `lifetime`.
+#[derive(Debug, Clone, Copy)]
+pub struct Collector {
+    /// When it was started.
+    pub epoch: Instant,
+    /// Time between two rounds.
+    pub interval: Duration,
+    /// How long a connection may stay pending.
+    pub lifetime: Duration,
+}
+
+impl Collector {
+    /// The round that ends a connection which is pending since `since`.
+    pub fn due(&self, since: Instant) -> Instant {
+        let expires = since + self.lifetime;
+        let interval = self.interval.max(Duration::from_secs(1));
+        let rounds = (expires - self.epoch).as_nanos().div_ceil(interval.as_nanos());
+        self.epoch + interval * u32::try_from(rounds).unwrap_or(u32::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pending_connection_ends_at_the_first_round_past_its_lifetime() {
+        let epoch = Instant::now();
+        let seconds = Duration::from_secs;
+        let collector = Collector {
+            epoch,
+            interval: seconds(10),
+            lifetime: seconds(15),
+        };
+        assert_eq!(collector.due(epoch), epoch + seconds(20));
+        assert_eq!(collector.due(epoch + seconds(5)), epoch + seconds(20));
+        assert_eq!(collector.due(epoch + seconds(6)), epoch + seconds(30));
+    }
+}
