@@ -10,7 +10,11 @@ use tracing::{info, warn};
 
 use crate::{
     config::{Applies, Change, Configuration, Problem, options::Options},
-    daemon::{Proxy, announce, leg_config, link_profiles, settings},
+    daemon::{
+        profiles::{announce, link_profiles},
+        proxy::Proxy,
+        settings::{leg_config, settings},
+    },
     flow::listener,
     observe::log::Log,
     wire::{interfaces, selection::Selection},

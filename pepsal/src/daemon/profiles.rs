@@ -1,0 +1,76 @@
+//! What follows from the options for links, at the start and at each reload.
+
+use anyhow::{Result, bail};
+use pepsal_ebpf::LINKS_MAX;
+use tracing::{info, warn};
+
+use crate::{
+    config::options::Options,
+    link::{profile::LinkProfile, rate_control::RateControl},
+    tcp::congestion,
+    wire::interfaces::Interfaces,
+};
+
+/// Works out what follows from every `--link`, if its interface is there.
+pub fn link_profiles(
+    options: &Options,
+    interfaces: &Interfaces,
+    rate_control: &mut Option<RateControl>,
+) -> Result<Vec<LinkProfile>> {
+    for name in options.links.iter().map(|link| &link.interface) {
+        if !interfaces.values().any(|interface| interface.name == *name) {
+            bail!("--link {name}: there is no interface of that name");
+        }
+    }
+    let profiles = explain(options, rate_control)?;
+    for profile in &profiles {
+        congestion::check(&profile.congestion.value)?;
+    }
+    Ok(profiles)
+}
+
+/// The profiles that follow from the options. The congestion control that is registered for them, unless it has been, has
+/// to be kept for as long as they are used.
+///
+/// # Errors
+/// For two links behind one interface, and for more links than the kernel side has room for.
+pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Result<Vec<LinkProfile>> {
+    for (i, spec) in options.links.iter().enumerate() {
+        if options.links[..i]
+            .iter()
+            .any(|other| other.interface == spec.interface)
+        {
+            bail!("--link {}: given twice", spec.interface);
+        }
+    }
+    if options.links.len() > LINKS_MAX as usize {
+        bail!(
+            "{} links: at most {LINKS_MAX} can have a profile",
+            options.links.len()
+        );
+    }
+    if options.links.is_empty() {
+        return Ok(Vec::new());
+    }
+    let registered = match rate_control.take() {
+        Some(registered) => Ok(registered),
+        None => RateControl::register(),
+    };
+    let congestion = match registered {
+        Ok(registered) => rate_control.insert(registered).name.as_str(),
+        Err(error) => {
+            let best = congestion::best();
+            warn!(
+                "legs of links use {best}, since pepsal's own congestion control is not to be had: {error:#}"
+            );
+            best
+        }
+    };
+    let profile = |spec| LinkProfile::derive(spec, congestion, options.connect_timeout);
+    Ok(options.links.iter().map(profile).collect())
+}
+
+/// Logs a profile.
+pub fn announce(profile: &LinkProfile) {
+    info!("legs that leave through {}:\n{profile}", profile.interface);
+}

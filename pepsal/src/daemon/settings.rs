@@ -1,0 +1,54 @@
+//! What follows from the options for legs and flows, at the start and at each reload.
+
+use anyhow::{Result, bail};
+use tokio::time::Instant;
+
+use crate::{
+    config::options::Options,
+    flow::{
+        leg_config::LegConfig,
+        settings::{Collector, Settings},
+    },
+    host::namespace::Namespace,
+    link::rate_control::RateControl,
+    tcp::congestion,
+};
+
+/// What flows go by, with legs that were made of the same options; `epoch` is when the daemon started.
+pub fn settings(options: &Options, legs: LegConfig, epoch: Instant) -> Settings {
+    Settings {
+        legs,
+        connect_timeout: options.connect_timeout,
+        collector: Collector {
+            epoch,
+            interval: options.gc_interval,
+            lifetime: options.pending_lifetime,
+        },
+        idle_timeout: (!options.idle_timeout.is_zero()).then_some(options.idle_timeout),
+    }
+}
+
+/// How the options want legs to be made, if the kernel can. `namespace` is one of the legs' own.
+pub fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
+    let inside = namespace.run(congestion::default)?;
+    let legs = LegConfig::new(options.legs(), &inside);
+    for algorithm in legs.congestion() {
+        if RateControl::is_named(algorithm) {
+            bail!(
+                "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
+            );
+        }
+        congestion::check(algorithm)?;
+    }
+    Ok(legs)
+}
+
+/// Whether a leg's congestion control ignores congestion marks: BBR's first version does, and pepsal's own, which links have
+/// unless they name another.
+pub fn ignores_marks(options: &Options) -> Result<bool> {
+    let default = congestion::default()?;
+    let tcp = &options.tcp;
+    let named = [&tcp.congestion, &tcp.client_congestion, &tcp.server_congestion];
+    let mut of_legs = named.into_iter().flatten().chain([&default]);
+    Ok(!options.links.is_empty() || of_legs.any(|algorithm| algorithm.starts_with("bbr")))
+}

@@ -1,0 +1,329 @@
+//! The start: check, load, go live, settle.
+//!
+//! Nothing is intercepted before it goes live, and a start that fails leaves nothing behind. After another instance, that one
+//! goes on as before until this one settles, with its claims.
+
+use std::{
+    sync::{Arc, atomic::AtomicBool},
+    thread,
+    time::SystemTime,
+};
+
+use anyhow::{Context, Result};
+use arc_swap::ArcSwap;
+use tokio::{task::JoinSet, time::Instant};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    config::options::Options,
+    daemon::{
+        keeper::Keeper,
+        network::{check_interfaces, follow_mtus},
+        profiles::{announce, link_profiles},
+        proxy::Proxy,
+        settings::{ignores_marks, leg_config, settings},
+        workers::Workers,
+    },
+    flow::{
+        Shared, conduit::ConduitPool, leg_config::LegConfig, listener::Listeners, metrics::Metrics,
+        table::FlowTable,
+    },
+    host::{cgroup::OwnCgroup, descriptors, namespace::Namespace},
+    link::{rate_control::RateControl, registry::Links},
+    observe::{
+        Observatory,
+        view::{AttachedNow, View},
+    },
+    wire::{
+        Namespaces,
+        attachment::Attachments,
+        claims::{Claims, Directory, Predecessor, Requests},
+        device::Device,
+        interfaces::{self, Changes, Interfaces},
+        programs::{self, Programs},
+        selection::Selection,
+        side::Side,
+    },
+};
+
+impl Proxy {
+    /// Sets everything up. `cgroup` is the control group of this process, or why there is none.
+    ///
+    /// # Errors
+    /// Whatever keeps it from starting, as one line for the user.
+    pub async fn start(options: &Options, cgroup: Result<OwnCgroup>, namespaces: Namespaces) -> Result<Self> {
+        let checked = Checked::new(options, &namespaces).await?;
+        let loaded = checked.load(options, cgroup, namespaces).await?;
+        let live = loaded.go_live(options).await?;
+        live.settle(options).await
+    }
+}
+
+/// Whether this instance is the first on its interfaces.
+enum Standing {
+    /// No other instance has them: it has claimed them.
+    Own(Claims),
+    /// Another instance has them, until it hands its claims over.
+    After(Predecessor),
+}
+
+impl Standing {
+    fn find(options: &Options, directory: &Directory) -> Result<Self> {
+        let predecessor = match options.takeover {
+            true => Predecessor::find(directory, &options.interfaces)?,
+            false => None,
+        };
+        match predecessor {
+            Some(predecessor) => Ok(Self::After(predecessor)),
+            None => Claims::acquire(directory, &options.interfaces).map(Self::Own),
+        }
+    }
+
+    fn is_after(&self) -> bool {
+        matches!(self, Self::After(_))
+    }
+
+    /// The process before, as the programs know it.
+    fn predecessor(&self) -> Option<u32> {
+        match self {
+            Self::Own(_) => None,
+            Self::After(predecessor) => predecessor.process.try_into().ok(),
+        }
+    }
+}
+
+/// What the start found on this host.
+struct Checked {
+    interfaces: Interfaces,
+    directory: Directory,
+    standing: Standing,
+    requests: Requests,
+    legs: LegConfig,
+    rate_control: Option<RateControl>,
+    links: Arc<Links>,
+    /// Most flows, and most pipes.
+    limit: u32,
+    pipes: usize,
+    keeper: Keeper,
+}
+
+impl Checked {
+    /// Checks what the options ask for against this host, and claims the interfaces unless another instance has them.
+    async fn new(options: &Options, namespaces: &Namespaces) -> Result<Self> {
+        if options.sniff_interface.is_some() {
+            warn!(
+                "-s is ignored: SYN options are recorded by eBPF on every intercepted interface, without a sniffer"
+            );
+        }
+        let interfaces = interfaces::list().await?;
+        check_interfaces(&options.interfaces, &interfaces)?;
+        let directory = Directory::open(&options.runtime_dir)?;
+        let standing = Standing::find(options, &directory)?;
+        let requests = Requests::listen(&directory)?;
+        namespaces.settle(ignores_marks(options)?)?;
+        let legs = leg_config(options, &namespaces.clients)?;
+        let mut rate_control = None;
+        let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
+        profiles.iter().for_each(announce);
+        let (limit, pipes) = descriptors::fit(options.max_connections)?;
+        let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
+        Ok(Self {
+            interfaces,
+            directory,
+            standing,
+            requests,
+            legs,
+            rate_control,
+            links: Arc::new(Links::new(profiles)),
+            limit,
+            pipes,
+            keeper,
+        })
+    }
+
+    /// Makes threads and devices, loads the programs, and binds the listeners.
+    async fn load(
+        self,
+        options: &Options,
+        cgroup: Result<OwnCgroup>,
+        namespaces: Namespaces,
+    ) -> Result<Loaded> {
+        // They make the server legs.
+        let workers = namespaces.servers.run(|| start_workers(options))?;
+        let clients = Device::new(Side::Clients, namespaces.clients).await?;
+        let servers = Device::new(Side::Servers, namespaces.servers).await?;
+        let mut programs = self.load_programs(options, [&clients, &servers])?;
+        programs.beat()?;
+        if let Err(error) = cgroup.and_then(|cgroup| programs.enable_initial_windows(cgroup)) {
+            info!("legs start with the kernel's initial window: {error:#}");
+        }
+        let mut attachments = Attachments::new(self.standing.is_after(), self.directory.clone());
+        // Before any socket: the kernel closes a dead process's descriptors from the highest to the lowest, and the resets of
+        // its sockets leave through these programs.
+        attachments.attach_device(&mut programs, &clients)?;
+        attachments.attach_device(&mut programs, &servers)?;
+        let listeners = clients.namespace().run(|| {
+            let _entered = workers.acceptor().enter();
+            Listeners::bind(options.port.get(), &self.legs, &self.links)
+        })?;
+        Ok(Loaded {
+            listeners,
+            attachments,
+            programs,
+            clients,
+            servers,
+            workers,
+            checked: self,
+        })
+    }
+
+    fn load_programs(&self, options: &Options, devices: [&Device; 2]) -> Result<Programs> {
+        let steering = &options.steering;
+        Programs::load(&programs::Config {
+            mark: steering.mark,
+            predecessor: self.standing.predecessor(),
+            devices,
+            limit: self.limit,
+            selection: &Selection::new(&steering.only, &steering.bypass),
+            log_syns: steering.log_syns,
+        })
+    }
+}
+
+fn start_workers(options: &Options) -> Result<Workers> {
+    let threads = options.threads.map_or_else(
+        || thread::available_parallelism().map_or(1, usize::from),
+        usize::from,
+    );
+    Workers::start(threads).context("cannot start the worker threads")
+}
+
+/// What is there before the first connection.
+struct Loaded {
+    listeners: Listeners,
+    attachments: Attachments,
+    programs: Programs,
+    clients: Device,
+    servers: Device,
+    workers: Workers,
+    checked: Checked,
+}
+
+impl Loaded {
+    /// Attaches to the interfaces: new connections are accepted from now on, unless another instance takes them before.
+    async fn go_live(mut self, options: &Options) -> Result<Live> {
+        let changes = Changes::subscribe()?;
+        let shared = Arc::new(self.shared(options)?);
+        let interfaces = &self.checked.interfaces;
+        follow_mtus(interfaces, &shared, &mut self.clients, &mut self.servers).await?;
+        let mut observatory = Observatory::new(self.view(options, &shared));
+        if let Standing::Own(_) = self.checked.standing {
+            observatory.open(options.metrics_listen.as_ref(), options.admin_socket.as_deref())?;
+        }
+        let listeners = self.listeners.pairs.iter().map(|pair| pair.descriptors());
+        self.programs.open(listeners, self.clients.namespace())?;
+        let wanted = |name: &str| options.interfaces.iter().any(|wanted| wanted == name);
+        self.programs.describe(interfaces, wanted, &shared.links)?;
+        self.attachments.follow(&mut self.programs, interfaces, wanted)?;
+        let Checked {
+            standing,
+            requests,
+            rate_control,
+            limit,
+            keeper,
+            ..
+        } = self.checked;
+        let proxy = Proxy {
+            observatory,
+            attachments: self.attachments,
+            programs: self.programs,
+            clients: self.clients,
+            servers: self.servers,
+            claims: None,
+            requests: Some(Arc::new(requests)),
+            rate_control,
+            listeners: self.listeners,
+            intercepted: options.interfaces.clone(),
+            limit,
+            changes,
+            keeper,
+            shared,
+            workers: Arc::new(self.workers),
+            accepting: CancellationToken::new(),
+            attendants: JoinSet::new(),
+        };
+        Ok(Live { proxy, standing })
+    }
+
+    fn shared(&self, options: &Options) -> Result<Shared> {
+        let settings = settings(options, self.checked.legs.clone(), Instant::now());
+        Ok(Shared {
+            settings: ArcSwap::from_pointee(settings),
+            links: self.checked.links.clone(),
+            host: Namespace::of_host()?,
+            interfaces: ArcSwap::default(),
+            paths: Arc::default(),
+            table: Arc::new(FlowTable::new(self.programs.flows().clone())),
+            metrics: Metrics::default(),
+            conduits: ConduitPool::new(self.checked.pipes),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    fn view(&self, options: &Options, shared: &Arc<Shared>) -> View {
+        View {
+            shared: shared.clone(),
+            counters: self.programs.counters().clone(),
+            intercepted: options.interfaces.clone(),
+            attached: AttachedNow::default(),
+            mark: options.steering.mark,
+            devices: vec![self.clients.name.clone(), self.servers.name.clone()],
+            port: options.port.get(),
+            limit: self.checked.limit,
+            started: SystemTime::now(),
+            ready: AtomicBool::new(false),
+        }
+    }
+}
+
+/// A proxy that intercepts, perhaps beside another instance that does.
+struct Live {
+    proxy: Proxy,
+    standing: Standing,
+}
+
+impl Live {
+    /// Has the claims for good, from the other instance if there is one, and is ready.
+    async fn settle(self, options: &Options) -> Result<Proxy> {
+        let Self { mut proxy, standing } = self;
+        let claims = match standing {
+            Standing::Own(claims) => claims,
+            Standing::After(predecessor) => take_over(predecessor, &mut proxy, options).await?,
+        };
+        proxy.claims = Some(claims);
+        let view = &proxy.observatory.view;
+        view.attached.set(proxy.attachments.list());
+        view.set_ready(true);
+        // All that may have taken long, on a busy machine, and the first round is still to come.
+        proxy.programs.beat()?;
+        Ok(proxy)
+    }
+}
+
+/// Gets the claims of the instance before.
+async fn take_over(predecessor: Predecessor, proxy: &mut Proxy, options: &Options) -> Result<Claims> {
+    let process = predecessor.process;
+    let claims = predecessor.take_over().await?;
+    proxy.attachments.taken_over();
+    info!(
+        process,
+        "taken over: the process before goes on with its open flows"
+    );
+    // The addresses of its metrics and its admin socket are free only now, when there is no way back.
+    let metrics = options.metrics_listen.as_ref();
+    if let Err(error) = proxy.observatory.open(metrics, options.admin_socket.as_deref()) {
+        warn!("{error:#}");
+    }
+    Ok(claims)
+}
