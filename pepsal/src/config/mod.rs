@@ -502,7 +502,7 @@ mod tests {
     fn the_packaged_files_link_shows_what_follows_from_rate_and_round_trip() {
         let directory = Directory::new("link", &[("p.toml", &uncommented())]);
         let derive = |links: &[LinkSpec]| {
-            LinkProfile::derive(&links[0], "pepsal", Duration::from_secs(60)).to_string()
+            LinkProfile::derive(&links[0], &"pepsal".into(), Duration::from_secs(60)).to_string()
         };
         let packaged = directory.load(&[]).unwrap().options.links;
         let plain = directory

@@ -11,6 +11,7 @@ use crate::{
     },
     link::spec::LinkSpec,
     observe::{http::Place, log::LogLevel},
+    tcp::congestion::Congestion,
     wire::{claims, mark::Mark, selection::Rule},
 };
 
@@ -291,15 +292,15 @@ pub struct TcpArgs {
         alias = "congestion",
         value_name = "ALGORITHM"
     )]
-    pub congestion: Option<String>,
+    pub congestion: Option<Congestion>,
 
     /// Congestion control of the client legs
     #[arg(long, value_name = "ALGORITHM")]
-    pub client_congestion: Option<String>,
+    pub client_congestion: Option<Congestion>,
 
     /// Congestion control of the server legs
     #[arg(long, value_name = "ALGORITHM")]
-    pub server_congestion: Option<String>,
+    pub server_congestion: Option<Congestion>,
 
     /// Maximum segment size in bytes
     #[arg(

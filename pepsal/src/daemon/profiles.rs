@@ -57,7 +57,7 @@ pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Res
         None => RateControl::register(),
     };
     let congestion = match registered {
-        Ok(registered) => rate_control.insert(registered).name.as_str(),
+        Ok(registered) => rate_control.insert(registered).congestion.clone(),
         Err(error) => {
             let best = congestion::best();
             warn!(
@@ -66,7 +66,7 @@ pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Res
             best
         }
     };
-    let profile = |spec| LinkProfile::derive(spec, congestion, options.connect_timeout);
+    let profile = |spec| LinkProfile::derive(spec, &congestion, options.connect_timeout);
     Ok(options.links.iter().map(profile).collect())
 }
 

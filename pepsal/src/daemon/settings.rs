@@ -10,8 +10,7 @@ use crate::{
         settings::{Collector, Settings},
     },
     host::namespace::Namespace,
-    link::rate_control::RateControl,
-    tcp::congestion,
+    tcp::congestion::{self, Congestion},
 };
 
 /// What flows go by, with legs that were made of the same options; `epoch` is when the daemon started.
@@ -33,7 +32,7 @@ pub fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig>
     let inside = namespace.run(congestion::default)?;
     let legs = LegConfig::new(options.legs(), &inside);
     for algorithm in legs.congestion() {
-        if RateControl::is_named(algorithm) {
+        if let Congestion::Own(_) = algorithm {
             bail!(
                 "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
             );
@@ -50,5 +49,5 @@ pub fn ignores_marks(options: &Options) -> Result<bool> {
     let tcp = &options.tcp;
     let named = [&tcp.congestion, &tcp.client_congestion, &tcp.server_congestion];
     let mut of_legs = named.into_iter().flatten().chain([&default]);
-    Ok(!options.links.is_empty() || of_legs.any(|algorithm| algorithm.starts_with("bbr")))
+    Ok(!options.links.is_empty() || of_legs.any(|algorithm| algorithm.is_bbr()))
 }

@@ -90,7 +90,10 @@ impl LegConfig {
             tried("quick ack", options::set_quickack(&socket, self.options.quickack));
         }
         if let Some(congestion) = self.initial_congestion_of(Side::Server, link) {
-            tried("congestion control", options::set_congestion(&socket, congestion));
+            tried(
+                "congestion control",
+                options::set_congestion(&socket, congestion.name()),
+            );
         }
         if let Some(link) = link {
             // Before the SYN, whose window scale follows from it; then the first acknowledgement opens all of it.

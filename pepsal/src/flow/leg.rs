@@ -16,7 +16,7 @@ use tracing::trace;
 use crate::{
     flow::{close_reason::CloseReason, side::Side},
     link::{budget::Membership, registry::Link},
-    tcp::{options, stream::Stream},
+    tcp::{congestion::Congestion, options, stream::Stream},
 };
 
 /// One end of a flow while it is relayed.
@@ -42,7 +42,7 @@ impl Leg {
     }
 
     /// Lets a leg that has not sent anything yet start at its share of its link's rate.
-    pub fn join(&mut self, link: &Link, traffic_class: u8, congestion: &str) {
+    pub fn join(&mut self, link: &Link, traffic_class: u8, congestion: &Congestion) {
         let profile = &link.profile;
         let (weight, window) = (profile.weights.of(traffic_class), profile.initial_window.value);
         if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side)

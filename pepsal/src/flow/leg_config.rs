@@ -11,7 +11,7 @@ use crate::{
     },
     link::{profile::Origin, registry::Link},
     tcp::{
-        congestion,
+        congestion::{self, Congestion},
         options::{self, tried},
         stream::Stream,
     },
@@ -36,11 +36,11 @@ pub struct LegOptions {
     /// Maximum segment size in bytes.
     pub mss: Option<u16>,
     /// Congestion control of both legs.
-    pub congestion: Option<String>,
+    pub congestion: Option<Congestion>,
     /// Congestion control of client legs.
-    pub client_congestion: Option<String>,
+    pub client_congestion: Option<Congestion>,
     /// Congestion control of server legs.
-    pub server_congestion: Option<String>,
+    pub server_congestion: Option<Congestion>,
 }
 
 /// How legs are made.
@@ -49,7 +49,7 @@ pub struct LegConfig {
     pub(super) options: LegOptions,
     pub(super) replication: Replication,
     /// The host's congestion control, where the legs' namespaces have another.
-    host_congestion: Option<String>,
+    host_congestion: Option<Congestion>,
     short_path: Option<ShortPath>,
 }
 
@@ -60,14 +60,14 @@ pub struct LegConfig {
 /// whose handshake took longer change to BBR before their first data.
 #[derive(Debug, Clone)]
 struct ShortPath {
-    congestion: &'static str,
-    elsewhere: String,
+    congestion: Congestion,
+    elsewhere: Congestion,
 }
 
 impl ShortPath {
     fn new() -> Option<Self> {
         let elsewhere = congestion::default().ok()?;
-        elsewhere.starts_with("bbr").then(|| Self {
+        elsewhere.is_bbr().then(|| Self {
             congestion: congestion::first_usable(["cubic", "reno"]),
             elsewhere,
         })
@@ -80,7 +80,7 @@ const SHORT_PATH: Duration = Duration::from_millis(25);
 impl LegConfig {
     /// What the operator asks for. `inside` is the congestion control that sockets of the legs' namespaces get when
     /// nobody chooses one.
-    pub fn new(options: LegOptions, inside: &str) -> Self {
+    pub fn new(options: LegOptions, inside: &Congestion) -> Self {
         let of_host = congestion::default().ok();
         Self {
             replication: Replication::new(&options.replicate, options.source),
@@ -91,7 +91,7 @@ impl LegConfig {
     }
 
     /// The congestion controls that are asked for.
-    pub fn congestion(&self) -> impl Iterator<Item = &str> {
+    pub fn congestion(&self) -> impl Iterator<Item = &Congestion> {
         let options = &self.options;
         [
             &options.congestion,
@@ -100,12 +100,11 @@ impl LegConfig {
         ]
         .into_iter()
         .flatten()
-        .map(String::as_str)
     }
 
     /// The congestion control of a leg: what was given for its link, for its side, for all, and last what its link's
     /// profile found best. `None` is for the kernel to choose.
-    pub fn congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a str> {
+    pub fn congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a Congestion> {
         let of_link = link.map(|link| &link.profile.congestion);
         let given = of_link
             .filter(|congestion| congestion.origin == Origin::Given)
@@ -119,13 +118,12 @@ impl LegConfig {
             .or(of_side.as_ref())
             .or(self.options.congestion.as_ref())
             .or(derived)
-            .map(String::as_str)
     }
 
     /// What a leg's socket is given before its handshake.
-    pub fn initial_congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a str> {
-        let short = || self.short_path.as_ref().map(|path| path.congestion);
-        let of_host = self.host_congestion.as_deref();
+    pub fn initial_congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a Congestion> {
+        let short = || self.short_path.as_ref().map(|path| &path.congestion);
+        let of_host = self.host_congestion.as_ref();
         self.congestion_of(side, link).or_else(short).or(of_host)
     }
 
@@ -145,7 +143,7 @@ impl LegConfig {
         if !options::tcp_info(stream).is_ok_and(|info| short(info.tcpi_rtt)) {
             tried(
                 "congestion control",
-                options::set_congestion(stream, &path.elsewhere),
+                options::set_congestion(stream, path.elsewhere.name()),
             );
         }
     }

@@ -141,8 +141,8 @@ fn tune(listener: impl AsFd + Copy, legs: &LegConfig, link: Option<&Arc<Link>>) 
     }
     // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
     match legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
-        Some(congestion) => options::set_congestion(listener, congestion)?,
-        None => options::set_congestion(listener, &congestion::default()?)?,
+        Some(congestion) => options::set_congestion(listener, congestion.name())?,
+        None => options::set_congestion(listener, congestion::default()?.name())?,
     }
     if !legs.options.cork {
         options::set_cork(listener, false)?;

@@ -160,7 +160,8 @@ impl End {
         match &link {
             Some(link) => {
                 let congestion = legs.congestion_of(leg.side(), Some(link));
-                leg.join(link, record.traffic_class, congestion.unwrap_or_default());
+                let derived = &link.profile.congestion.value;
+                leg.join(link, record.traffic_class, congestion.unwrap_or(derived));
             }
             None => {
                 let handshake = match leg.side() {

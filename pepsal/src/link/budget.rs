@@ -20,8 +20,8 @@ use tokio::{
 use tracing::trace;
 
 use crate::{
-    link::{profile::LinkProfile, rate_control::RateControl},
-    tcp::{options, stream::Stream},
+    link::profile::LinkProfile,
+    tcp::{congestion::Congestion, options, stream::Stream},
     units::Rate,
 };
 
@@ -79,7 +79,7 @@ struct Ledger {
 struct Member {
     leg: Arc<Sender>,
     weight: u64,
-    congestion: String,
+    congestion: Congestion,
     /// When it last began to send after having had nothing to send.
     active_since: Instant,
     share: u64,
@@ -137,7 +137,7 @@ impl Budget {
         self: &Arc<Self>,
         stream: Arc<Stream>,
         weight: u64,
-        congestion: &str,
+        congestion: &Congestion,
         window: u64,
     ) -> Membership {
         let leg = Arc::new(Sender {
@@ -162,7 +162,7 @@ impl Budget {
         ledger.members.push(Member {
             leg: leg.clone(),
             weight,
-            congestion: congestion.to_owned(),
+            congestion: congestion.clone(),
             active_since: Instant::now(),
             share,
             written: 0,
@@ -360,7 +360,7 @@ impl Member {
         }
         pace(&self.leg.stream, share);
         let grown = share * REGROWTH.1 > self.share * REGROWTH.0;
-        if grown && self.active_since < now && self.congestion == BBR {
+        if grown && self.active_since < now && self.congestion == Congestion::Bbr {
             restart(&self.leg.stream);
         }
         self.share = share;
@@ -489,8 +489,8 @@ impl Backoff {
     }
 }
 
-fn set_initial_window(stream: &Stream, bytes: u64, congestion: &str) {
-    if RateControl::is_named(congestion) {
+fn set_initial_window(stream: &Stream, bytes: u64, congestion: &Congestion) {
+    if let Congestion::Own(_) = congestion {
         return restart(stream);
     }
     let mss = options::mss(stream).map_or(1448, |mss| u64::from(mss.max(1)));
@@ -498,15 +498,13 @@ fn set_initial_window(stream: &Stream, bytes: u64, congestion: &str) {
         // That much the kernel takes by itself.
         Ok(0..=10) | Err(_) => {}
         Ok(segments) => match options::set_initial_window(stream, segments) {
-            Ok(()) if congestion == BBR => restart(stream),
+            // It takes the congestion window that it finds for its first estimate of the rate.
+            Ok(()) if *congestion == Congestion::Bbr => restart(stream),
             Ok(()) => {}
             Err(error) => trace!("initial window refused: {error}"),
         },
     }
 }
-
-/// It takes the congestion window that it finds for its first estimate of the rate.
-const BBR: &str = "bbr";
 
 fn restart(stream: &Stream) {
     if let Err(error) = options::restart_congestion(stream) {

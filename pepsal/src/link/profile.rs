@@ -3,10 +3,8 @@
 use std::{fmt, time::Duration};
 
 use crate::{
-    link::{
-        rate_control::RateControl,
-        spec::{LinkSpec, Peer, Weights},
-    },
+    link::spec::{LinkSpec, Peer, Weights},
+    tcp::congestion::Congestion,
     units::{Rate, show_size},
 };
 
@@ -57,7 +55,7 @@ pub struct LinkProfile {
     /// What the legs together may send, in TCP payload.
     pub pacing: Derived<Rate>,
     /// Congestion control, where the kernel has it.
-    pub congestion: Derived<String>,
+    pub congestion: Derived<Congestion>,
     /// Most bytes that a leg sends before the first acknowledgement.
     pub initial_window: Derived<u64>,
     /// Bytes that a leg's receive window covers from the first segment on.
@@ -87,7 +85,7 @@ pub struct LinkProfile {
 impl LinkProfile {
     /// Works out what the operator did not give. `congestion` is what the kernel offers best for links that lose
     /// packets, `connect_timeout` what holds elsewhere.
-    pub fn derive(spec: &LinkSpec, congestion: &str, connect_timeout: Duration) -> Self {
+    pub fn derive(spec: &LinkSpec, congestion: &Congestion, connect_timeout: Duration) -> Self {
         let rtt = spec.rtt;
         let send_rate = spec.up.unwrap_or(spec.rate);
         let pacing = spec.pacing.unwrap_or(Rate::from_bps(send_rate.bps() / 100 * 95));
@@ -109,10 +107,10 @@ impl LinkProfile {
             ),
             congestion: Derived::new(
                 spec.congestion.clone(),
-                congestion.to_owned(),
-                match RateControl::is_named(congestion) {
-                    true => "pepsal's own: sends at the leg's share, whatever is lost",
-                    false => "the best for lossy links that this kernel has",
+                congestion.clone(),
+                match congestion {
+                    Congestion::Own(_) => "pepsal's own: sends at the leg's share, whatever is lost",
+                    _ => "the best for lossy links that this kernel has",
                 },
             ),
             initial_window: Derived::new(
@@ -220,7 +218,7 @@ impl fmt::Display for LinkProfile {
         row("pacing", self.pacing.value.to_string(), self.pacing.origin)?;
         row(
             "congestion",
-            self.congestion.value.clone(),
+            self.congestion.value.to_string(),
             self.congestion.origin,
         )?;
         for (name, (value, origin)) in [
@@ -254,7 +252,7 @@ mod tests {
     use super::*;
 
     fn profile(text: &str) -> LinkProfile {
-        LinkProfile::derive(&text.parse().unwrap(), "bbr", Duration::from_secs(60))
+        LinkProfile::derive(&text.parse().unwrap(), &Congestion::Bbr, Duration::from_secs(60))
     }
 
     #[test]
@@ -265,7 +263,7 @@ mod tests {
         assert_eq!(geo.receive_buffer.value, 2 * 3_750_000 + SLACK);
         assert_eq!(geo.rto_max.value, Duration::from_secs(6));
         assert_eq!(geo.user_timeout.value, Duration::from_secs(900));
-        assert_eq!(geo.congestion.value, "bbr");
+        assert_eq!(geo.congestion.value, Congestion::Bbr);
     }
 
     #[test]

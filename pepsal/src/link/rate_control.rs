@@ -18,16 +18,16 @@ use std::{
 use anyhow::{Context, Result};
 use nix::libc;
 
-use crate::host::{bpf::bpf, btf::Btf};
-
-/// The name that the congestion control has where no other instance has it.
-const NAME: &str = "pepsal";
+use crate::{
+    host::{bpf::bpf, btf::Btf},
+    tcp::congestion::{Congestion, OWN},
+};
 
 /// The registration, undone when this is dropped.
 #[derive(Debug)]
 pub struct RateControl {
     /// What sockets choose it by.
-    pub name: String,
+    pub congestion: Congestion,
     _link: OwnedFd,
 }
 
@@ -63,21 +63,19 @@ impl RateControl {
             value[slot..slot + name.len()].copy_from_slice(name.as_bytes());
             register(&value, kernel.value_id)
         };
-        let own = format!("{NAME}_{}", process::id());
-        let (name, link) = match register(NAME) {
-            Ok(link) => (NAME.to_owned(), link),
+        let own = format!("{OWN}_{}", process::id());
+        let (name, link) = match register(OWN) {
+            Ok(link) => (OWN.to_owned(), link),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 let link = register(&own).context("cannot register it")?;
                 (own, link)
             }
             Err(error) => return Err(error).context("cannot register it"),
         };
-        Ok(Self { name, _link: link })
-    }
-
-    /// Whether a congestion control's name is one of this kind.
-    pub fn is_named(name: &str) -> bool {
-        name == NAME || name.strip_prefix(NAME).is_some_and(|rest| rest.starts_with('_'))
+        Ok(Self {
+            congestion: Congestion::Own(name),
+            _link: link,
+        })
     }
 }
 
@@ -342,7 +340,7 @@ fn owned(fd: RawFd) -> OwnedFd {
 
 fn load(code: &[Instruction], operations_id: u32, member: u32) -> io::Result<OwnedFd> {
     let mut prog_name = [0; 16];
-    prog_name[..NAME.len()].copy_from_slice(NAME.as_bytes());
+    prog_name[..OWN.len()].copy_from_slice(OWN.as_bytes());
     let mut program = ProgLoad {
         prog_type: BPF_PROG_TYPE_STRUCT_OPS,
         insn_cnt: code.len() as u32,
@@ -396,7 +394,7 @@ fn some_types() -> io::Result<OwnedFd> {
 fn register(value: &[u8], value_id: u32) -> io::Result<OwnedFd> {
     let types = some_types()?;
     let mut map_name = [0; 16];
-    map_name[..NAME.len()].copy_from_slice(NAME.as_bytes());
+    map_name[..OWN.len()].copy_from_slice(OWN.as_bytes());
     let mut wanted = MapCreate {
         map_type: BPF_MAP_TYPE_STRUCT_OPS,
         key_size: 4,

@@ -131,10 +131,10 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::units::Rate;
+    use crate::{tcp::congestion::Congestion, units::Rate};
 
     fn profile(text: &str) -> LinkProfile {
-        LinkProfile::derive(&text.parse().unwrap(), "bbr", Duration::from_secs(60))
+        LinkProfile::derive(&text.parse().unwrap(), &Congestion::Bbr, Duration::from_secs(60))
     }
 
     #[test]

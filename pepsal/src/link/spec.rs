@@ -2,7 +2,10 @@
 
 use std::{collections::HashSet, str::FromStr, time::Duration};
 
-use crate::units::{self, Rate};
+use crate::{
+    tcp::congestion::Congestion,
+    units::{self, Rate},
+};
 
 /// The argument of `--link`: `IFACE,rate=50mbit,rtt=600ms[,up=5mbit][,…]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,7 +15,7 @@ pub struct LinkSpec {
     pub(super) rate: Rate,
     pub(super) rtt: Duration,
     pub(super) up: Option<Rate>,
-    pub(super) congestion: Option<String>,
+    pub(super) congestion: Option<Congestion>,
     pub(super) initial_window: Option<u64>,
     pub(super) pacing: Option<Rate>,
     pub(super) receive_buffer: Option<u64>,
@@ -173,7 +176,7 @@ impl Draft {
             "cc" if value.is_empty() || value.contains(',') => {
                 return Err(format!("cc: '{value}' is not the name of a congestion control"));
             }
-            "cc" => spec.congestion = Some(value.to_owned()),
+            "cc" => spec.congestion = Some(value.into()),
             "iw" => spec.initial_window = Some(units::size(value).map_err(naming)?),
             "pacing" => spec.pacing = Some(units::rate(value).map_err(naming)?),
             "rcvbuf" => spec.receive_buffer = Some(units::size(value).map_err(naming)?),

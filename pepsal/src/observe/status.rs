@@ -63,7 +63,7 @@ impl Status {
                 rtt_seconds: link.profile.rtt.as_secs_f64(),
                 rate_bytes_per_second: rate,
                 used_bytes_per_second: used,
-                congestion: link.profile.congestion.value.clone(),
+                congestion: link.profile.congestion.value.to_string(),
             }
         };
         Self {
