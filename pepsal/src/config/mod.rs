@@ -5,7 +5,7 @@
 //! file's. So there is nothing that the one can say and the other cannot, and nothing that they mean
 //! differently.
 
-pub mod options;
+pub(crate) mod options;
 mod file;
 mod keys;
 mod problem;

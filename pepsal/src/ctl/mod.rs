@@ -1,11 +1,11 @@
 //! The commands that an operator types: what the daemon does ([`status`], [`flows`], [`top`]), and ending flows ([`close`]). They
 //! ask the daemon over its admin socket ([`client`]). [`doctor`] asks the host. [`reload`] is for service managers.
 
-pub mod client;
+pub(crate) mod client;
 pub mod close;
 pub mod doctor;
 pub mod flows;
 pub mod reload;
 pub mod status;
-pub mod text;
+pub(crate) mod text;
 pub mod top;

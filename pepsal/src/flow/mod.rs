@@ -3,17 +3,17 @@
 pub mod close_reason;
 pub mod side;
 pub mod progress;
-pub mod settings;
-pub mod listener;
-pub mod leg_config;
+pub(crate) mod settings;
+pub(crate) mod listener;
+pub(crate) mod leg_config;
 pub mod leg;
-pub mod connect;
-pub mod replicate;
+pub(crate) mod connect;
+pub(crate) mod replicate;
 pub mod relay;
 pub mod conduit;
-pub mod table;
-pub mod metrics;
-pub mod fault_injection;
+pub(crate) mod table;
+pub(crate) mod metrics;
+pub(crate) mod fault_injection;
 
 use std::{
     io,

@@ -1,10 +1,10 @@
 //! What this host's kernel offers, and what is set there: requirements, namespaces, kernel settings, control groups, bpf(2).
 
-pub mod bpf;
-pub mod btf;
+pub(crate) mod bpf;
+pub(crate) mod btf;
 pub mod cgroup;
-pub mod clock;
-pub mod descriptors;
-pub mod namespace;
+pub(crate) mod clock;
+pub(crate) mod descriptors;
+pub(crate) mod namespace;
 pub mod requirements;
-pub mod sysctls;
+pub(crate) mod sysctls;

@@ -2,9 +2,9 @@
 //! ([`budget`]), which [`rate_control`] sends at. Where no link is described, a leg starts with what earlier ones [`learned`] of
 //! its path.
 
-pub mod budget;
-pub mod learned;
-pub mod profile;
-pub mod rate_control;
-pub mod registry;
-pub mod spec;
+pub(crate) mod budget;
+pub(crate) mod learned;
+pub(crate) mod profile;
+pub(crate) mod rate_control;
+pub(crate) mod registry;
+pub(crate) mod spec;

@@ -9,13 +9,13 @@
 //! Neither listener can keep connections from being relayed: who connects to them gets one of a fixed number of places,
 //! the longest there makes room for the next ([`connections`]), and nobody is waited for.
 
-pub mod view;
-pub mod protocol;
+pub(crate) mod view;
+pub(crate) mod protocol;
 mod status;
 mod exposition;
 mod snapshot;
 pub mod admin;
-pub mod http;
+pub(crate) mod http;
 mod connections;
 mod socket_file;
 pub mod log;

@@ -10,21 +10,21 @@
 //! connections, which [`selection_maps`] writes into the kernel's maps. [`batch`] reads a map by few system calls.
 //! [`claims`] keep two instances from intercepting one interface.
 
-pub mod attachment;
-pub mod batch;
-pub mod claims;
-pub mod counters;
-pub mod device;
-pub mod filter;
-pub mod flow_map;
-mod hook;
-pub mod interfaces;
-pub mod mark;
+pub(crate) mod programs;
 mod object;
-pub mod programs;
-pub mod selection;
-pub mod selection_maps;
-pub mod side;
+pub(crate) mod attachment;
+mod hook;
+pub(crate) mod device;
+pub(crate) mod side;
+pub(crate) mod mark;
+pub(crate) mod flow_map;
+pub(crate) mod batch;
+pub(crate) mod filter;
+pub(crate) mod counters;
+pub(crate) mod selection;
+pub(crate) mod selection_maps;
+pub(crate) mod interfaces;
+pub mod claims;
 
 use anyhow::{Result, bail};
 use tracing::info;
