@@ -193,7 +193,7 @@ struct Proxy {
     /// None once another has taken over, like `requests`.
     claims: Option<Claims>,
     requests: Option<Arc<Requests>>,
-    rate_control: Option<RateControl>,
+    rate_control: Result<RateControl>,
     listeners: Listeners,
     intercepted: Vec<String>,
     limit: u32,
@@ -227,8 +227,9 @@ impl Proxy {
         let requests = Requests::listen(&directory)?;
         namespaces.settle(ignores_marks(options)?)?;
         let legs = leg_config(options, &namespaces.clients)?;
-        let mut rate_control = None;
-        let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
+        // For links that a reload adds too.
+        let rate_control = RateControl::register();
+        let profiles = link_profiles(options, &interfaces, &rate_control)?;
         profiles.iter().for_each(announce);
         let links = Arc::new(Links::new(profiles));
         let threads = options.threads.map_or_else(
@@ -630,7 +631,7 @@ fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
 fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
-    rate_control: &mut Option<RateControl>,
+    rate_control: &Result<RateControl>,
 ) -> Result<Vec<LinkProfile>> {
     for name in options.links.iter().map(|link| &link.interface) {
         if !interfaces.values().any(|interface| interface.name == *name) {
@@ -648,12 +649,11 @@ fn announce(profile: &LinkProfile) {
     info!("legs that leave through {}:\n{profile}", profile.interface);
 }
 
-/// The profiles that follow from the options. The congestion control that is registered for them, unless it has been, has
-/// to be kept for as long as they are used.
+/// Returns the profiles that follow from the options. `rate_control` has to be kept for as long as they are used.
 ///
 /// # Errors
 /// For two links behind one interface, and for more links than the kernel side has room for.
-pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Result<Vec<LinkProfile>> {
+pub fn explain(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
             .iter()
@@ -671,12 +671,8 @@ pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Res
     if options.links.is_empty() {
         return Ok(Vec::new());
     }
-    let registered = match rate_control.take() {
-        Some(registered) => Ok(registered),
-        None => RateControl::register(),
-    };
-    let congestion = match registered {
-        Ok(registered) => rate_control.insert(registered).name.as_str(),
+    let congestion = match rate_control {
+        Ok(registered) => registered.name.as_str(),
         Err(error) => {
             let best = preflight::best_congestion();
             warn!(
