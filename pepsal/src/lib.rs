@@ -227,18 +227,11 @@ impl Proxy {
         let requests = Requests::listen(&directory)?;
         namespaces.settle(ignores_marks(options)?)?;
         let legs = leg_config(options, &namespaces.clients)?;
-        // For links that a reload adds too.
+        // For links that a reload adds too, when nothing can be loaded any more.
         let rate_control = RateControl::register();
         let profiles = link_profiles(options, &interfaces, &rate_control)?;
         profiles.iter().for_each(announce);
         let links = Arc::new(Links::new(profiles));
-        let threads = options.threads.map_or_else(
-            || thread::available_parallelism().map_or(1, usize::from),
-            usize::from,
-        );
-        // They make the server legs.
-        let workers = namespaces.servers.run(|| Workers::start(threads));
-        let workers = workers.context("cannot start the worker threads")?;
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
@@ -260,6 +253,18 @@ impl Proxy {
         if let Err(error) = cgroup.and_then(|cgroup| programs.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
+        // The programs are loaded. All other threads are started by these three, from here on.
+        privileges::drop_loading()?;
+        for device in [&clients, &servers] {
+            device.namespace().run(privileges::drop_loading)?;
+        }
+        let threads = options.threads.map_or_else(
+            || thread::available_parallelism().map_or(1, usize::from),
+            usize::from,
+        );
+        // They make the server legs.
+        let workers = servers.namespace().run(|| Workers::start(threads));
+        let workers = workers.context("cannot start the worker threads")?;
         let listeners = clients.namespace().run(|| {
             let _entered = workers.acceptor().enter();
             Listeners::bind(options.port.get(), &options.tcp, &legs, &links)

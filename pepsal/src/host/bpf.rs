@@ -7,13 +7,17 @@ use nix::{
     libc::{self, c_int},
 };
 
-/// Commands of bpf(2): `enum bpf_cmd` of `uapi/linux/bpf.h`, as far as it is used.
+/// Commands of bpf(2): `enum bpf_cmd` of `uapi/linux/bpf.h`, as far as the daemon and aya use them.
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
 pub enum Command {
     MapCreate = 0,
+    MapLookupElem = 1,
     MapUpdateElem = 2,
+    MapDeleteElem = 3,
+    MapGetNextKey = 4,
     ProgLoad = 5,
+    ObjGetInfoByFd = 15,
     ProgQuery = 16,
     BtfLoad = 18,
     MapLookupAndDeleteElem = 21,
