@@ -193,7 +193,7 @@ struct Proxy {
     /// None once another has taken over, like `requests`.
     claims: Option<Claims>,
     requests: Option<Arc<Requests>>,
-    rate_control: Option<RateControl>,
+    rate_control: Result<RateControl>,
     listeners: Listeners,
     intercepted: Vec<String>,
     limit: u32,
@@ -227,17 +227,11 @@ impl Proxy {
         let requests = Requests::listen(&directory)?;
         namespaces.settle(ignores_marks(options)?)?;
         let legs = leg_config(options, &namespaces.clients)?;
-        let mut rate_control = None;
-        let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
+        // For links that a reload adds too, when nothing can be loaded any more.
+        let rate_control = RateControl::register();
+        let profiles = link_profiles(options, &interfaces, &rate_control)?;
         profiles.iter().for_each(announce);
         let links = Arc::new(Links::new(profiles));
-        let threads = options.threads.map_or_else(
-            || thread::available_parallelism().map_or(1, usize::from),
-            usize::from,
-        );
-        // They make the server legs.
-        let workers = namespaces.servers.run(|| Workers::start(threads));
-        let workers = workers.context("cannot start the worker threads")?;
         let (limit, pipes) = preflight::fit_descriptors(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
 
@@ -259,6 +253,18 @@ impl Proxy {
         if let Err(error) = cgroup.and_then(|cgroup| programs.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
+        // The programs are loaded. All other threads are started by these three, from here on.
+        privileges::drop_loading()?;
+        for device in [&clients, &servers] {
+            device.namespace().run(privileges::drop_loading)?;
+        }
+        let threads = options.threads.map_or_else(
+            || thread::available_parallelism().map_or(1, usize::from),
+            usize::from,
+        );
+        // They make the server legs.
+        let workers = servers.namespace().run(|| Workers::start(threads));
+        let workers = workers.context("cannot start the worker threads")?;
         let mut attachments = Attachments::new(predecessor.is_some(), directory.clone());
         // Before any socket: the kernel closes a dead process's descriptors from the highest to the lowest, and the resets of
         // its sockets leave through these programs.
@@ -632,7 +638,7 @@ fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
 fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
-    rate_control: &mut Option<RateControl>,
+    rate_control: &Result<RateControl>,
 ) -> Result<Vec<LinkProfile>> {
     for name in options.links.iter().map(|link| &link.interface) {
         if !interfaces.values().any(|interface| interface.name == *name) {
@@ -650,12 +656,11 @@ fn announce(profile: &LinkProfile) {
     info!("legs that leave through {}:\n{profile}", profile.interface);
 }
 
-/// The profiles that follow from the options. The congestion control that is registered for them, unless it has been, has
-/// to be kept for as long as they are used.
+/// Returns the profiles that follow from the options. `rate_control` has to be kept for as long as they are used.
 ///
 /// # Errors
 /// For two links behind one interface, and for more links than the kernel side has room for.
-pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Result<Vec<LinkProfile>> {
+pub fn explain(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
             .iter()
@@ -673,12 +678,8 @@ pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Res
     if options.links.is_empty() {
         return Ok(Vec::new());
     }
-    let registered = match rate_control.take() {
-        Some(registered) => Ok(registered),
-        None => RateControl::register(),
-    };
-    let congestion = match registered {
-        Ok(registered) => rate_control.insert(registered).name.as_str(),
+    let congestion = match rate_control {
+        Ok(registered) => registered.name.as_str(),
         Err(error) => {
             let best = preflight::best_congestion();
             warn!(

@@ -21,6 +21,7 @@ use pepsal::{
     ctl,
     log::Log,
     preflight, privileges,
+    rate_control::RateControl,
     wire::{Namespaces, claims},
 };
 
@@ -59,7 +60,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     };
     let log = Log::start(options.level())?;
     if options.explain {
-        for profile in pepsal::explain(options, &mut None)? {
+        for profile in pepsal::explain(options, &RateControl::register())? {
             println!("{profile}");
         }
         return Ok(ExitCode::SUCCESS);
