@@ -8,7 +8,6 @@
 
 pub mod packet;
 
-use crate::packet::TcpOptions;
 use core::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     ops::Deref,
@@ -69,9 +68,6 @@ impl MappedAddr {
 
 /// The longest IPv6 hop-by-hop or destination options header that a [`SynRecord`] holds, in bytes.
 pub const EXTENSION_MAX: usize = 128;
-
-/// The longest TCP options field (RFC 9293), in bytes.
-pub const TCP_OPTIONS_MAX: usize = 40;
 
 /// The longest IPv4 options field (RFC 791), in bytes.
 pub const IP_OPTIONS_MAX: usize = 40;
@@ -317,8 +313,6 @@ pub struct SynHead {
     pub ingress_ifindex: u32,
     /// Index of the interface that it would have been forwarded to, which the server leg leaves through.
     pub egress_ifindex: u32,
-    /// IPv6 flow label (RFC 6437), 20 bits; zero for IPv4.
-    flow_label: [u8; 4],
     /// IPv4 TOS or IPv6 traffic class, whole: DSCP (RFC 2474) and ECN bits.
     pub traffic_class: u8,
     /// IPv4 TTL or IPv6 hop limit as it arrived.
@@ -329,13 +323,9 @@ pub struct SynHead {
     pub hop_by_hop_len: u8,
     /// Bytes of the destination options header.
     pub destination_len: u8,
-    /// Bytes used of `tcp_options`.
-    pub tcp_options_len: u8,
     /// Non-zero when an extension header is not there: it was longer than [`EXTENSION_MAX`], or has made room for newer ones.
     pub truncated: u8,
-    _pad: [u8; 5],
-    /// TCP options as they arrived (RFC 9293).
-    pub tcp_options: [u8; TCP_OPTIONS_MAX],
+    _pad: [u8; 2],
     /// IPv4 options as they arrived (RFC 791).
     pub ip_options: [u8; IP_OPTIONS_MAX],
 }
@@ -350,9 +340,9 @@ pub struct ExtensionHeaders {
     pub destination: [u8; EXTENSION_MAX],
 }
 
-// With its key and what the kernel adds, an element just fits 256 bytes.
-const _: () = assert!(size_of::<SynHead>() == 112 && align_of::<SynHead>() == 8);
-const _: () = assert!(size_of::<SynRecord>() == 112 + 2 * EXTENSION_MAX);
+// With its key and what the kernel adds, an element fits 192 bytes.
+const _: () = assert!(size_of::<SynHead>() == 64 && align_of::<SynHead>() == 8);
+const _: () = assert!(size_of::<SynRecord>() == 64 + 2 * EXTENSION_MAX);
 
 impl SynRecord {
     /// A record of nothing: what a flow has whose SYN was not seen.
@@ -361,16 +351,13 @@ impl SynRecord {
             time_ns: 0,
             ingress_ifindex: 0,
             egress_ifindex: 0,
-            flow_label: [0; 4],
             traffic_class: 0,
             ttl: 0,
             ip_options_len: 0,
             hop_by_hop_len: 0,
             destination_len: 0,
-            tcp_options_len: 0,
             truncated: 0,
-            _pad: [0; 5],
-            tcp_options: [0; TCP_OPTIONS_MAX],
+            _pad: [0; 2],
             ip_options: [0; IP_OPTIONS_MAX],
         },
         extensions: ExtensionHeaders {
@@ -417,16 +404,6 @@ impl SynHead {
     #[inline(always)]
     pub fn has_extensions(&self) -> bool {
         self.hop_by_hop_len > 0 || self.destination_len > 0
-    }
-
-    /// The TCP options that the SYN carried.
-    pub fn tcp_options(&self) -> TcpOptions {
-        TcpOptions::parse(&self.tcp_options[..usize::from(self.tcp_options_len).min(TCP_OPTIONS_MAX)])
-    }
-
-    /// IPv6 flow label, 20 bits.
-    pub fn flow_label(&self) -> u32 {
-        u32::from_be_bytes(self.flow_label)
     }
 
     /// The IPv4 options that the SYN carried.

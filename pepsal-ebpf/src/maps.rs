@@ -8,7 +8,7 @@ use core::ptr::{addr_of, read_volatile, write_volatile};
 use pepsal_ebpf::{
     Counter, ExtensionHeaders, FILTER_GENERATIONS, FILTER_HEADER, FILTER_SLOTS, FlowKey, FragmentKey,
     Interface, LINKS_MAX, PORT_SETS_MAX, PREFIXES_MAX, PortSet, PrefixKey, SynHead, SynRecord,
-    packet::Segment,
+    packet::{Segment, TcpOptions},
 };
 
 /// Constants that the loader writes into the object before the kernel sees it.
@@ -115,6 +115,7 @@ pub static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
 pub struct Scratch {
     pub syn: Segment,
     pub record: SynRecord,
+    pub options: TcpOptions,
 }
 
 const FRAGMENTED_MAX: u32 = 4096;

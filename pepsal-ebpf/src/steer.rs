@@ -108,7 +108,7 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
     scratch.syn = syn;
     // What is read from a map again is any number to the verifier. Else older ones (seen up to Linux 6.1) would check the
     // rest once for each way through the headers that leads here, and that takes them seconds.
-    let Scratch { syn, record } = black_box(scratch);
+    let Scratch { syn, record, options } = black_box(scratch);
     if !selected(syn) {
         return Err(Counter::Unselected);
     }
@@ -131,7 +131,7 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
         return Err(Counter::Unresponsive);
     }
 
-    record_syn(&skb, syn, record)?;
+    record_syn(&skb, syn, record, options)?;
     let SynRecord { head, extensions } = record;
     head.time_ns = now;
     head.ingress_ifindex = ingress_ifindex;
@@ -143,14 +143,14 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
         let _ = EXTENSIONS.insert(flow, extensions, 0);
     }
     note_flow(&flow);
-    // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already.
-    if FLOWS.insert(flow, head, BPF_EXIST).is_ok() {
-        return Ok(Counter::Retransmitted);
-    }
     match FLOWS.insert(flow, head, BPF_NOEXIST) {
         Ok(()) => {}
-        // Another processor has recorded the same SYN meanwhile.
-        Err(EEXIST) => return Ok(Counter::Retransmitted),
+        // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already. Where
+        // it has ended meanwhile, the client sends its SYN again.
+        Err(EEXIST) => {
+            let _ = FLOWS.insert(flow, head, BPF_EXIST);
+            return Ok(Counter::Retransmitted);
+        }
         Err(E2BIG) => return Err(Counter::LimitReached),
         Err(_) => return Err(Counter::RecordFailed),
     }

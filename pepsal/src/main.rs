@@ -59,7 +59,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     };
     let log = Log::start(options.level())?;
     if options.explain {
-        for profile in daemon::profiles::explain(options, &mut None)? {
+        for profile in daemon::profiles::explain(options)? {
             println!("{profile}");
         }
         return Ok(ExitCode::SUCCESS);

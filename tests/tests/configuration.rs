@@ -348,6 +348,25 @@ fn reload_changes_selection_link_and_log_level_and_leaves_open_flows_alone() -> 
 }
 
 #[test]
+fn first_link_that_a_reload_adds_has_pepsals_own_congestion_control() -> Result<()> {
+    let base = "interfaces = [\"lan0\"]\n";
+    let mut scene = Scene::new(base, &[])?;
+    let link = "[link.sat0]\nrate = \"8mbit\"\nrtt = \"20ms\"\n";
+    let said = scene.reload(&format!("{base}{link}"), "reloaded: ")?;
+    assert!(!said.contains("WARN"), "{said}");
+    let listener = Listener::bind_any(&scene.topology.server, Family::V4.server())?;
+    let mut flow = Flow::open(&scene.topology, &listener)?;
+    assert!(flow.is_split());
+    flow.exchange()?;
+    let ends = (flow.client.local_addr()?, flow.client.peer_addr()?);
+    let legs = scene.daemon.legs()?;
+    let server_leg = legs.iter().find(|leg| (leg.local, leg.peer) == ends);
+    let congestion = &server_leg.context("the server leg")?.congestion;
+    assert!(congestion.starts_with("pepsal"), "{congestion}");
+    Ok(())
+}
+
+#[test]
 fn reload_of_a_bad_file_keeps_the_running_configuration() -> Result<()> {
     let good = "interfaces = [\"lan0\"]\nsteering.bypass = [\"10.0.0.0/8\"]\n";
     let mut scene = Scene::new(good, &[])?;

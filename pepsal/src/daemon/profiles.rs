@@ -15,26 +15,30 @@ use crate::{
 pub fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
-    rate_control: &mut Option<RateControl>,
+    rate_control: &Result<RateControl>,
 ) -> Result<Vec<LinkProfile>> {
     for name in options.links.iter().map(|link| &link.interface) {
         if !interfaces.values().any(|interface| interface.name == *name) {
             bail!("--link {name}: there is no interface of that name");
         }
     }
-    let profiles = explain(options, rate_control)?;
+    let profiles = derive(options, rate_control)?;
     for profile in &profiles {
         congestion::check(&profile.congestion.value)?;
     }
     Ok(profiles)
 }
 
-/// The profiles that follow from the options. The congestion control that is registered for them, unless it has been, has
-/// to be kept for as long as they are used.
+/// Returns the profiles that follow from the options, for `--explain`.
 ///
 /// # Errors
 /// For two links behind one interface, and for more links than the kernel side has room for.
-pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Result<Vec<LinkProfile>> {
+pub fn explain(options: &Options) -> Result<Vec<LinkProfile>> {
+    derive(options, &RateControl::register())
+}
+
+/// `rate_control` has to be kept for as long as the profiles are used.
+fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
             .iter()
@@ -52,12 +56,8 @@ pub fn explain(options: &Options, rate_control: &mut Option<RateControl>) -> Res
     if options.links.is_empty() {
         return Ok(Vec::new());
     }
-    let registered = match rate_control.take() {
-        Some(registered) => Ok(registered),
-        None => RateControl::register(),
-    };
-    let congestion = match registered {
-        Ok(registered) => rate_control.insert(registered).congestion.clone(),
+    let congestion = match rate_control {
+        Ok(registered) => registered.congestion.clone(),
         Err(error) => {
             let best = congestion::best();
             warn!(

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Result;
 use tokio::{
     runtime::Handle,
     task::{JoinSet, spawn_blocking},
@@ -39,7 +40,7 @@ pub struct Proxy {
     /// None once another has taken over, like `requests`.
     pub claims: Option<Claims>,
     pub requests: Option<Arc<Requests>>,
-    pub rate_control: Option<RateControl>,
+    pub rate_control: Result<RateControl>,
     pub listeners: Listeners,
     pub intercepted: Vec<String>,
     pub limit: u32,

@@ -126,7 +126,7 @@ impl Proxy {
     async fn reconfigure(&mut self, options: &Options, selection: &Selection) -> Result<()> {
         let legs = leg_config(options, self.clients.namespace())?;
         let interfaces = interfaces::list().await?;
-        let profiles = link_profiles(options, &interfaces, &mut self.rate_control)?;
+        let profiles = link_profiles(options, &interfaces, &self.rate_control)?;
         let links = self.shared.links.clone();
         let (known, next) = (links.all(), links.prepare(profiles));
         if next.links.len() > LINKS_MAX as usize {

@@ -20,6 +20,7 @@ use crate::{
     daemon::{
         keeper::Keeper,
         network::{check_interfaces, follow_mtus},
+        privileges,
         profiles::{announce, link_profiles},
         proxy::Proxy,
         settings::{ignores_marks, leg_config, settings},
@@ -100,7 +101,7 @@ struct Checked {
     standing: Standing,
     requests: Requests,
     legs: LegConfig,
-    rate_control: Option<RateControl>,
+    rate_control: Result<RateControl>,
     links: Arc<Links>,
     /// Most flows, and most pipes.
     limit: u32,
@@ -123,8 +124,9 @@ impl Checked {
         let requests = Requests::listen(&directory)?;
         namespaces.settle(ignores_marks(options)?)?;
         let legs = leg_config(options, &namespaces.clients)?;
-        let mut rate_control = None;
-        let profiles = link_profiles(options, &interfaces, &mut rate_control)?;
+        // For links that a reload adds too, when nothing can be loaded any more.
+        let rate_control = RateControl::register();
+        let profiles = link_profiles(options, &interfaces, &rate_control)?;
         profiles.iter().for_each(announce);
         let (limit, pipes) = descriptors::fit(options.max_connections)?;
         let keeper = Keeper::new(limit, options.monitoring_pid, options.logfile.as_deref())?;
@@ -142,15 +144,13 @@ impl Checked {
         })
     }
 
-    /// Makes threads and devices, loads the programs, and binds the listeners.
+    /// Makes the devices, loads the programs, gives up what that takes, and binds the listeners.
     async fn load(
         self,
         options: &Options,
         cgroup: Result<OwnCgroup>,
         namespaces: Namespaces,
     ) -> Result<Loaded> {
-        // They make the server legs.
-        let workers = namespaces.servers.run(|| start_workers(options))?;
         let clients = Device::new(Side::Clients, namespaces.clients).await?;
         let servers = Device::new(Side::Servers, namespaces.servers).await?;
         let mut programs = self.load_programs(options, [&clients, &servers])?;
@@ -158,6 +158,13 @@ impl Checked {
         if let Err(error) = cgroup.and_then(|cgroup| programs.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
+        // The programs are loaded. All other threads are started by these three, from here on.
+        privileges::drop_loading()?;
+        for device in [&clients, &servers] {
+            device.namespace().run(privileges::drop_loading)?;
+        }
+        // They make the server legs.
+        let workers = servers.namespace().run(|| start_workers(options))?;
         let mut attachments = Attachments::new(self.standing.is_after(), self.directory.clone());
         // Before any socket: the kernel closes a dead process's descriptors from the highest to the lowest, and the resets of
         // its sockets leave through these programs.

@@ -16,10 +16,12 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use nix::libc;
 
 use crate::{
-    host::{bpf::bpf, btf::Btf},
+    host::{
+        bpf::{Command, bpf},
+        btf::Btf,
+    },
     tcp::congestion::{Congestion, OWN},
 };
 
@@ -258,12 +260,7 @@ const fn exit() -> Instruction {
     instruction(0x95, Register::R0, Register::R0, 0, 0)
 }
 
-/// Commands and constants of `uapi/linux/bpf.h`.
-const BPF_MAP_CREATE: libc::c_int = 0;
-const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_BTF_LOAD: libc::c_int = 18;
-const BPF_LINK_CREATE: libc::c_int = 28;
+/// Constants of `uapi/linux/bpf.h`.
 const BPF_MAP_TYPE_STRUCT_OPS: u32 = 26;
 const BPF_PROG_TYPE_STRUCT_OPS: u32 = 27;
 const BPF_STRUCT_OPS: u32 = 44;
@@ -352,7 +349,7 @@ fn load(code: &[Instruction], operations_id: u32, member: u32) -> io::Result<Own
         ..ProgLoad::default()
     };
     // SAFETY: the kernel reads as many instructions as it is told there are, and a string that ends.
-    Ok(owned(unsafe { bpf(BPF_PROG_LOAD, &mut program) }?))
+    Ok(owned(unsafe { bpf(Command::ProgLoad, &mut program) }?))
 }
 
 /// `union bpf_attr` for `BPF_BTF_LOAD`, as far as it is used.
@@ -388,7 +385,7 @@ fn some_types() -> io::Result<OwnedFd> {
         btf_log_size: 0,
     };
     // SAFETY: the kernel reads as many bytes of types as it is told there are.
-    Ok(owned(unsafe { bpf(BPF_BTF_LOAD, &mut load) }?))
+    Ok(owned(unsafe { bpf(Command::BtfLoad, &mut load) }?))
 }
 
 fn register(value: &[u8], value_id: u32) -> io::Result<OwnedFd> {
@@ -407,7 +404,7 @@ fn register(value: &[u8], value_id: u32) -> io::Result<OwnedFd> {
         ..MapCreate::default()
     };
     // SAFETY: nothing is pointed to.
-    let map = owned(unsafe { bpf(BPF_MAP_CREATE, &mut wanted) }?);
+    let map = owned(unsafe { bpf(Command::MapCreate, &mut wanted) }?);
     let key = 0_u32;
     let mut update = MapUpdate {
         map_fd: map.as_raw_fd() as u64,
@@ -416,7 +413,7 @@ fn register(value: &[u8], value_id: u32) -> io::Result<OwnedFd> {
         flags: 0,
     };
     // SAFETY: the kernel reads a key and a value of the sizes that the map was made with.
-    unsafe { bpf(BPF_MAP_UPDATE_ELEM, &mut update) }?;
+    unsafe { bpf(Command::MapUpdateElem, &mut update) }?;
     let mut link = LinkCreate {
         map_fd: map.as_raw_fd() as u32,
         target_fd: 0,
@@ -424,5 +421,5 @@ fn register(value: &[u8], value_id: u32) -> io::Result<OwnedFd> {
         flags: 0,
     };
     // SAFETY: nothing is pointed to.
-    Ok(owned(unsafe { bpf(BPF_LINK_CREATE, &mut link) }?))
+    Ok(owned(unsafe { bpf(Command::LinkCreate, &mut link) }?))
 }

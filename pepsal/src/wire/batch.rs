@@ -11,13 +11,9 @@ use std::{
 };
 
 use aya::Pod;
-use nix::{errno::Errno, libc};
+use nix::errno::Errno;
 
-use crate::host::bpf::bpf;
-
-/// `enum bpf_cmd` of `uapi/linux/bpf.h`.
-const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
-const BPF_MAP_LOOKUP_AND_DELETE_ELEM: libc::c_int = 21;
+use crate::host::bpf::{Command, bpf};
 
 /// Entries that one call returns at most. More than this is needed only where a single bucket has more.
 const ENTRIES: usize = 4096;
@@ -61,7 +57,7 @@ pub fn take<K: Pod, V: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<V> {
     // SAFETY: the kernel reads a key and writes a value of the sizes that the map was made with, which are those of the
     // types, and any bytes are a value.
     unsafe {
-        bpf(BPF_MAP_LOOKUP_AND_DELETE_ELEM, &mut element)?;
+        bpf(Command::MapLookupAndDeleteElem, &mut element)?;
         Ok(value.assume_init())
     }
 }
@@ -89,7 +85,7 @@ pub fn entries<K: Pod, V: Pod>(map: BorrowedFd<'_>) -> io::Result<Vec<(K, V)>> {
         };
         // SAFETY: the kernel writes at most `count` keys and values of the sizes that the map was made with, which are
         // those of the types, and the four bytes of the next place.
-        let result = unsafe { bpf(BPF_MAP_LOOKUP_BATCH, &mut batch) };
+        let result = unsafe { bpf(Command::MapLookupBatch, &mut batch) };
         let is_last = match result {
             Ok(_) => false,
             Err(Errno::ENOENT) => true,

@@ -4,12 +4,10 @@
 use std::io;
 
 use aya::programs::TcAttachType;
-use nix::{libc, net::if_::if_nametoindex};
+use nix::net::if_::if_nametoindex;
 
-use crate::host::bpf::bpf;
+use crate::host::bpf::{Command, bpf};
 
-/// `enum bpf_cmd` of `uapi/linux/bpf.h`.
-const BPF_PROG_QUERY: libc::c_int = 16;
 /// `enum bpf_attach_type` of `uapi/linux/bpf.h`.
 const BPF_TCX_INGRESS: u32 = 46;
 const BPF_TCX_EGRESS: u32 = 47;
@@ -51,6 +49,6 @@ pub fn programs(interface: &str, direction: TcAttachType) -> io::Result<Vec<u32>
         ..Query::default()
     };
     // SAFETY: the kernel writes at most `count` identifiers.
-    unsafe { bpf(BPF_PROG_QUERY, &mut query) }?;
+    unsafe { bpf(Command::ProgQuery, &mut query) }?;
     Ok(ids[..PROGRAMS.min(query.count as usize)].to_vec())
 }

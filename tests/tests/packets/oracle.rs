@@ -76,10 +76,11 @@ impl Segment {
         })
     }
 
-    /// Whether it has more options, of either protocol, than anybody needs.
+    /// Whether it has more options, of either protocol, than anybody needs, with TCP's such as may be a signature or a join.
     pub fn is_padded(&self) -> bool {
         let is_full = |bytes: &[u8]| options(bytes).filter(|option| option.left >= 3).count() >= 24;
-        is_full(&self.ip_options) || is_full(&self.tcp_options)
+        let is_suspicious = self.tcp_options.iter().any(|byte| matches!(byte, 19 | 29 | 30));
+        is_full(&self.ip_options) || is_suspicious && is_full(&self.tcp_options)
     }
 
     /// Whether it is signed (RFC 2385, RFC 5925).

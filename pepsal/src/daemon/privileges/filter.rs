@@ -1,4 +1,5 @@
 //! The filter of system calls (seccomp(2)): those below work, every other one is answered as if the kernel did not have it.
+//! A second filter, on top of the first once the programs are loaded, leaves out what loading them took.
 //!
 //! `ENOSYS`, and neither `EPERM` nor death: libraries know what to do about a call that an older kernel lacks, so a C
 //! library with habits of its own costs nothing, and certainly not all users' connections. What an intruder would need
@@ -11,6 +12,17 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     apply_filter,
 };
+
+use crate::host::bpf::Command;
+
+/// What a filter is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Until the programs are loaded.
+    Loading,
+    /// From then on.
+    Running,
+}
 
 /// What the daemon and its libraries use, measured over all end-to-end tests, and what their neighbours use instead in
 /// other versions of the C library.
@@ -85,9 +97,6 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_statx,
     libc::SYS_umask,
     libc::SYS_unlinkat,
-    // eBPF, and its log
-    libc::SYS_bpf,
-    libc::SYS_perf_event_open,
     // Memory
     libc::SYS_brk,
     libc::SYS_madvise,
@@ -153,12 +162,35 @@ const ALLOWED_FORMS: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_FORMS: &[libc::c_long] = &[];
 
+/// What is allowed besides until the programs are loaded: bpf(2) with every command, and the way to the second filter.
+const LOADING: &[libc::c_long] = &[
+    libc::SYS_bpf,
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_seccomp,
+];
+
+/// What is done with loaded programs: to use their maps, to attach them to interfaces that come and where they were
+/// detached, and to see whether they were. All but the list of an interface's programs goes by descriptors, and none makes
+/// one for a program or map that the daemon has not loaded.
+const RUNNING: &[Command] = &[
+    Command::MapLookupElem,
+    Command::MapUpdateElem,
+    Command::MapDeleteElem,
+    Command::MapGetNextKey,
+    Command::MapLookupAndDeleteElem,
+    Command::MapLookupBatch,
+    Command::LinkCreate,
+    Command::ProgQuery,
+    Command::ObjGetInfoByFd,
+];
+
 /// Installs the filter for this thread and those that it starts.
-pub fn install() -> Result<(), seccompiler::Error> {
-    apply_filter(&program()?)
+pub fn install(phase: Phase) -> Result<(), seccompiler::Error> {
+    apply_filter(&program(phase)?)
 }
 
-fn program() -> Result<BpfProgram, seccompiler::Error> {
+fn program(phase: Phase) -> Result<BpfProgram, seccompiler::Error> {
     let mut rules: BTreeMap<libc::c_long, Vec<SeccompRule>> = ALLOWED
         .iter()
         .chain(ALLOWED_FORMS)
@@ -174,6 +206,13 @@ fn program() -> Result<BpfProgram, seccompiler::Error> {
         threads,
     )?;
     rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![is_thread])?]);
+    match phase {
+        Phase::Loading => rules.extend(LOADING.iter().map(|number| (*number, Vec::new()))),
+        Phase::Running => {
+            let commands: Result<_, _> = RUNNING.iter().map(|command| is_command(*command)).collect();
+            rules.insert(libc::SYS_bpf, commands?);
+        }
+    }
     let filter = SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::ENOSYS as u32),
@@ -183,10 +222,18 @@ fn program() -> Result<BpfProgram, seccompiler::Error> {
     Ok(filter.try_into()?)
 }
 
+fn is_command(command: Command) -> Result<SeccompRule, seccompiler::Error> {
+    // The kernel takes an int.
+    let (length, command) = (SeccompCmpArgLen::Dword, command as u64);
+    let is_command = SeccompCondition::new(0, length, SeccompCmpOp::Eq, command)?;
+    Ok(SeccompRule::new(vec![is_command])?)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{io, net::TcpListener, process::Command, thread};
+    use std::{io, net::TcpListener, process, thread};
 
+    use caps::CapSet;
     use nix::{
         errno::Errno,
         mount::umount,
@@ -197,13 +244,20 @@ mod tests {
     use rustix::process::{PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
 
     use super::*;
+    use crate::host::bpf::bpf;
 
-    /// Runs `work` behind the filter, on a thread that takes the filter with it when it ends.
+    /// Runs `work` behind both filters, on a thread that takes them with it when it ends.
     fn filtered<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+        filtered_in(&[Phase::Loading, Phase::Running], work)
+    }
+
+    fn filtered_in<T: Send>(phases: &[Phase], work: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             scope
                 .spawn(|| {
-                    install().expect("this kernel has seccomp");
+                    for phase in phases {
+                        install(*phase).expect("this kernel has seccomp");
+                    }
                     work()
                 })
                 .join()
@@ -212,10 +266,10 @@ mod tests {
     }
 
     #[test]
-    fn processes_mounts_and_namespaces_are_refused() {
-        let (spawned, unmounted, unshared) = filtered(|| {
+    fn processes_mounts_and_namespaces_are_refused_from_the_first_filter_on() {
+        let (spawned, unmounted, unshared) = filtered_in(&[Phase::Loading], || {
             (
-                Command::new("/bin/true")
+                process::Command::new("/bin/true")
                     .status()
                     .map_err(|error| error.raw_os_error()),
                 umount("/nosuch"),
@@ -225,6 +279,36 @@ mod tests {
         assert_eq!(spawned.unwrap_err(), Some(Errno::ENOSYS as i32));
         assert_eq!(unmounted, Err(Errno::ENOSYS));
         assert_eq!(unshared, Err(Errno::ENOSYS));
+    }
+
+    /// The kernel's answer to a command without attributes: no command does anything with these.
+    fn answer(command: Command) -> Errno {
+        // SAFETY: nothing is pointed to, and there is no descriptor of this number.
+        unsafe { bpf(command, &mut [u32::MAX; 32]) }.unwrap_err()
+    }
+
+    #[test]
+    fn nothing_is_loaded_behind_the_second_filter() {
+        const LOADING: [Command; 3] = [Command::MapCreate, Command::ProgLoad, Command::BtfLoad];
+        let before = filtered_in(&[Phase::Loading], || LOADING.map(answer));
+        assert!(!before.contains(&Errno::ENOSYS), "{before:?}");
+        assert_eq!(filtered(|| LOADING.map(answer)), [Errno::ENOSYS; 3]);
+    }
+
+    #[test]
+    fn maps_and_links_are_used_behind_the_second_filter() {
+        for command in RUNNING {
+            assert_ne!(filtered(|| answer(*command)), Errno::ENOSYS, "{command:?}");
+        }
+    }
+
+    #[test]
+    fn capabilities_and_filters_are_as_they_are_behind_the_second_filter() {
+        let (capabilities, third) = filtered(|| {
+            let capabilities = caps::read(None, CapSet::Permitted);
+            (capabilities.is_ok(), install(Phase::Running).is_ok())
+        });
+        assert!(!capabilities && !third);
     }
 
     #[test]

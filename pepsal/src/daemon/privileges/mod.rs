@@ -1,7 +1,9 @@
-//! What the daemon gives up before the first connection: capabilities, the way back to them, and the system calls that
-//! it has no use for.
+//! What the daemon gives up before the first connection, in two steps: capabilities, the way back to them, and the system
+//! calls that it has no use for.
+//!
+//! [`drop`] leaves what loading eBPF programs takes, [`drop_loading`] what the daemon does from then on.
 
-use std::io;
+use std::{io, sync::Once};
 
 use anyhow::{Context, Result, bail};
 use caps::{CapSet, Capability, CapsHashSet};
@@ -16,14 +18,18 @@ use tracing::warn;
 
 mod filter;
 
-/// What is kept; [`crate::host::requirements`] refuses to start without.
-const KEPT: [Capability; 5] = [
-    Capability::CAP_BPF,
-    Capability::CAP_PERFMON,
+use crate::daemon::privileges::filter::Phase;
+
+/// What is kept for as long as the daemon runs; [`crate::host::requirements`] refuses to start without. Linux 5.19 and newer want no
+/// more for the maps and links of programs that are loaded, whatever `kernel.unprivileged_bpf_disabled` is.
+const KEPT: [Capability; 3] = [
     Capability::CAP_NET_ADMIN,
     Capability::CAP_NET_RAW,
     Capability::CAP_NET_BIND_SERVICE,
 ];
+
+/// What loading programs takes besides.
+const LOADING: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_PERFMON];
 
 /// Becomes `user` with its groups; all capabilities stay until [`drop`].
 ///
@@ -35,8 +41,8 @@ pub fn become_user(user: &str) -> Result<()> {
     caps::set(None, CapSet::Effective, &permitted).context("cannot use capabilities")
 }
 
-/// Keeps five capabilities, if they are there, gives up all others, for good, and has the kernel refuse system calls that
-/// the daemon does not make.
+/// Keeps the five capabilities with which eBPF programs are loaded, if they are there, gives up all others, for good, and
+/// has the kernel refuse system calls that the daemon does not make.
 ///
 /// All of it belongs to the calling thread, and to those that it starts.
 ///
@@ -44,12 +50,12 @@ pub fn become_user(user: &str) -> Result<()> {
 /// When the kernel refuses something other than the filter, which is only warned about.
 pub fn drop() -> Result<()> {
     let held = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
-    let kept = kept(&held);
+    let loading = loading(&held);
     // Kernels before 5.11 count eBPF maps as locked memory. Where this is refused, what is allowed may still do.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     if held.contains(&Capability::CAP_SETPCAP) {
         let bounding = caps::read(None, CapSet::Bounding).context("cannot tell the capabilities")?;
-        for capability in bounding.difference(&kept) {
+        for capability in bounding.difference(&KEPT.into()) {
             caps::drop(None, CapSet::Bounding, *capability)
                 .with_context(|| format!("cannot give up {capability}"))?;
         }
@@ -58,26 +64,50 @@ pub fn drop() -> Result<()> {
     for (set, capabilities) in [
         (CapSet::Ambient, &none),
         (CapSet::Inheritable, &none),
-        (CapSet::Effective, &kept),
-        (CapSet::Permitted, &kept),
+        (CapSet::Effective, &loading),
+        (CapSet::Permitted, &loading),
     ] {
         caps::set(None, set, capabilities).context("cannot give up capabilities")?;
     }
     prctl::set_no_new_privs().context("cannot give up what execution grants")?;
-    if let Err(error) = filter::install() {
-        warn!("no filter of system calls: {error}");
-    }
+    filter(Phase::Loading);
     Ok(())
 }
 
+/// Gives up what only loading programs takes, for good: all but three capabilities, and most commands of bpf(2). What the
+/// daemon needs of eBPF from then on goes by the descriptors that it has.
+///
+/// All of it belongs to the calling thread, and to those that it starts.
+///
+/// # Errors
+/// When the kernel refuses something other than the filter, which is only warned about.
+pub fn drop_loading() -> Result<()> {
+    let held = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
+    let kept = held.intersection(&KEPT.into()).copied().collect();
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::set(None, set, &kept).context("cannot give up capabilities")?;
+    }
+    filter(Phase::Running);
+    Ok(())
+}
+
+fn filter(phase: Phase) {
+    static WARNED: Once = Once::new();
+    if let Err(error) = filter::install(phase) {
+        // Every thread would say the same.
+        WARNED.call_once(|| warn!("no filter of system calls: {error}"));
+    }
+}
+
 /// `CAP_SYS_ADMIN` stays where it has to stand for what was split from it.
-fn kept(held: &CapsHashSet) -> CapsHashSet {
+fn loading(held: &CapsHashSet) -> CapsHashSet {
     let mut kept: CapsHashSet = KEPT
         .into_iter()
+        .chain(LOADING)
         .filter(|capability| held.contains(capability))
         .collect();
-    let split = [Capability::CAP_BPF, Capability::CAP_PERFMON];
-    if held.contains(&Capability::CAP_SYS_ADMIN) && !split.iter().all(|capability| kept.contains(capability))
+    if held.contains(&Capability::CAP_SYS_ADMIN)
+        && !LOADING.iter().all(|capability| kept.contains(capability))
     {
         kept.insert(Capability::CAP_SYS_ADMIN);
     }
@@ -105,9 +135,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn five_capabilities_stay_of_all() {
-        assert_eq!(kept(&caps::all()), KEPT.into_iter().collect());
-        assert_eq!(kept(&CapsHashSet::new()), CapsHashSet::new());
+    fn five_capabilities_stay_of_all_until_programs_are_loaded() {
+        let five = KEPT.into_iter().chain(LOADING).collect();
+        assert_eq!(loading(&caps::all()), five);
+        assert_eq!(loading(&CapsHashSet::new()), CapsHashSet::new());
     }
 
     #[test]
@@ -118,6 +149,6 @@ mod tests {
             Capability::CAP_KILL,
         ];
         let stay = [Capability::CAP_SYS_ADMIN, Capability::CAP_NET_ADMIN];
-        assert_eq!(kept(&old.into_iter().collect()), stay.into_iter().collect());
+        assert_eq!(loading(&old.into()), stay.into());
     }
 }
