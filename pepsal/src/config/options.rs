@@ -195,7 +195,7 @@ impl Options {
         }
     }
 
-    /// What is chosen of legs.
+    /// Returns the options for legs.
     pub fn legs(&self) -> LegOptions {
         let (steering, tcp) = (&self.steering, &self.tcp);
         LegOptions {
@@ -212,7 +212,7 @@ impl Options {
     }
 }
 
-/// The daemon's options as clap reads them, without the commands beside them.
+/// Returns the parser of the daemon's options, without the commands.
 pub fn command() -> Command {
     Options::augment_args(Command::new("pepsal"))
 }

@@ -53,10 +53,10 @@ impl Proxy {
     }
 }
 
-/// Checks that the interfaces that are wanted are there.
+/// Checks that the interfaces to intercept are present.
 ///
 /// # Errors
-/// For one that is not, naming those that are.
+/// For an interface that is missing; the message names those that are present.
 pub fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
     for name in wanted {
         if !present.values().any(|interface| interface.name == *name) {

@@ -1,4 +1,4 @@
-//! What follows from the options for links, at the start and at each reload.
+//! Derives the profiles of links from the options, at the start and at each reload.
 
 use anyhow::{Result, bail};
 use pepsal_ebpf::LINKS_MAX;
@@ -11,7 +11,10 @@ use crate::{
     wire::interfaces::Interfaces,
 };
 
-/// Works out what follows from every `--link`, if its interface is there.
+/// Returns the profile of every `--link`.
+///
+/// # Errors
+/// For a link without an interface, and for a congestion control that the kernel does not have.
 pub fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
@@ -29,7 +32,7 @@ pub fn link_profiles(
     Ok(profiles)
 }
 
-/// Returns the profiles that follow from the options, for `--explain`.
+/// Returns the profiles for `--explain`, which needs no interfaces.
 ///
 /// # Errors
 /// For two links behind one interface, and for more links than the kernel side has room for.
@@ -37,7 +40,7 @@ pub fn explain(options: &Options) -> Result<Vec<LinkProfile>> {
     derive(options, &RateControl::register())
 }
 
-/// `rate_control` has to be kept for as long as the profiles are used.
+/// The profiles name `rate_control`, which has to be kept for as long as they are used.
 fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]

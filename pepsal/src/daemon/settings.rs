@@ -1,4 +1,4 @@
-//! What follows from the options for legs and flows, at the start and at each reload.
+//! Derives the settings of legs and flows from the options, at the start and at each reload.
 
 use anyhow::{Result, bail};
 use tokio::time::Instant;
@@ -13,7 +13,8 @@ use crate::{
     tcp::congestion::{self, Congestion},
 };
 
-/// What flows go by, with legs that were made of the same options; `epoch` is when the daemon started.
+/// Returns the settings of flows that start from now on. `legs` was made of the same options; `epoch` is the start of the
+/// daemon.
 pub fn settings(options: &Options, legs: LegConfig, epoch: Instant) -> Settings {
     Settings {
         legs,
@@ -27,7 +28,10 @@ pub fn settings(options: &Options, legs: LegConfig, epoch: Instant) -> Settings 
     }
 }
 
-/// How the options want legs to be made, if the kernel can. `namespace` is one of the legs' own.
+/// Returns how legs are made. `namespace` is one of the legs' namespaces.
+///
+/// # Errors
+/// For a congestion control that the kernel does not have, and for pepsal's own, which needs a link.
 pub fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
     let inside = namespace.run(congestion::default)?;
     let legs = LegConfig::new(options.legs(), &inside);

@@ -52,7 +52,7 @@ impl Proxy {
     /// Sets everything up. `cgroup` is the control group of this process, or why there is none.
     ///
     /// # Errors
-    /// Whatever keeps it from starting, as one line for the user.
+    /// The first thing that keeps it from starting, as one line for the user.
     pub async fn start(options: &Options, cgroup: Result<OwnCgroup>, namespaces: Namespaces) -> Result<Self> {
         let checked = Checked::new(options, &namespaces).await?;
         let loaded = checked.load(options, cgroup, namespaces).await?;
@@ -94,7 +94,7 @@ impl Standing {
     }
 }
 
-/// What the start found on this host.
+/// The options, checked against this host.
 struct Checked {
     interfaces: Interfaces,
     directory: Directory,
@@ -103,7 +103,7 @@ struct Checked {
     legs: LegConfig,
     rate_control: Result<RateControl>,
     links: Arc<Links>,
-    /// Most flows, and most pipes.
+    /// Flows that there may be at once; the pipes are for their relays.
     limit: u32,
     pipes: usize,
     keeper: Keeper,
@@ -163,7 +163,7 @@ impl Checked {
         for device in [&clients, &servers] {
             device.namespace().run(privileges::drop_loading)?;
         }
-        // They make the server legs.
+        // Server legs are made on these threads.
         let workers = servers.namespace().run(|| start_workers(options))?;
         let mut attachments = Attachments::new(self.standing.is_after(), self.directory.clone());
         // Before any socket: the kernel closes a dead process's descriptors from the highest to the lowest, and the resets of
@@ -206,7 +206,7 @@ fn start_workers(options: &Options) -> Result<Workers> {
     Workers::start(threads).context("cannot start the worker threads")
 }
 
-/// What is there before the first connection.
+/// Devices, programs, threads and listeners before the first connection, in the order in which they are taken down.
 struct Loaded {
     listeners: Listeners,
     attachments: Attachments,
@@ -294,14 +294,14 @@ impl Loaded {
     }
 }
 
-/// A proxy that intercepts, perhaps beside another instance that does.
+/// A proxy that intercepts. After another instance, that one intercepts too until it hands its claims over.
 struct Live {
     proxy: Proxy,
     standing: Standing,
 }
 
 impl Live {
-    /// Has the claims for good, from the other instance if there is one, and is ready.
+    /// Requests the claims from the other instance, if there is one, and is ready.
     async fn settle(self, options: &Options) -> Result<Proxy> {
         let Self { mut proxy, standing } = self;
         let claims = match standing {
@@ -318,7 +318,7 @@ impl Live {
     }
 }
 
-/// Gets the claims of the instance before.
+/// Takes the claims over. Open flows stay with the other instance.
 async fn take_over(predecessor: Predecessor, proxy: &mut Proxy, options: &Options) -> Result<Claims> {
     let process = predecessor.process;
     let claims = predecessor.take_over().await?;

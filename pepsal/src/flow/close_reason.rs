@@ -1,4 +1,4 @@
-//! Why flows end: what is logged and counted of it.
+//! The reasons for which flows end, as they are logged and counted.
 
 use std::io;
 

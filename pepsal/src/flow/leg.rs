@@ -63,7 +63,7 @@ impl Leg {
         &self.stream
     }
 
-    /// Notes that the leg was given bytes to send.
+    /// Notes that bytes were written to the leg.
     pub(super) fn wrote(&self, bytes: usize) {
         if let Some(membership) = &self.membership {
             membership.wrote(bytes);

@@ -1,4 +1,4 @@
-//! How legs are made: what the operator chose, and what the sockets of both legs get.
+//! How legs are made: the operator's options, and the socket options that follow.
 
 use std::{net::SocketAddr, os::fd::BorrowedFd, time::Duration};
 
@@ -20,7 +20,7 @@ use crate::{
 /// When an idle peer is first asked whether it is still there; how often then, and how often in vain, is the host's to say.
 const KEEPALIVE: Duration = Duration::from_secs(600);
 
-/// What the operator chooses of legs.
+/// The operator's options for legs.
 #[derive(Debug, Clone)]
 pub struct LegOptions {
     /// Whose address server legs have.

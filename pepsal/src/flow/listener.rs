@@ -40,7 +40,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// The sockets, for the map that new connections are given to them by.
+    /// Returns the sockets, for the programs' map of listeners.
     pub fn descriptors(&self) -> ListenerPair<'_> {
         ListenerPair {
             v4: self.v4.as_fd(),

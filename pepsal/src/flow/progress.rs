@@ -1,4 +1,4 @@
-//! What a flow has carried, and when.
+//! Bytes that a flow has carried, and the time of the last one.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},

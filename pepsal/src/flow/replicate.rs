@@ -1,4 +1,4 @@
-//! What of the client's SYN is on the server leg's.
+//! Carries parts of the client's SYN over to the server leg's.
 
 use clap::ValueEnum;
 use pepsal_ebpf::SynRecord;
@@ -33,7 +33,7 @@ pub enum Replicate {
     None,
 }
 
-/// What of every client's SYN is set on the server leg's socket.
+/// The parts of a client's SYN that are set on the server leg's socket.
 #[derive(Debug, Clone)]
 pub struct Replication {
     /// The differentiated services code point, which goes to the client leg too.

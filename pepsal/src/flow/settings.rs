@@ -1,4 +1,4 @@
-//! What flows go by: a reload changes it for flows that start later.
+//! Settings of flows. A reload changes them for flows that start later.
 
 use std::time::Duration;
 

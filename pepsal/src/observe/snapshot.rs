@@ -58,13 +58,13 @@ impl Snapshot {
 
 /// The snapshots of a daemon.
 pub struct Snapshots {
-    /// What they are taken of.
+    /// The daemon that they are taken of.
     pub view: Arc<View>,
     latest: Latest<Snapshot>,
 }
 
 impl Snapshots {
-    /// Those of a daemon.
+    /// Snapshots of a daemon; none is taken yet.
     pub fn new(view: Arc<View>) -> Self {
         Self {
             view,

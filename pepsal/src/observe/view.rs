@@ -1,4 +1,4 @@
-//! What others may see of the running daemon.
+//! The running daemon, as far as others may see it.
 
 use std::{
     sync::{

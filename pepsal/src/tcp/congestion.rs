@@ -1,4 +1,4 @@
-//! Congestion controls: what matters of them here, which ones this kernel has, and which one sockets get.
+//! Congestion controls: their kinds, those that this kernel has, and the default of sockets.
 
 use std::{fmt, fs, io};
 

@@ -1,4 +1,4 @@
-//! What was found of one thing.
+//! A finding of `pepsal doctor`.
 
 use serde::Serialize;
 
@@ -30,7 +30,7 @@ pub struct Finding {
 }
 
 impl Finding {
-    /// What is as it should be.
+    /// A check that passed.
     pub fn ok(check: &'static str, what: impl Into<String>) -> Self {
         Self {
             check,
@@ -40,7 +40,7 @@ impl Finding {
         }
     }
 
-    /// What was found, and the command that mends it.
+    /// A check that did not pass, and the command that mends it.
     pub fn new(
         check: &'static str,
         severity: Severity,
@@ -55,7 +55,7 @@ impl Finding {
         }
     }
 
-    /// What could not be looked at.
+    /// A check that could not be made.
     pub fn unknown(check: &'static str, why: impl Into<String>) -> Self {
         Self::new(check, Severity::Note, why, None)
     }

@@ -1,4 +1,4 @@
-//! What `pepsal top` shows, and what its keys do.
+//! The state of `pepsal top`, and its keys.
 
 use std::time::Duration;
 

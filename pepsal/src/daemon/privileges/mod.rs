@@ -20,8 +20,8 @@ mod filter;
 
 use crate::daemon::privileges::filter::Phase;
 
-/// What is kept for as long as the daemon runs; [`crate::host::requirements`] refuses to start without. Linux 5.19 and newer want no
-/// more for the maps and links of programs that are loaded, whatever `kernel.unprivileged_bpf_disabled` is.
+/// What is kept for as long as the daemon runs; [`crate::host::requirements`] refuses to start without. Linux 5.19 and newer
+/// want no more for the maps and links of programs that are loaded, whatever `kernel.unprivileged_bpf_disabled` is.
 const KEPT: [Capability; 3] = [
     Capability::CAP_NET_ADMIN,
     Capability::CAP_NET_RAW,
