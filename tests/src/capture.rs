@@ -87,6 +87,10 @@ pub struct Segment {
     pub destination: SocketAddr,
     /// The control bits of RFC 9293, section 3.1.
     pub flags: u8,
+    /// Sequence number.
+    pub sequence: u32,
+    /// IPv4 type of service or IPv6 traffic class.
+    pub traffic_class: u8,
     /// The receive window, not scaled.
     pub window: u16,
     /// The window scale option of a SYN (RFC 7323).
@@ -139,6 +143,8 @@ impl Segment {
             source: (packet.source(), word(tcp, 0)).into(),
             destination: (packet.destination(), word(tcp, 2)).into(),
             flags: tcp[13],
+            sequence: u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]),
+            traffic_class: packet.traffic_class(),
             window: word(tcp, 14),
             window_scale: None,
             mss: None,

@@ -9,6 +9,10 @@ use crate::netns::Namespace;
 /// One TCP socket of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leg {
+    /// State of the connection, as `ss` names it.
+    pub state: String,
+    /// Bytes that the peer has not acknowledged.
+    pub unacknowledged: u64,
     /// Its own address, which on a gateway may be anybody's.
     pub local: SocketAddr,
     /// Its peer's address.
@@ -55,7 +59,7 @@ impl Leg {
 
     fn parse(line: &str) -> Result<Self> {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let [_state, _received, _queued, local, peer, ..] = words[..] else {
+        let [state, _received, queued, local, peer, ..] = words[..] else {
             bail!("too few words");
         };
         let value = |prefix: &str| words.iter().find_map(|word| word.strip_prefix(prefix));
@@ -78,6 +82,8 @@ impl Leg {
             .map(|(_, cap)| cap.trim_end_matches("bps").parse())
             .transpose()?;
         Ok(Self {
+            state: state.to_owned(),
+            unacknowledged: queued.parse()?,
             local: local.parse()?,
             peer: peer.parse()?,
             // Named after the options that were negotiated and before the window scales, which always are here.

@@ -6,6 +6,15 @@ use anyhow::{Result, bail, ensure};
 
 use crate::capture::Segment;
 
+/// How a connection passes the gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// As two legs: a daemon has opened the one to the server.
+    Split,
+    /// As it came from the client.
+    Forwarded,
+}
+
 /// The IP and TCP headers of a SYN with all their options, as TCP_SAVED_SYN returns them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SavedSyn {
@@ -59,10 +68,13 @@ impl SavedSyn {
         self.bytes[if self.is_v4() { 8 } else { 7 }]
     }
 
-    /// Whether a pepsal sent it: its legs start with the gateway's [`GATEWAY_HOPS`](crate::topology::GATEWAY_HOPS), hosts of
-    /// the testbed with twice as many.
-    pub fn is_split(&self) -> bool {
-        self.ttl() <= crate::topology::GATEWAY_HOPS
+    /// Who sent it: pepsal's legs start with the gateway's [`GATEWAY_HOPS`](crate::topology::GATEWAY_HOPS), hosts of the
+    /// testbed with twice as many.
+    pub fn path(&self) -> Path {
+        match self.ttl() <= crate::topology::GATEWAY_HOPS {
+            true => Path::Split,
+            false => Path::Forwarded,
+        }
     }
 
     /// Source address.

@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::netns::Namespace;
 use crate::socket::{Accepted, Connector, Listener};
-use crate::syn::SavedSyn;
+use crate::syn::{Path, SavedSyn};
 use crate::topology::Family;
 
 /// Which way the payload goes, as the client sees it.
@@ -97,9 +97,9 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Whether pepsal connected to the server: [`SavedSyn::is_split`].
-    pub fn is_split(&self) -> bool {
-        self.syn.is_split()
+    /// Its path: [`SavedSyn::path`].
+    pub fn path(&self) -> Path {
+        self.syn.path()
     }
 }
 

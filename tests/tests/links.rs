@@ -1,177 +1,60 @@
 //! What is known of a link is on every leg that leaves through it, and on no other.
 
-use std::fmt::Debug;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr};
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use pepsal_tests::{
-    Accepted, Capture, Connector, Daemon, Exit, Family, Footprint, Leg, Link, LinkProfile, Listener,
-    Namespace, Segment, Server, Topology, Transfer, eventually,
+    Bed, Capture, Connection, Connector, Daemon, Family, Footprint, LAN, Leg, Link, LinkProfile, Namespace,
+    Network, PATIENCE, Segment, Side, Topology, Transfer, eventually,
 };
 use socket2::SockRef;
 
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Which leg of a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
-    /// The accepted one, towards the client.
-    Client,
-    /// The connected one, towards the server.
-    Server,
+/// A daemon of the client's side.
+fn start(arguments: &[&str]) -> Result<Bed> {
+    on(Topology::new()?, arguments)
 }
 
-impl Side {
-    const BOTH: [Self; 2] = [Self::Client, Self::Server];
-
-    /// The gateway's interface that its legs leave through.
-    fn interface(self) -> &'static str {
-        match self {
-            Self::Client => "lan0",
-            Self::Server => "sat0",
-        }
-    }
-
-    fn other(self) -> Self {
-        match self {
-            Self::Client => Self::Server,
-            Self::Server => Self::Client,
-        }
-    }
-
-    /// `--link` for this side's interface.
-    fn link(self, settings: &str) -> String {
-        format!("{},{settings}", self.interface())
-    }
+/// One that knows the link on a side.
+fn with_link(side: Side, settings: &str, arguments: &[&str]) -> Result<Bed> {
+    start(
+        &[
+            &["--link", &format!("{},{settings}", side.interface())],
+            arguments,
+        ]
+        .concat(),
+    )
 }
 
-/// Client, gateway and server, and a daemon that splits the client's connections.
-struct Scene {
-    daemon: Daemon,
-    topology: Topology,
-    listeners: [Listener; 2],
+fn on(topology: Topology, arguments: &[&str]) -> Result<Bed> {
+    // Neither what links are told to use here nor what is derived for them, so that it shows who chose.
+    on_default("reno", topology, arguments)
 }
 
-impl Scene {
-    fn new(arguments: &[&str]) -> Result<Self> {
-        Self::on(Topology::new()?, arguments)
-    }
-
-    /// A scene whose daemon knows the link on one side.
-    fn with_link(side: Side, settings: &str, arguments: &[&str]) -> Result<Self> {
-        let link = side.link(settings);
-        Self::new(&[&["--link", &link], arguments].concat())
-    }
-
-    fn on(topology: Topology, arguments: &[&str]) -> Result<Self> {
-        // Neither what links are told to use here nor what is derived for them, so that it shows who chose.
-        Self::on_default("reno", topology, arguments)
-    }
-
-    fn on_default(congestion: &str, topology: Topology, arguments: &[&str]) -> Result<Self> {
-        topology
-            .gateway
-            .sysctl("net.ipv4.tcp_congestion_control", congestion)?;
-        let listen = |family: Family| Listener::bind_any(&topology.server, family.server());
-        let listeners = [listen(Family::V4)?, listen(Family::V6)?];
-        let arguments = [&["-i", "lan0"], arguments].concat();
-        Ok(Self {
-            daemon: Daemon::start(&topology.gateway, &arguments)?,
-            topology,
-            listeners,
-        })
-    }
-
-    fn listener(&self, family: Family) -> &Listener {
-        match family {
-            Family::V4 => &self.listeners[0],
-            Family::V6 => &self.listeners[1],
-        }
-    }
-
-    fn address(&self, family: Family) -> SocketAddr {
-        (family.server(), self.listener(family).port()).into()
-    }
-
-    /// A connection that carries nothing yet.
-    fn open(&self, family: Family) -> Result<Flow> {
-        self.open_by(&Connector::default(), family)
-    }
-
-    fn open_by(&self, connector: &Connector, family: Family) -> Result<Flow> {
-        let client = connector.connect(&self.topology.client, self.address(family))?;
-        let server = self.listener(family).accept(PATIENCE)?;
-        assert!(server.is_split(), "it is split");
-        Ok(Flow { client, server })
-    }
-
-    /// A leg as it is now, if it is there.
-    fn leg(&self, flow: &Flow, side: Side) -> Result<Option<Leg>> {
-        // Server legs with the gateway's address are the host's.
-        let legs = [self.daemon.legs()?, Leg::all(&self.topology.gateway)?].concat();
-        let (client, server) = (flow.client.local_addr()?, flow.client.peer_addr()?);
-        Ok(legs.into_iter().find(|leg| match side {
-            Side::Client => (leg.local, leg.peer) == (server, client),
-            Side::Server => (leg.local, leg.peer) == (flow.server.peer, server),
-        }))
-    }
-
-    /// Waits until a leg has the property that it should have, and fails with the one that it has instead.
-    #[track_caller]
-    fn expect<T: PartialEq + Debug>(
-        &self,
-        flow: &Flow,
-        side: Side,
-        property: impl Fn(&Leg) -> T,
-        expected: T,
-    ) {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let leg = self.leg(flow, side).expect("ss shows legs");
-            let seen = leg.as_ref().map(&property);
-            if seen.as_ref() == Some(&expected) {
-                return;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "{side:?} leg: {seen:?} instead of {expected:?}: {leg:?}"
-            );
-            thread::sleep(Duration::from_millis(10));
-        }
-    }
-}
-
-/// A connection with both its ends.
-struct Flow {
-    client: TcpStream,
-    server: Accepted,
-}
-
-impl Flow {
-    /// The end that a leg's data comes from, and the one that it goes to.
-    fn ends(&self, side: Side) -> [&TcpStream; 2] {
-        match side {
-            Side::Client => [&self.server.stream, &self.client],
-            Side::Server => [&self.client, &self.server.stream],
-        }
-    }
+fn on_default(congestion: &str, topology: Topology, arguments: &[&str]) -> Result<Bed> {
+    topology
+        .gateway
+        .sysctl("net.ipv4.tcp_congestion_control", congestion)?;
+    Bed::on(topology, &[LAN, arguments].concat())
 }
 
 /// A flow that sends on one of its legs for as long as it is there, as fast as it can.
 struct Bulk {
-    flow: Flow,
+    flow: Connection,
     threads: [JoinHandle<()>; 2],
 }
 
 impl Bulk {
-    fn start(flow: Flow, side: Side) -> Result<Self> {
-        let [from, to] = flow.ends(side);
-        let (mut from, mut to) = (from.try_clone()?, to.try_clone()?);
+    fn start(flow: Connection, side: Side) -> Result<Self> {
+        let (client, server) = (flow.client.try_clone()?, flow.server.try_clone()?);
+        let (mut from, mut to) = match side {
+            Side::Client => (server, client),
+            Side::Server => (client, server),
+        };
         let threads = [
             thread::spawn(move || while from.write_all(&[0; 16_384]).is_ok() {}),
             thread::spawn(move || _ = io::copy(&mut to, &mut io::sink())),
@@ -181,7 +64,7 @@ impl Bulk {
 
     /// Ends it by a reset from both its ends.
     fn end(self) -> Result<()> {
-        for stream in [&self.flow.client, &self.flow.server.stream] {
+        for stream in [&self.flow.client, &self.flow.server] {
             SockRef::from(stream).set_linger(Some(Duration::ZERO))?;
             // One may have been reset by the other already.
             let _ = stream.shutdown(Shutdown::Both);
@@ -204,11 +87,11 @@ fn legs_through_the_link_start_with_its_initial_window() -> Result<()> {
         (Side::Server, "cc=cubic", &["--source", "gateway"]),
     ] {
         let settings = format!("rate=20mbit,rtt=100ms,iw=64KiB,{settings}");
-        let scene = Scene::with_link(side, &settings, arguments)?;
+        let bed = with_link(side, &settings, arguments)?;
         for family in Family::BOTH {
-            let flow = scene.open(family)?;
-            scene.expect(&flow, side, |leg| leg.window == 65_536 / leg.mss, true);
-            scene.expect(&flow, side.other(), |leg| leg.window, 10);
+            let flow = bed.flow(family)?;
+            bed.expect(&flow, side, |leg| leg.window == 65_536 / leg.mss, true);
+            bed.expect(&flow, side.other(), |leg| leg.window, 10);
         }
     }
     Ok(())
@@ -216,9 +99,9 @@ fn legs_through_the_link_start_with_its_initial_window() -> Result<()> {
 
 #[test]
 fn initial_window_is_what_the_pacing_rate_sends_in_a_round_trip() -> Result<()> {
-    let scene = Scene::with_link(Side::Server, "rate=20mbit,pacing=16mbit,rtt=100ms,cc=cubic", &[])?;
-    let flow = scene.open(Family::V4)?;
-    scene.expect(&flow, Side::Server, |leg| leg.window, 200_000 / 1448);
+    let bed = with_link(Side::Server, "rate=20mbit,pacing=16mbit,rtt=100ms,cc=cubic", &[])?;
+    let flow = bed.flow(Family::V4)?;
+    bed.expect(&flow, Side::Server, |leg| leg.window, 200_000 / 1448);
     Ok(())
 }
 
@@ -227,11 +110,11 @@ fn initial_window_is_what_the_pacing_rate_sends_in_a_round_trip() -> Result<()> 
 fn where_bbr_is_the_default_short_legs_go_without() -> Result<()> {
     let far = LinkProfile::symmetric(50_000_000, Duration::from_millis(100), 0.0);
     let topology = Topology::builder().link(Link::Emulated(far)).build()?;
-    let scene = Scene::on_default("bbr", topology, &[])?;
+    let bed = on_default("bbr", topology, &[])?;
     for family in Family::BOTH {
-        let flow = scene.open(family)?;
-        scene.expect(&flow, Side::Client, |leg| leg.congestion.clone(), "cubic".into());
-        scene.expect(&flow, Side::Server, |leg| leg.congestion.clone(), "bbr".into());
+        let flow = bed.flow(family)?;
+        bed.expect(&flow, Side::Client, |leg| leg.congestion.clone(), "cubic".into());
+        bed.expect(&flow, Side::Server, |leg| leg.congestion.clone(), "bbr".into());
     }
     Ok(())
 }
@@ -282,21 +165,21 @@ fn congestion_control_is_the_links_the_sides_everyones_or_derived_in_this_order(
         ),
         (&["--link", plain, "-C", "cubic"], "cubic", "cubic"),
     ] {
-        let scene = Scene::new(arguments).with_context(|| arguments.join(" "))?;
-        let flow = scene.open(Family::V4)?;
+        let bed = start(arguments).with_context(|| arguments.join(" "))?;
+        let flow = bed.flow(Family::V4)?;
         for (side, congestion) in [(Side::Client, client), (Side::Server, server)] {
-            scene.expect(&flow, side, |leg| leg.congestion.clone(), congestion.to_owned());
+            bed.expect(&flow, side, |leg| leg.congestion.clone(), congestion.to_owned());
         }
     }
     // What is derived depends on the kernel; the daemon says at its start what it is.
-    let scene = Scene::new(&["--link", plain])?;
-    let log = scene.daemon.log();
+    let bed = start(&["--link", plain])?;
+    let log = bed.daemon.log();
     let (_, derived) = rows(&log)
         .find(|(name, _)| name == "congestion")
         .context(log.clone())?;
-    let flow = scene.open(Family::V4)?;
-    scene.expect(&flow, Side::Server, |leg| leg.congestion.clone(), derived.value);
-    scene.expect(&flow, Side::Client, |leg| leg.congestion.clone(), "reno".into());
+    let flow = bed.flow(Family::V4)?;
+    bed.expect(&flow, Side::Server, |leg| leg.congestion.clone(), derived.value);
+    bed.expect(&flow, Side::Client, |leg| leg.congestion.clone(), "reno".into());
     Ok(())
 }
 
@@ -306,15 +189,15 @@ const SHARED: &str = "rate=10mbit,pacing=8mbit,rtt=50ms,cc=cubic";
 #[test]
 fn pacing_rate_is_divided_anew_as_flows_come_and_go() -> Result<()> {
     for side in Side::BOTH {
-        let scene = Scene::with_link(side, SHARED, &[])?;
-        let first = Bulk::start(scene.open(Family::V4)?, side)?;
-        scene.expect(&first.flow, side, |leg| leg.pacing_bps, Some(8_000_000));
-        let second = Bulk::start(scene.open(Family::V6)?, side)?;
+        let bed = with_link(side, SHARED, &[])?;
+        let first = Bulk::start(bed.flow(Family::V4)?, side)?;
+        bed.expect(&first.flow, side, |leg| leg.pacing_bps, Some(8_000_000));
+        let second = Bulk::start(bed.flow(Family::V6)?, side)?;
         for bulk in [&first, &second] {
-            scene.expect(&bulk.flow, side, |leg| leg.pacing_bps, Some(4_000_000));
+            bed.expect(&bulk.flow, side, |leg| leg.pacing_bps, Some(4_000_000));
         }
         second.end()?;
-        scene.expect(&first.flow, side, |leg| leg.pacing_bps, Some(8_000_000));
+        bed.expect(&first.flow, side, |leg| leg.pacing_bps, Some(8_000_000));
         first.end()?;
     }
     Ok(())
@@ -322,16 +205,16 @@ fn pacing_rate_is_divided_anew_as_flows_come_and_go() -> Result<()> {
 
 #[test]
 fn idle_flow_costs_the_others_nothing() -> Result<()> {
-    let scene = Scene::with_link(Side::Server, SHARED, &[])?;
-    let bulk = Bulk::start(scene.open(Family::V4)?, Side::Server)?;
-    scene.expect(&bulk.flow, Side::Server, |leg| leg.pacing_bps, Some(8_000_000));
-    let idle = scene.open(Family::V4)?;
-    scene.expect(&idle, Side::Server, |leg| leg.pacing_bps, Some(4_000_000));
+    let bed = with_link(Side::Server, SHARED, &[])?;
+    let bulk = Bulk::start(bed.flow(Family::V4)?, Side::Server)?;
+    bed.expect(&bulk.flow, Side::Server, |leg| leg.pacing_bps, Some(8_000_000));
+    let idle = bed.flow(Family::V4)?;
+    bed.expect(&idle, Side::Server, |leg| leg.pacing_bps, Some(4_000_000));
     // Long enough for the rate to have been divided some times more.
-    let sent = || -> Result<u64> { Ok(scene.leg(&bulk.flow, Side::Server)?.context("it is there")?.sent) };
+    let sent = || -> Result<u64> { Ok(bed.leg(&bulk.flow, Side::Server)?.context("it is there")?.sent) };
     let before = sent()?;
     eventually(PATIENCE, || sent().is_ok_and(|now| now > before + 500_000));
-    scene.expect(&bulk.flow, Side::Server, |leg| leg.pacing_bps, Some(8_000_000));
+    bed.expect(&bulk.flow, Side::Server, |leg| leg.pacing_bps, Some(8_000_000));
     bulk.end()
 }
 
@@ -339,16 +222,16 @@ fn idle_flow_costs_the_others_nothing() -> Result<()> {
 fn pacing_rate_can_be_divided_by_dscp() -> Result<()> {
     /// Class selector 3 (RFC 2474), as a traffic class.
     const CS3: u8 = 3 << 5;
-    let scene = Scene::with_link(Side::Server, &format!("{SHARED},weights=dscp"), &[])?;
+    let bed = with_link(Side::Server, &format!("{SHARED},weights=dscp"), &[])?;
     let urgent = Connector {
         traffic_class: CS3,
         ..Connector::default()
     };
     for family in Family::BOTH {
-        let light = Bulk::start(scene.open(family)?, Side::Server)?;
-        let heavy = Bulk::start(scene.open_by(&urgent, family)?, Side::Server)?;
-        scene.expect(&light.flow, Side::Server, |leg| leg.pacing_bps, Some(1_600_000));
-        scene.expect(&heavy.flow, Side::Server, |leg| leg.pacing_bps, Some(6_400_000));
+        let light = Bulk::start(bed.flow(family)?, Side::Server)?;
+        let heavy = Bulk::start(bed.open_by(&urgent, family)?.split()?, Side::Server)?;
+        bed.expect(&light.flow, Side::Server, |leg| leg.pacing_bps, Some(1_600_000));
+        bed.expect(&heavy.flow, Side::Server, |leg| leg.pacing_bps, Some(6_400_000));
         light.end()?;
         heavy.end()?;
     }
@@ -369,15 +252,15 @@ fn legs_through_other_interfaces_are_as_without_a_link() -> Result<()> {
         } = leg.clone();
         (congestion, window, pacing_bps, receive_buffer, send_buffer, mss)
     };
-    let plain = Scene::new(&[])?;
+    let plain = start(&[])?;
     for side in Side::BOTH {
-        let scene = Scene::with_link(side.other(), "rate=20mbit,rtt=100ms,mss=1200", &[])?;
+        let bed = with_link(side.other(), "rate=20mbit,rtt=100ms,mss=1200", &[])?;
         for family in Family::BOTH {
             let flow = plain.open(family)?;
             let leg = plain.leg(&flow, side)?.context("it is there")?;
             assert_eq!(leg.pacing_bps, None);
-            let flow = scene.open(family)?;
-            scene.expect(&flow, side, untouched, untouched(&leg));
+            let flow = bed.flow(family)?;
+            bed.expect(&flow, side, untouched, untouched(&leg));
         }
     }
     Ok(())
@@ -395,18 +278,18 @@ fn first_window(segments: &[Segment], leg: SocketAddr) -> Option<(u64, u8)> {
 fn receive_window_covers_the_links_product_from_the_first_segment_on() -> Result<()> {
     const WINDOW: u64 = 1 << 20;
     for side in Side::BOTH {
-        let scene = Scene::with_link(side, "rate=20mbit,rtt=100ms,rcvbuf=1MiB", &[])?;
+        let bed = with_link(side, "rate=20mbit,rtt=100ms,rcvbuf=1MiB", &[])?;
         for family in Family::BOTH {
             let captures = [
-                Capture::start(&scene.topology.client, "eth0")?,
-                Capture::start(&scene.topology.server, "eth0")?,
+                Capture::start(&bed.topology.client, "eth0")?,
+                Capture::start(&bed.topology.server, "eth0")?,
             ];
-            let mut flow = scene.open(family)?;
+            let mut flow = bed.flow(family)?;
             // The accepted leg acknowledges this; the connected one has acknowledged the handshake.
             flow.client.write_all(b"question")?;
             let mut question = [0; 8];
-            flow.server.stream.read_exact(&mut question)?;
-            let legs = [flow.client.peer_addr()?, flow.server.peer];
+            flow.server.read_exact(&mut question)?;
+            let legs = [flow.client.peer_addr()?, flow.peer];
             let windows = Side::BOTH.map(|at| {
                 let (capture, leg) = (&captures[at as usize], legs[at as usize]);
                 let mut window = None;
@@ -433,12 +316,12 @@ fn receive_window_covers_the_links_product_from_the_first_segment_on() -> Result
 #[test]
 fn buffers_are_the_links() -> Result<()> {
     for side in Side::BOTH {
-        let scene = Scene::with_link(side, "rate=20mbit,rtt=100ms,rcvbuf=1MiB,sndbuf=2MiB", &[])?;
+        let bed = with_link(side, "rate=20mbit,rtt=100ms,rcvbuf=1MiB,sndbuf=2MiB", &[])?;
         for family in Family::BOTH {
-            let flow = scene.open(family)?;
+            let flow = bed.flow(family)?;
             // The kernel doubles them, for its bookkeeping.
             let buffers = |leg: &Leg| (leg.receive_buffer, leg.send_buffer);
-            scene.expect(&flow, side, buffers, (2 << 20, 4 << 20));
+            bed.expect(&flow, side, buffers, (2 << 20, 4 << 20));
         }
     }
     Ok(())
@@ -452,19 +335,19 @@ fn both_ends_of_a_leg_are_told_the_links_segment_size() -> Result<()> {
         (Side::Client, &["-m", "1300"]),
         (Side::Server, &["-m", "1300"]),
     ] {
-        let scene = Scene::with_link(side, "rate=20mbit,rtt=100ms,mss=1200", arguments)?;
+        let bed = with_link(side, "rate=20mbit,rtt=100ms,mss=1200", arguments)?;
         for family in Family::BOTH {
-            let capture = Capture::start(&scene.topology.client, "eth0")?;
-            let flow = scene.open(family)?;
+            let capture = Capture::start(&bed.topology.client, "eth0")?;
+            let flow = bed.flow(family)?;
             let segments = capture.segments()?;
             let answer = segments.iter().find(|segment| segment.is_syn_ack());
             let announced = match side {
                 Side::Client => answer.context("the client was answered")?.mss,
-                Side::Server => flow.server.syn.segment().mss,
+                Side::Server => flow.syn.segment().mss,
             };
             assert_eq!(announced, Some(1200), "{side:?} {family:?} {arguments:?}");
             // Less 12 bytes for the timestamps.
-            scene.expect(&flow, side, |leg| leg.mss, 1188);
+            bed.expect(&flow, side, |leg| leg.mss, 1188);
         }
     }
     Ok(())
@@ -494,18 +377,18 @@ fn is_group(group: &str) -> Result<bool> {
 #[test]
 fn control_group_is_the_daemons_own_and_goes_with_it() -> Result<()> {
     let link = ["-i", "lan0", "--link", "sat0,rate=20mbit,rtt=100ms"];
-    let topology = Topology::new()?;
-    let daemon = Daemon::start(&topology.gateway, &link)?;
+    let network = Network::new()?;
+    let daemon = network.start(&link)?;
     let group = own_group(&daemon)?;
     assert!(group.ends_with(&format!("/pepsal.{}", daemon.pid())), "{group}");
     assert!(is_group(&group)?);
     daemon.terminate()?;
     assert!(!is_group(&group)?, "after SIGTERM");
 
-    let daemon = Daemon::start(&topology.gateway, &link)?;
+    let daemon = network.start(&link)?;
     let group = own_group(&daemon)?;
     daemon.kill()?;
-    let daemon = Daemon::start(&topology.gateway, &link)?;
+    let daemon = network.start(&link)?;
     assert!(!is_group(&group)?, "after SIGKILL and a new start");
     assert!(is_group(&own_group(&daemon)?)?, "the new one's");
     Ok(())
@@ -513,17 +396,12 @@ fn control_group_is_the_daemons_own_and_goes_with_it() -> Result<()> {
 
 #[test]
 fn without_control_groups_one_line_says_so_and_the_rest_of_the_profile_holds() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let arguments = [
-        "-i",
-        "lan0",
-        "--link",
-        "sat0,rate=20mbit,pacing=16mbit,rtt=100ms,cc=cubic",
-    ];
-    let daemon = Daemon::command(&topology.gateway, &arguments)?;
+    let network = Network::new()?;
+    let gateway = &network.topology.gateway;
+    let link = ["--link", "sat0,rate=20mbit,pacing=16mbit,rtt=100ms,cc=cubic"];
+    let daemon = Daemon::command(gateway, &[LAN, &link].concat())?;
     // It may not make a group below the one that it is in.
-    let mut hidden = topology.gateway.command("setpriv");
+    let mut hidden = gateway.command("setpriv");
     let capabilities = "+net_bind_service,+net_admin,+net_raw,+perfmon,+bpf,+sys_admin";
     hidden.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"]);
     hidden.args([
@@ -531,31 +409,22 @@ fn without_control_groups_one_line_says_so_and_the_rest_of_the_profile_holds() -
         format!("--ambient-caps=-all,{capabilities}"),
     ]);
     hidden.arg(daemon.get_program()).args(daemon.get_args());
-    let scene = Scene {
-        listeners: [Family::V4, Family::V6].map(|family| {
-            Listener::bind_any(&topology.server, family.server()).expect("the port is the kernel's choice")
-        }),
+    let bed = Bed {
         daemon: Daemon::start_command(hidden)?,
-        topology,
+        network,
     };
     for family in Family::BOTH {
-        let flow = scene.open(family)?;
-        scene.expect(&flow, Side::Server, |leg| leg.pacing_bps, Some(16_000_000));
-        scene.expect(
+        let flow = bed.flow(family)?;
+        bed.expect(&flow, Side::Server, |leg| leg.pacing_bps, Some(16_000_000));
+        bed.expect(
             &flow,
             Side::Server,
             |leg| (leg.congestion.clone(), leg.window),
             ("cubic".into(), 10),
         );
-        for transfer in [Transfer::upload(500_000), Transfer::download(500_000)] {
-            assert!(
-                transfer
-                    .run(&scene.topology.client, server.address(family))?
-                    .intact
-            );
-        }
     }
-    let log = scene.daemon.terminate()?.log;
+    bed.splits()?;
+    let log = bed.daemon.terminate()?.log;
     assert_eq!(
         log.matches("the kernel's initial window: cannot make /").count(),
         1,
@@ -590,10 +459,10 @@ impl<'a> Outage<'a> {
 #[test]
 fn leg_is_given_up_after_the_user_timeout() -> Result<()> {
     let settings = "rate=20mbit,rtt=20ms,rto-max=1s,user-timeout=3s";
-    let scene = Scene::with_link(Side::Server, settings, &[])?;
+    let bed = with_link(Side::Server, settings, &[])?;
     for family in Family::BOTH {
-        let mut flow = scene.open(family)?;
-        let outage = Outage::begin(&scene.topology)?;
+        let mut flow = bed.flow(family)?;
+        let outage = Outage::begin(&bed.topology)?;
         let start = Instant::now();
         flow.client.write_all(b"lost")?;
         flow.client.set_read_timeout(Some(PATIENCE))?;
@@ -610,11 +479,11 @@ fn leg_is_given_up_after_the_user_timeout() -> Result<()> {
 
 #[test]
 fn outage_shorter_than_the_user_timeout_breaks_no_flow() -> Result<()> {
-    let scene = Scene::with_link(Side::Server, "rate=20mbit,rtt=20ms,rto-max=1s", &[])?;
+    let bed = with_link(Side::Server, "rate=20mbit,rtt=20ms,rto-max=1s", &[])?;
     // With these the number of tries comes to 4 s.
-    scene.topology.gateway.sysctl("net.ipv4.tcp_retries2", 5)?;
-    let flows = [scene.open(Family::V4)?, scene.open(Family::V6)?];
-    let outage = Outage::begin(&scene.topology)?;
+    bed.topology.gateway.sysctl("net.ipv4.tcp_retries2", 5)?;
+    let flows = [bed.flow(Family::V4)?, bed.flow(Family::V6)?];
+    let outage = Outage::begin(&bed.topology)?;
     for flow in &flows {
         (&flow.client).write_all(b"late")?;
     }
@@ -622,10 +491,10 @@ fn outage_shorter_than_the_user_timeout_breaks_no_flow() -> Result<()> {
     outage.end()?;
     for flow in &flows {
         let mut received = [0; 4];
-        flow.server.stream.set_read_timeout(Some(PATIENCE))?;
-        (&flow.server.stream).read_exact(&mut received)?;
+        flow.server.set_read_timeout(Some(PATIENCE))?;
+        (&flow.server).read_exact(&mut received)?;
         assert_eq!(&received, b"late");
-        (&flow.server.stream).write_all(b"back")?;
+        (&flow.server).write_all(b"back")?;
         flow.client.set_read_timeout(Some(PATIENCE))?;
         (&flow.client).read_exact(&mut received)?;
         assert_eq!(&received, b"back");
@@ -635,9 +504,9 @@ fn outage_shorter_than_the_user_timeout_breaks_no_flow() -> Result<()> {
 
 #[test]
 fn closed_window_is_no_outage() -> Result<()> {
-    let scene = Scene::with_link(Side::Server, "rate=20mbit,rtt=20ms,user-timeout=1s", &[])?;
+    let bed = with_link(Side::Server, "rate=20mbit,rtt=20ms,user-timeout=1s", &[])?;
     for family in Family::BOTH {
-        let flow = scene.open(family)?;
+        let flow = bed.flow(family)?;
         flow.client.set_write_timeout(Some(Duration::from_secs(1)))?;
         let mut written = 0;
         while let Ok(bytes) = (&flow.client).write(&[1; 65_536]) {
@@ -646,8 +515,8 @@ fn closed_window_is_no_outage() -> Result<()> {
         // The kernel would count from the first window probe that finds nothing in flight.
         thread::sleep(Duration::from_secs(5));
         flow.client.shutdown(Shutdown::Write)?;
-        flow.server.stream.set_read_timeout(Some(PATIENCE))?;
-        let received = io::copy(&mut &flow.server.stream, &mut io::sink())?;
+        flow.server.set_read_timeout(Some(PATIENCE))?;
+        let received = io::copy(&mut &flow.server, &mut io::sink())?;
         assert_eq!(received, written);
     }
     Ok(())
@@ -832,33 +701,31 @@ fn eager() -> Connector {
     }
 }
 
-impl Scene {
-    /// A request and its answer over a connection of their own, made by an eager client.
-    fn ask(&self, family: Family) -> Result<Flow> {
-        let mut client = eager().connect(&self.topology.client, self.address(family))?;
-        client.write_all(REQUEST)?;
-        let mut server = self.listener(family).accept(PATIENCE)?;
-        let mut request = [0; REQUEST.len()];
-        server.stream.read_exact(&mut request)?;
-        ensure!(request == REQUEST, "what arrives is not what was sent");
-        server.stream.write_all(ANSWER)?;
-        let mut answer = [0; ANSWER.len()];
-        client.read_exact(&mut answer)?;
-        ensure!(answer == ANSWER, "what comes back is not what was sent");
-        Ok(Flow { client, server })
-    }
+/// A request and its answer over a connection of their own, made by an eager client.
+fn ask(network: &Network, family: Family) -> Result<Connection> {
+    let mut client = eager().connect(&network.topology.client, network.address(family))?;
+    client.write_all(REQUEST)?;
+    let mut flow = Connection::new(client, network.listener(family).accept(PATIENCE)?);
+    let mut request = [0; REQUEST.len()];
+    flow.server.read_exact(&mut request)?;
+    ensure!(request == REQUEST, "what arrives is not what was sent");
+    flow.server.write_all(ANSWER)?;
+    let mut answer = [0; ANSWER.len()];
+    flow.client.read_exact(&mut answer)?;
+    ensure!(answer == ANSWER, "what comes back is not what was sent");
+    Ok(flow)
+}
 
-    /// Asks until the request is in the server's SYN: first every hop has to be given its cookie.
-    fn ask_in_syn(&self, family: Family) -> Result<Flow> {
-        // Client, gateway and router get theirs one after the other.
-        for _ in 0..4 {
-            let flow = self.ask(family)?;
-            if flow.server.syn.segment().payload_len == REQUEST.len() {
-                return Ok(flow);
-            }
+/// Asks until the request is in the server's SYN: first every hop has to be given its cookie.
+fn ask_in_syn(network: &Network, family: Family) -> Result<Connection> {
+    // Client, gateway and router get theirs one after the other.
+    for _ in 0..4 {
+        let flow = ask(network, family)?;
+        if flow.syn.segment().payload_len == REQUEST.len() {
+            return Ok(flow);
         }
-        bail!("no request in a SYN after as many connections as there are cookies")
     }
+    bail!("no request in a SYN after as many connections as there are cookies")
 }
 
 #[test]
@@ -868,11 +735,9 @@ fn request_in_the_clients_syn_is_carried_in_the_servers() -> Result<()> {
         &["-f", "--source", "gateway"],
         &["-f", "--link", "sat0,rate=20mbit,rtt=100ms"],
     ] {
-        let scene = Scene::on(fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?, arguments)?;
+        let bed = on(fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?, arguments)?;
         for family in Family::BOTH {
-            scene
-                .ask_in_syn(family)
-                .with_context(|| format!("{family:?} {arguments:?}"))?;
+            ask_in_syn(&bed, family).with_context(|| format!("{family:?} {arguments:?}"))?;
         }
     }
     Ok(())
@@ -880,14 +745,15 @@ fn request_in_the_clients_syn_is_carried_in_the_servers() -> Result<()> {
 
 #[test]
 fn requests_longer_than_a_syn_arrive_whole() -> Result<()> {
-    let topology = fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?;
-    let server = Server::start(&topology.server)?;
-    let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-f"])?;
+    let bed = Bed::on(
+        fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?,
+        &["-i", "lan0", "-f"],
+    )?;
     for family in Family::BOTH {
         let mut was_in_syn = false;
         for bytes in [100, 1_000, 10_000, 100_000, 1_000_000] {
             let upload = Transfer::upload(bytes).connector(eager());
-            let outcome = upload.run(&topology.client, server.address(family))?;
+            let outcome = upload.run(&bed.topology.client, bed.server.address(family))?;
             assert!(outcome.intact, "{family:?}, {bytes} bytes");
             was_in_syn |= outcome.syn.segment().payload_len > 0;
         }
@@ -898,11 +764,11 @@ fn requests_longer_than_a_syn_arrive_whole() -> Result<()> {
 
 #[test]
 fn server_without_fast_open_is_served_without() -> Result<()> {
-    let scene = Scene::on(fast_open(Topology::new()?, NO_FAST_OPEN)?, &["-f"])?;
+    let bed = on(fast_open(Topology::new()?, NO_FAST_OPEN)?, &["-f"])?;
     for family in Family::BOTH {
         let mut asked_for_cookie = false;
         for _ in 0..4 {
-            let syn = scene.ask(family)?.server.syn.segment();
+            let syn = ask(&bed, family)?.syn.segment();
             assert_eq!(syn.payload_len, 0, "{family:?}");
             asked_for_cookie |= syn.fast_open;
         }
@@ -914,12 +780,12 @@ fn server_without_fast_open_is_served_without() -> Result<()> {
 #[test]
 fn fast_open_does_not_wait_for_clients_that_let_the_server_speak_first() -> Result<()> {
     let topology = fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?;
-    let scene = Scene::on(topology, &["-f", "--link", "sat0,rate=20mbit,rtt=100ms"])?;
+    let bed = on(topology, &["-f", "--link", "sat0,rate=20mbit,rtt=100ms"])?;
     for family in Family::BOTH {
         // With a cookie the gateway could put a SYN off until it has data.
-        scene.ask_in_syn(family)?;
-        let mut flow = scene.open(family)?;
-        flow.server.stream.write_all(ANSWER)?;
+        ask_in_syn(&bed, family)?;
+        let mut flow = bed.flow(family)?;
+        flow.server.write_all(ANSWER)?;
         let mut banner = [0; ANSWER.len()];
         flow.client.read_exact(&mut banner)?;
         assert_eq!(banner, ANSWER);
@@ -931,44 +797,34 @@ fn fast_open_does_not_wait_for_clients_that_let_the_server_speak_first() -> Resu
 fn leg_opened_with_data_starts_with_the_links_window() -> Result<()> {
     let topology = fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?;
     let link = "sat0,rate=20mbit,rtt=100ms,iw=64KiB,cc=cubic";
-    let scene = Scene::on(topology, &["-f", "--link", link])?;
+    let bed = on(topology, &["-f", "--link", link])?;
     for family in Family::BOTH {
-        let flow = scene.ask_in_syn(family)?;
+        let flow = ask_in_syn(&bed, family)?;
         // What was acknowledged may have opened it further.
-        scene.expect(&flow, Side::Server, |leg| leg.window >= 65_536 / leg.mss, true);
+        bed.expect(&flow, Side::Server, |leg| leg.window >= 65_536 / leg.mss, true);
     }
     Ok(())
 }
 
 #[test]
 fn refusal_of_a_request_in_a_syn_resets_the_client() -> Result<()> {
-    let scene = Scene::on(fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?, &["-f"])?;
+    let bed = on(fast_open(Topology::new()?, FAST_OPEN_FOR_ALL)?, &["-f"])?;
     for family in Family::BOTH {
-        scene.ask_in_syn(family)?;
+        ask_in_syn(&bed, family)?;
         let nobody = SocketAddr::new(family.server(), 9);
-        let mut client = eager().connect(&scene.topology.client, nobody)?;
+        let mut client = eager().connect(&bed.topology.client, nobody)?;
         client.write_all(REQUEST)?;
         let error = client.read(&mut [0]).expect_err("nobody listens there");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{family:?}");
     }
-    let exit = scene.daemon.terminate()?;
-    assert_eq!(count(&exit, "refused"), 2, "{}", exit.log);
+    let exit = bed.daemon.terminate()?;
+    assert_eq!(exit.counter("refused"), 2, "{}", exit.log);
     Ok(())
 }
 
-/// A number from the line about flows with which the daemon ends.
-fn count(exit: &Exit, name: &str) -> u64 {
-    let prefix = format!("{name}=");
-    let lines = exit.log.lines().filter(|line| line.contains("flows: "));
-    lines
-        .flat_map(str::split_whitespace)
-        .find_map(|word| word.strip_prefix(&prefix)?.parse().ok())
-        .unwrap_or(0)
-}
-
-/// A scene with a second daemon at the far end of its link.
+/// A daemon at each end of a link.
 struct Pair {
-    scene: Scene,
+    near: Bed,
     far: Daemon,
 }
 
@@ -978,9 +834,9 @@ impl Pair {
         let router = topology.router.as_ref().context("a pair needs a router")?;
         let far = format!("sat1,{settings}");
         let far = Daemon::start(router, &[&["-i", "sat1", "--link", &far], arguments].concat())?;
-        let near = Side::Server.link(settings);
-        let scene = Scene::on(topology, &[&["--link", &near], arguments].concat())?;
-        Ok(Self { scene, far })
+        let near = format!("sat0,{settings}");
+        let near = on(topology, &[&["--link", &near], arguments].concat())?;
+        Ok(Self { near, far })
     }
 }
 
@@ -989,15 +845,15 @@ fn pair_with_fast_open_saves_the_links_handshake() -> Result<()> {
     let topology = fast_open(Topology::builder().router().build()?, FAST_OPEN_FOR_ALL)?;
     let pair = Pair::new(topology, "rate=20mbit,rtt=100ms", &["-f"])?;
     let router = pair
-        .scene
+        .near
         .topology
         .router
         .as_ref()
         .context("a pair has a router")?;
     for family in Family::BOTH {
-        pair.scene.ask_in_syn(family)?;
+        ask_in_syn(&pair.near, family)?;
         let capture = Capture::start(router, "sat1")?;
-        let flow = pair.scene.ask(family)?;
+        let flow = ask(&pair.near, family)?;
         let client = flow.client.local_addr()?;
         let segments = capture.segments()?;
         let first = segments
@@ -1033,11 +889,11 @@ fn only_a_pepsal_peer_is_sent_more_than_its_syn_ack_can_say() -> Result<()> {
     for (peer, is_more) in [("pepsal", true), ("unknown", false)] {
         let topology = Topology::builder().link(Link::Emulated(link)).router().build()?;
         let pair = Pair::new(topology, &format!("rate=50mbit,rtt=200ms,peer={peer}"), &[])?;
-        let topology = &pair.scene.topology;
-        let server = Server::start(&topology.server)?;
+        let topology = &pair.near.topology;
         for family in Family::BOTH {
             let capture = Capture::start(&topology.gateway, "sat0")?;
-            let outcome = Transfer::upload(1 << 20).run(&topology.client, server.address(family))?;
+            let upload = Transfer::upload(1 << 20);
+            let outcome = upload.run(&topology.client, pair.near.server.address(family))?;
             assert!(outcome.intact);
             let flight = first_flight(&capture.segments()?, outcome.local);
             assert_eq!(flight > SAID, is_more, "{peer} {family:?}: {flight} bytes");
@@ -1053,8 +909,7 @@ fn pair_carries_parallel_flows_intact_over_a_lossy_link() -> Result<()> {
     println!("seed {}", link.seed);
     let topology = Topology::builder().link(Link::Emulated(link)).router().build()?;
     let pair = Pair::new(topology, "rate=20mbit,rtt=100ms,peer=pepsal", &[])?;
-    let topology = &pair.scene.topology;
-    let server = Server::start(&topology.server)?;
+    let (topology, server) = (&pair.near.topology, &pair.near.server);
     thread::scope(|scope| -> Result<()> {
         let mut transfers = Vec::new();
         for number in 0..FLOWS {
@@ -1076,8 +931,8 @@ fn pair_carries_parallel_flows_intact_over_a_lossy_link() -> Result<()> {
         }
         Ok(())
     })?;
-    for daemon in [pair.scene.daemon, pair.far] {
-        assert_eq!(count(&daemon.terminate()?, "finished"), FLOWS);
+    for daemon in [pair.near.daemon, pair.far] {
+        assert_eq!(daemon.terminate()?.counter("finished"), FLOWS);
     }
     Ok(())
 }

@@ -4,33 +4,32 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::ops::Deref;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use pepsal_tests::{
-    Accepted, Connector, Daemon, Direction, Family, Listener, Namespace, Server, Topology, Transfer,
+    Bed, Connection, Connector, Daemon, Direction, Family, Listener, Namespace, PATIENCE, Topology, Transfer,
     eventually, reset,
 };
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
-/// How long a busy machine may take for what takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(20);
 const METRICS: &str = "127.0.0.1:9300";
 
 #[test]
 fn bytes_and_ends_are_counted_as_they_were() -> Result<()> {
-    let bed = Bed::start(&[])?;
-    let server = Server::start(&bed.topology.server)?;
+    let bed = Watched::start(&[])?;
     for family in Family::BOTH {
         for direction in [Direction::Upload, Direction::Download] {
-            let outcome =
-                Transfer::new(direction, 4 * MIB).run(&bed.topology.client, server.address(family))?;
+            let transfer = Transfer::new(direction, 4 * MIB);
+            let outcome = transfer.run(&bed.topology.client, bed.server.address(family))?;
             assert!(outcome.intact);
         }
     }
@@ -40,14 +39,13 @@ fn bytes_and_ends_are_counted_as_they_were() -> Result<()> {
     let refused = (Family::V4.server(), 9).into();
     let attempt = Connector::default().connect(&bed.topology.client, refused);
     assert!(attempt.and_then(|stream| send_and_read(&stream)).is_err());
-    let used_flow = |family| -> Result<Flow> {
+    let used_flow = |family| -> Result<Connection> {
         let flow = bed.flow(family)?;
-        (&flow.server.stream).write_all(b"hello")?;
-        (&flow.client).read_exact(&mut [0; 5])?;
+        flow.greet()?;
         Ok(flow)
     };
     reset(used_flow(Family::V4)?.client)?;
-    reset(used_flow(Family::V6)?.server.stream)?;
+    reset(used_flow(Family::V6)?.server)?;
     bed.eventually_scraped(|scrape| {
         ["refused", "client_reset", "server_reset"]
             .iter()
@@ -85,10 +83,10 @@ fn opposite(way: &str) -> &str {
 
 #[test]
 fn open_flows_are_in_the_totals_while_they_run() -> Result<()> {
-    let bed = Bed::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
+    let bed = Watched::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
     let flow = bed.flow(Family::V4)?;
     (&flow.client).write_all(&[7; 100_000])?;
-    (&flow.server.stream).read_exact(&mut [0; 100_000])?;
+    (&flow.server).read_exact(&mut [0; 100_000])?;
     let scrape = bed
         .eventually_scraped(|scrape| scrape.of("pepsal_bytes_total", &[("direction", "up")]) == 100_000.0)?;
     assert_eq!(scrape.of("pepsal_flows_open", &[]), 1.0);
@@ -111,12 +109,12 @@ fn open_flows_are_in_the_totals_while_they_run() -> Result<()> {
 
 #[test]
 fn share_of_a_links_rate_in_use_follows_the_flows() -> Result<()> {
-    let bed = Bed::start(&["--link", "sat0,rate=20mbit,rtt=20ms"])?;
+    let bed = Watched::start(&["--link", "sat0,rate=20mbit,rtt=20ms"])?;
     let flow = bed.flow(Family::V4)?;
     let used = |scrape: &Scrape| scrape.of("pepsal_link_rate_used_ratio", &[("interface", "sat0")]);
     assert_eq!(used(&bed.scrape()?), 0.0);
     thread::scope(|scope| -> Result<()> {
-        let reader = scope.spawn(|| std::io::copy(&mut &flow.server.stream, &mut std::io::sink()));
+        let reader = scope.spawn(|| std::io::copy(&mut &flow.server, &mut std::io::sink()));
         let writer = scope.spawn(|| (&flow.client).write_all(&vec![0; 10 * MIB as usize]));
         let busy = bed.eventually_scraped(|scrape| used(scrape) > 0.6);
         writer.join().expect("no panic")?;
@@ -131,11 +129,9 @@ fn share_of_a_links_rate_in_use_follows_the_flows() -> Result<()> {
 
 #[test]
 fn limit_shows_in_the_verdicts() -> Result<()> {
-    let bed = Bed::start(&["-c", "1"])?;
+    let bed = Watched::start(&["-c", "1"])?;
     let _held = bed.flow(Family::V4)?;
-    let listener = Listener::bind_any(&bed.topology.server, Family::V4.server())?;
-    let address = (Family::V4.server(), listener.port()).into();
-    let _passing = Connector::default().connect(&bed.topology.client, address)?;
+    let _passing = bed.open(Family::V4)?;
     let scrape = bed.scrape()?;
     assert_eq!(
         scrape.of("pepsal_packets_total", &[("verdict", "limit_reached")]),
@@ -147,7 +143,7 @@ fn limit_shows_in_the_verdicts() -> Result<()> {
 
 #[test]
 fn readiness_names_what_is_missing() -> Result<()> {
-    let bed = Bed::start(&[])?;
+    let bed = Watched::start(&[])?;
     assert_eq!(bed.get("/healthz")?, (200, "ok\n".into()));
     assert_eq!(bed.get("/readyz")?, (200, "ready\n".into()));
     assert_eq!(bed.get("/")?.0, 404);
@@ -175,7 +171,8 @@ fn readiness_names_what_is_missing() -> Result<()> {
 fn metrics_are_served_where_they_are_asked_for() -> Result<()> {
     let topology = Topology::new()?;
     let start = |place: &str| Daemon::start(&topology.gateway, &["-i", "lan0", "--metrics-listen", place]);
-    let path = std::env::temp_dir().join(format!("pepsal-metrics-{}.sock", std::process::id()));
+    let folder = TempDir::new()?;
+    let path = folder.path().join("metrics.sock");
     let daemon = start(&format!("unix:{}", path.display()))?;
     assert_eq!(fs::metadata(&path)?.permissions().mode() & 0o777, 0o660);
     let mut stream = UnixStream::connect(&path)?;
@@ -221,7 +218,8 @@ fn occupied_places_are_refused_in_one_line() -> Result<()> {
 #[test]
 fn killed_daemons_socket_is_replaced() -> Result<()> {
     let topology = Topology::new()?;
-    let path = std::env::temp_dir().join(format!("pepsal-stale-{}.sock", std::process::id()));
+    let folder = TempDir::new()?;
+    let path = folder.path().join("stale.sock");
     drop(std::os::unix::net::UnixListener::bind(&path)?);
     let shown = path.to_str().context("a path of ASCII")?;
     let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--admin-socket", shown])?;
@@ -260,12 +258,12 @@ fn successor_takes_the_places_over() -> Result<()> {
 
 #[test]
 fn listed_flows_are_those_that_the_kernel_has() -> Result<()> {
-    let bed = Bed::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
+    let bed = Watched::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
     for family in Family::BOTH {
         let flow = bed.flow(family)?;
         (&flow.client).write_all(&[1; 5000])?;
-        (&flow.server.stream).read_exact(&mut [0; 5000])?;
-        (&flow.server.stream).write_all(&[2; 700])?;
+        (&flow.server).read_exact(&mut [0; 5000])?;
+        (&flow.server).write_all(&[2; 700])?;
         (&flow.client).read_exact(&mut [0; 700])?;
         let client = flow.client.local_addr()?;
         let port = client.port().to_string();
@@ -319,10 +317,10 @@ fn listed_flows_are_those_that_the_kernel_has() -> Result<()> {
 
 #[test]
 fn flows_are_filtered_sorted_and_limited() -> Result<()> {
-    let bed = Bed::start(&[])?;
+    let bed = Watched::start(&[])?;
     let (v4, v6) = (bed.flow(Family::V4)?, bed.flow(Family::V6)?);
     (&v6.client).write_all(&[1; 5000])?;
-    (&v6.server.stream).read_exact(&mut [0; 5000])?;
+    (&v6.server).read_exact(&mut [0; 5000])?;
     let clients = |arguments: &[&str]| -> Result<String> {
         let flows = bed.flows(arguments)?;
         let list = flows["list"].as_array().context("a list")?;
@@ -355,7 +353,7 @@ fn flows_are_filtered_sorted_and_limited() -> Result<()> {
 
 #[test]
 fn leg_that_limits_is_named() -> Result<()> {
-    let bed = Bed::start(&[])?;
+    let bed = Watched::start(&[])?;
     let flow = bed.flow(Family::V4)?;
     // The server reads nothing: its window, and then everything up to the client, fills.
     flow.client.set_nonblocking(true)?;
@@ -371,10 +369,10 @@ fn leg_that_limits_is_named() -> Result<()> {
 
 #[test]
 fn rates_are_measured_over_the_interval() -> Result<()> {
-    let bed = Bed::start(&["--link", "sat0,rate=16mbit,rtt=20ms"])?;
+    let bed = Watched::start(&["--link", "sat0,rate=16mbit,rtt=20ms"])?;
     let flow = bed.flow(Family::V4)?;
     thread::scope(|scope| -> Result<()> {
-        scope.spawn(|| std::io::copy(&mut &flow.server.stream, &mut std::io::sink()));
+        scope.spawn(|| std::io::copy(&mut &flow.server, &mut std::io::sink()));
         scope.spawn(|| {
             // Ended by the reset below.
             let _ = (&flow.client).write_all(&vec![0; 64 * MIB as usize]);
@@ -392,7 +390,7 @@ fn rates_are_measured_over_the_interval() -> Result<()> {
 
 #[test]
 fn closed_flow_is_reset_at_both_ends() -> Result<()> {
-    let bed = Bed::start(&[])?;
+    let bed = Watched::start(&[])?;
     for (family, by_id) in [(Family::V4, true), (Family::V6, false)] {
         let flow = bed.flow(family)?;
         let id = bed.flows(&[])?["list"][0]["id"].to_string();
@@ -401,7 +399,7 @@ fn closed_flow_is_reset_at_both_ends() -> Result<()> {
         let closed = bed.pepsal(&["close", which])?;
         let said = String::from_utf8(closed.stdout)?;
         assert_eq!(said, format!("closed {id}: {client} to {server}\n"));
-        for mut end in [flow.client, flow.server.stream] {
+        for mut end in [flow.client, flow.server] {
             let error = end.read(&mut [0]).expect_err("an end of stream would be a lie");
             assert_eq!(error.kind(), ErrorKind::ConnectionReset);
         }
@@ -417,9 +415,10 @@ fn closed_flow_is_reset_at_both_ends() -> Result<()> {
 
 #[test]
 fn commands_say_when_there_is_no_daemon() -> Result<()> {
+    let nowhere = Namespace::new("nowhere")?;
     for command in [&["status"][..], &["flows"], &["close", "1"]] {
         let arguments = [command, &["--admin-socket", "/nonexistent/pepsal.sock"]].concat();
-        let output = Command::new(binary()).args(arguments).output()?;
+        let output = Daemon::command(&nowhere, &arguments)?.output()?;
         assert!(!output.status.success());
         assert_eq!(
             String::from_utf8(output.stderr)?,
@@ -431,7 +430,7 @@ fn commands_say_when_there_is_no_daemon() -> Result<()> {
 
 #[test]
 fn garbage_is_answered_and_hurts_nobody() -> Result<()> {
-    let bed = Bed::start(&[])?;
+    let bed = Watched::start(&[])?;
     for (line, part) in [
         (&b"\x00\xff\xfe garbage\n"[..], "no request of this protocol"),
         (b"{}\n", "no request of this protocol"),
@@ -480,7 +479,7 @@ fn garbage_is_answered_and_hurts_nobody() -> Result<()> {
 
 #[test]
 fn thousand_idle_connections_keep_nobody_out() -> Result<()> {
-    let bed = Bed::start(&[])?;
+    let bed = Watched::start(&[])?;
     let metrics: SocketAddr = METRICS.parse()?;
     let http = (0..1000).map(|_| connect(&bed.topology.gateway, metrics));
     let http: Vec<TcpStream> = http.collect::<Result<_>>()?;
@@ -495,8 +494,8 @@ fn thousand_idle_connections_keep_nobody_out() -> Result<()> {
 
 #[test]
 fn slow_readers_and_writers_keep_nobody_waiting() -> Result<()> {
-    let bed = Bed::start(&[])?;
-    let _flows: Vec<Flow> = (0..20).map(|_| bed.flow(Family::V4)).collect::<Result<_>>()?;
+    let bed = Watched::start(&[])?;
+    let _flows: Vec<Connection> = (0..20).map(|_| bed.flow(Family::V4)).collect::<Result<_>>()?;
     let mut asked = UnixStream::connect(bed.daemon.admin_socket())?;
     asked.set_nonblocking(true)?;
     // Asks on and on, and reads nothing, until the daemon takes no more of it.
@@ -527,8 +526,8 @@ fn slow_readers_and_writers_keep_nobody_waiting() -> Result<()> {
 #[test]
 fn scrape_of_many_flows_takes_little() -> Result<()> {
     const FLOWS: usize = 1000;
-    let bed = Bed::start(&[])?;
-    let flows: Vec<Flow> = (0..FLOWS).map(|_| bed.flow(Family::V4)).collect::<Result<_>>()?;
+    let bed = Watched::start(&[])?;
+    let flows: Vec<Connection> = (0..FLOWS).map(|_| bed.flow(Family::V4)).collect::<Result<_>>()?;
     let begun = Instant::now();
     let scrape = bed.scrape()?;
     println!("a scrape of {FLOWS} flows took {:?}", begun.elapsed());
@@ -542,10 +541,10 @@ fn scrape_of_many_flows_takes_little() -> Result<()> {
 
 #[test]
 fn top_draws_what_is_there() -> Result<()> {
-    let bed = Bed::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
+    let bed = Watched::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
     let flow = bed.flow(Family::V4)?;
     (&flow.client).write_all(&[1; 5000])?;
-    (&flow.server.stream).read_exact(&mut [0; 5000])?;
+    (&flow.server).read_exact(&mut [0; 5000])?;
     let output = bed.pepsal(&["top", "--once", "--interval", "100ms", "--size", "160x24"])?;
     let shown = String::from_utf8(output.stdout)?;
     assert_eq!(shown.lines().count(), 24, "{shown}");
@@ -562,10 +561,12 @@ fn top_draws_what_is_there() -> Result<()> {
 
 #[test]
 fn top_gives_the_terminal_back() -> Result<()> {
-    let bed = Bed::start(&[])?;
+    let bed = Watched::start(&[])?;
     let top = format!(
         "{} top --interval 100ms --admin-socket {}",
-        binary().display(),
+        Daemon::command(&bed.topology.gateway, &[])?
+            .get_program()
+            .display(),
         bed.daemon.admin_socket().display()
     );
     // `script` gives it a terminal.
@@ -599,10 +600,8 @@ fn doctor_finds_what_keeps_pepsal_from_working() -> Result<()> {
     let topology = Topology::new()?;
     let gateway = &topology.gateway;
     let doctor = || -> Result<(bool, Vec<String>)> {
-        let output = gateway
-            .command(binary())
-            .args(["doctor", "--json", "-i", "lan0", "-i", "sat0", "-f"])
-            .output()?;
+        let arguments = ["doctor", "--json", "-i", "lan0", "-i", "sat0", "-f"];
+        let output = Daemon::command(gateway, &arguments)?.output()?;
         let findings: Vec<Value> = serde_json::from_slice(&output.stdout)?;
         let bad = |finding: &&Value| finding["severity"] == "error" || finding["severity"] == "warning";
         let shown = |finding: &Value| {
@@ -645,13 +644,9 @@ fn run(namespace: &Namespace, command: &str) -> Result<()> {
 
 #[test]
 fn doctor_knows_pepsals_own_from_others() -> Result<()> {
-    let bed = Bed::start(&[])?;
-    let output = bed
-        .topology
-        .gateway
-        .command(binary())
-        .args(["doctor", "-i", "lan0", "-i", "sat0"])
-        .output()?;
+    let bed = Watched::start(&[])?;
+    let arguments = ["doctor", "-i", "lan0", "-i", "sat0"];
+    let output = Daemon::command(&bed.topology.gateway, &arguments)?.output()?;
     let shown = String::from_utf8(output.stdout)?;
     assert!(output.status.success() && !shown.contains("WARNING"), "{shown}");
     Ok(())
@@ -659,7 +654,7 @@ fn doctor_knows_pepsals_own_from_others() -> Result<()> {
 
 #[test]
 fn dashboard_alerts_and_documents_name_what_is_exported() -> Result<()> {
-    let bed = Bed::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
+    let bed = Watched::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
     let _flow = bed.flow(Family::V4)?;
     let scrape = bed.eventually_scraped(|scrape| scrape.names().contains("pepsal_link_rtt_seconds"))?;
     let exported = scrape.names();
@@ -792,39 +787,20 @@ fn label_values(text: &str) -> Vec<(&'static str, String)> {
     values
 }
 
-/// A gateway with a daemon.
-struct Bed {
-    daemon: Daemon,
-    topology: Topology,
-    listeners: [Listener; 2],
-}
+/// A bed whose daemon is asked about itself.
+struct Watched(Bed);
 
-/// A connection by way of the daemon, with both of its ends.
-struct Flow {
-    client: TcpStream,
-    server: Accepted,
-}
+impl Deref for Watched {
+    type Target = Bed;
 
-impl Bed {
-    fn start(arguments: &[&str]) -> Result<Self> {
-        let topology = Topology::new()?;
-        let arguments = [&["-i", "lan0", "-i", "sat0"], arguments].concat();
-        let daemon = Daemon::start(&topology.gateway, &arguments)?;
-        let listen = |family: Family| Listener::bind_any(&topology.server, family.server());
-        let listeners = [listen(Family::V4)?, listen(Family::V6)?];
-        Ok(Self {
-            daemon,
-            topology,
-            listeners,
-        })
+    fn deref(&self) -> &Bed {
+        &self.0
     }
+}
 
-    fn flow(&self, family: Family) -> Result<Flow> {
-        let listener = &self.listeners[usize::from(family == Family::V6)];
-        let address = (family.server(), listener.port()).into();
-        let client = Connector::default().connect(&self.topology.client, address)?;
-        let server = listener.accept(PATIENCE)?;
-        Ok(Flow { client, server })
+impl Watched {
+    fn start(arguments: &[&str]) -> Result<Self> {
+        Bed::start(arguments).map(Self)
     }
 
     fn get(&self, path: &str) -> Result<(u16, String)> {
@@ -854,11 +830,8 @@ impl Bed {
 
     /// Runs a command that asks this daemon.
     fn pepsal(&self, arguments: &[&str]) -> Result<Output> {
-        let mut command = Command::new(binary());
-        command
-            .args(arguments)
-            .arg("--admin-socket")
-            .arg(self.daemon.admin_socket());
+        let mut command = Daemon::command(&self.topology.gateway, arguments)?;
+        command.arg("--admin-socket").arg(self.daemon.admin_socket());
         Ok(command.stdin(Stdio::null()).output()?)
     }
 
@@ -882,23 +855,13 @@ impl Bed {
         assert_eq!(self.get("/healthz")?.0, 200);
         self.scrape()?;
         assert!(self.flows(&[])?["total"].is_u64());
-        let flow = self.flow(Family::V4)?;
-        (&flow.client).write_all(b"hello")?;
-        (&flow.server.stream).read_exact(&mut [0; 5])?;
-        Ok(())
+        self.flow(Family::V4)?.greet()
     }
 }
 
 fn send_and_read(mut stream: &TcpStream) -> std::io::Result<usize> {
     stream.write_all(b"hello")?;
     stream.read(&mut [0])
-}
-
-fn binary() -> PathBuf {
-    std::env::var_os("PEPSAL_BIN").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debug/pepsal"),
-        PathBuf::from,
-    )
 }
 
 fn connect(namespace: &Namespace, address: SocketAddr) -> Result<TcpStream> {

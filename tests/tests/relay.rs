@@ -4,7 +4,6 @@ use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,27 +19,25 @@ use nix::{
     },
 };
 use pepsal_tests::{
-    Capture, Connector, Daemon, Direction, Exit, Family, Listener, Namespace, Server, Topology, Transfer,
-    eventually, reset,
+    Bed, Capture, Connector, Daemon, Direction, Family, Leg, PATIENCE, Side, Transfer, eventually,
+    receive_all, reset, send_all,
 };
+use tempfile::TempDir;
 use xxhash_rust::xxh3::xxh3_64;
 
 const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 const SECOND: Duration = Duration::from_secs(1);
-/// How long a busy machine may take for what takes milliseconds.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 #[test]
 fn every_size_arrives_intact_either_way() -> Result<()> {
     let bed = Bed::start(&[])?;
-    let server = Server::start(&bed.topology.server)?;
     for family in Family::BOTH {
         for (seed, bytes) in (1..).zip([0, 1, KIB, MIB - 1, 64 * MIB]) {
             for direction in [Direction::Upload, Direction::Download] {
                 let outcome = Transfer::new(direction, bytes as u64)
                     .seed(seed)
-                    .run(&bed.topology.client, server.address(family))?;
+                    .run(&bed.topology.client, bed.server.address(family))?;
                 assert!(
                     outcome.intact,
                     "{family:?} {direction:?} {bytes} bytes, seed {seed}"
@@ -77,8 +74,7 @@ fn both_directions_carry_bulk_at_once() -> Result<()> {
 #[test]
 fn many_parallel_flows_arrive_intact() -> Result<()> {
     let bed = Bed::start(&[])?;
-    let server = Server::start(&bed.topology.server)?;
-    let (client, server) = (&bed.topology.client, &server);
+    let (client, server) = (&bed.topology.client, &bed.server);
     thread::scope(|scope| -> Result<()> {
         let transfers: Vec<_> = (0..200)
             .map(|seed| {
@@ -99,7 +95,7 @@ fn many_parallel_flows_arrive_intact() -> Result<()> {
         }
         Ok(())
     })?;
-    assert_eq!(count(&bed.daemon.terminate()?, "finished"), 200);
+    assert_eq!(bed.daemon.terminate()?.counter("finished"), 200);
     Ok(())
 }
 
@@ -108,7 +104,7 @@ fn end_that_finishes_first_still_receives() -> Result<()> {
     let bed = Bed::start(&[])?;
     let long = payload(3, 8 * MIB);
     for (family, first) in cases() {
-        let (quick, slow) = bed.flow(family)?.ends(first);
+        let (quick, slow) = bed.flow(family)?.into_ends(first);
         (&quick).write_all(b"that was all")?;
         quick.shutdown(Shutdown::Write)?;
         assert_eq!(receive_all(&slow)?, b"that was all", "{family:?} {first:?}");
@@ -156,7 +152,7 @@ fn small_messages_are_not_held_back() -> Result<()> {
 fn slow_sender_loses_nothing() -> Result<()> {
     let bed = Bed::start(&[])?;
     for (family, from) in cases() {
-        let (mut sender, mut receiver) = bed.flow(family)?.ends(from);
+        let (mut sender, mut receiver) = bed.flow(family)?.into_ends(from);
         sender.set_nodelay(true)?;
         for byte in 0..=255 {
             sender.write_all(&[byte])?;
@@ -175,7 +171,7 @@ fn slow_sender_loses_nothing() -> Result<()> {
 fn urgent_bytes_keep_their_place_and_their_mark() -> Result<()> {
     let bed = Bed::start(&[])?;
     for (family, from) in cases() {
-        let (sender, receiver) = bed.flow(family)?.ends(from);
+        let (sender, receiver) = bed.flow(family)?.into_ends(from);
         setsockopt(&receiver, OobInline, &true)?;
         let (before, after) = (payload(1, MIB), payload(2, MIB));
         let (received, marked) = thread::scope(|scope| -> Result<_> {
@@ -212,7 +208,7 @@ fn urgent_bytes_keep_their_place_and_their_mark() -> Result<()> {
 fn urgent_byte_alone_arrives_at_once_and_out_of_band() -> Result<()> {
     let bed = Bed::start(&[])?;
     for (family, from) in cases() {
-        let (sender, receiver) = bed.flow(family)?.ends(from);
+        let (sender, receiver) = bed.flow(family)?.into_ends(from);
         for byte in *b"XYZ" {
             send(sender.as_raw_fd(), &[byte], MsgFlags::MSG_OOB)?;
             let mut urgent = [0];
@@ -233,9 +229,9 @@ fn reset_follows_the_data_sent_before_it() -> Result<()> {
     let bed = Bed::start(&[])?;
     let sent = payload(4, 100 * KIB);
     for (family, from) in cases() {
-        let (sender, receiver) = bed.flow(family)?.ends(from);
+        let (sender, receiver) = bed.flow(family)?.into_ends(from);
         (&sender).write_all(&sent)?;
-        bed.until_gateway_has_all(family, from, &sender);
+        until_gateway_has_all(&bed, from, &sender);
         reset(sender)?;
         assert_reset_after(&receiver, &sent, format_args!("{family:?} {from:?}"));
     }
@@ -246,17 +242,16 @@ fn reset_follows_the_data_sent_before_it() -> Result<()> {
 fn request_that_is_there_completes_the_handshake_with_the_server() -> Result<()> {
     let bed = Bed::start(&[])?;
     for family in Family::BOTH {
-        let listener = Listener::bind_any(&bed.topology.server, family.server())?;
         let capture = Capture::start(&bed.topology.gateway, "sat0")?;
         // Its kernel does the client's handshake without it.
         bed.daemon.signal(Signal::SIGSTOP)?;
-        let address = SocketAddr::new(family.server(), listener.port());
-        let mut client = Connector::default().connect(&bed.topology.client, address)?;
+        let mut client = Connector::default().connect(&bed.topology.client, bed.address(family))?;
         client.write_all(b"request")?;
-        bed.until_gateway_has_all(family, End::Client, &client);
+        until_gateway_has_all(&bed, Side::Client, &client);
         bed.daemon.signal(Signal::SIGCONT)?;
         let mut request = [0; 7];
-        listener.accept(PATIENCE)?.stream.read_exact(&mut request)?;
+        let mut server = bed.listener(family).accept(PATIENCE)?.stream;
+        server.read_exact(&mut request)?;
         assert_eq!(&request, b"request", "{family:?}");
         let local = client.local_addr()?;
         let segments = capture.segments()?;
@@ -272,14 +267,17 @@ fn reset_waits_for_a_peer_that_does_not_read() -> Result<()> {
     let bed = Bed::start(&[])?;
     // More than the peer's kernel takes unread, and less than pepsal's does.
     let sent = payload(5, 128 * KIB);
-    bed.limit_buffers(32 * KIB, MIB)?;
+    limit_buffers(&bed, 32 * KIB, MIB)?;
     for (family, from) in cases() {
-        let (sender, receiver) = bed.flow(family)?.ends(from);
-        let leg = Leg::of(&sender)?;
+        let (sender, receiver) = bed.flow(family)?.into_ends(from);
+        let ends = (sender.peer_addr()?, sender.local_addr()?);
         (&sender).write_all(&sent)?;
-        bed.until_gateway_has_all(family, from, &sender);
+        until_gateway_has_all(&bed, from, &sender);
         reset(sender)?;
-        eventually(PATIENCE, || !bed.gateway_has(family, leg));
+        eventually(PATIENCE, || {
+            let legs = bed.daemon.legs().expect("ss shows legs");
+            !legs.iter().any(|leg| (leg.local, leg.peer) == ends)
+        });
         assert_reset_after(&receiver, &sent, format_args!("{family:?} {from:?}"));
     }
     Ok(())
@@ -289,7 +287,7 @@ fn reset_waits_for_a_peer_that_does_not_read() -> Result<()> {
 fn reset_crosses_in_the_middle_of_a_transfer() -> Result<()> {
     let bed = Bed::start(&[])?;
     for (family, from) in cases() {
-        let (sender, receiver) = bed.flow(family)?.ends(from);
+        let (sender, receiver) = bed.flow(family)?.into_ends(from);
         let stream = payload(6, 4 * MIB);
         let sender = thread::spawn({
             let stream = stream.clone();
@@ -314,7 +312,7 @@ fn reset_crosses_in_the_middle_of_a_transfer() -> Result<()> {
 fn reset_stops_the_other_ends_sending() -> Result<()> {
     let bed = Bed::start(&[])?;
     for (family, from) in cases() {
-        let (resetter, mut sender) = bed.flow(family)?.ends(from);
+        let (resetter, mut sender) = bed.flow(family)?.into_ends(from);
         let block = [7; 64 * KIB];
         sender.write_all(&block)?;
         (&resetter).read_exact(&mut [0; KIB])?;
@@ -336,11 +334,11 @@ fn reset_stops_the_other_ends_sending() -> Result<()> {
 fn reset_crosses_after_the_other_direction_has_ended() -> Result<()> {
     let bed = Bed::start(&[])?;
     for (family, from) in cases() {
-        let (resetter, receiver) = bed.flow(family)?.ends(from);
+        let (resetter, receiver) = bed.flow(family)?.into_ends(from);
         receiver.shutdown(Shutdown::Write)?;
         assert_eq!(receive_all(&resetter)?, []);
         (&resetter).write_all(b"unfinished")?;
-        bed.until_gateway_has_all(family, from, &resetter);
+        until_gateway_has_all(&bed, from, &resetter);
         reset(resetter)?;
         assert_reset_after(&receiver, b"unfinished", format_args!("{family:?} {from:?}"));
     }
@@ -351,7 +349,7 @@ fn reset_crosses_after_the_other_direction_has_ended() -> Result<()> {
 fn reset_crosses_after_its_own_direction_has_ended() -> Result<()> {
     let bed = Bed::start(&[])?;
     for (family, from) in cases() {
-        let (resetter, sender) = bed.flow(family)?.ends(from);
+        let (resetter, sender) = bed.flow(family)?.into_ends(from);
         resetter.shutdown(Shutdown::Write)?;
         assert_eq!(receive_all(&sender)?, []);
         reset(resetter)?;
@@ -372,21 +370,21 @@ fn reset_crosses_after_its_own_direction_has_ended() -> Result<()> {
 fn refusal_is_never_a_clean_end() -> Result<()> {
     let bed = Bed::start(&[])?;
     for family in Family::BOTH {
-        let nobody = Listener::bind_any(&bed.topology.server, family.server())?.port();
+        let nobody = bed.another_listener(family)?.port();
         assert_refused(
             &bed,
             (family.server(), nobody).into(),
             ErrorKind::ConnectionRefused,
         );
     }
-    assert_eq!(count(&bed.daemon.terminate()?, "refused"), 2);
+    assert_eq!(bed.daemon.terminate()?.counter("refused"), 2);
     Ok(())
 }
 
 #[test]
 fn unreachable_server_is_a_reset_at_once() -> Result<()> {
     let bed = Bed::start(&[])?;
-    let addresses = bed.route_behind_server("unreachable")?;
+    let addresses = route_behind_server(&bed, "unreachable")?;
     for address in addresses {
         let start = Instant::now();
         assert_refused(&bed, address, ErrorKind::HostUnreachable);
@@ -395,41 +393,41 @@ fn unreachable_server_is_a_reset_at_once() -> Result<()> {
             "not the connect timeout, which is a minute"
         );
     }
-    assert_eq!(count(&bed.daemon.terminate()?, "unreachable"), 2);
+    assert_eq!(bed.daemon.terminate()?.counter("unreachable"), 2);
     Ok(())
 }
 
 #[test]
 fn silent_server_is_a_reset_after_the_connect_timeout() -> Result<()> {
     let bed = Bed::start(&["--connect-timeout", "2s"])?;
-    for address in bed.route_behind_server("blackhole")? {
+    for address in route_behind_server(&bed, "blackhole")? {
         let start = Instant::now();
         assert_refused(&bed, address, ErrorKind::TimedOut);
         assert!(start.elapsed() >= 2 * SECOND, "{:?}", start.elapsed());
     }
-    assert_eq!(count(&bed.daemon.terminate()?, "connect_timeout"), 2);
+    assert_eq!(bed.daemon.terminate()?.counter("connect_timeout"), 2);
     Ok(())
 }
 
 #[test]
 fn pending_connection_ends_with_its_lifetime() -> Result<()> {
     let bed = Bed::start(&["-t", "1", "-g", "1"])?;
-    let [address, _] = bed.route_behind_server("blackhole")?;
+    let [address, _] = route_behind_server(&bed, "blackhole")?;
     let start = Instant::now();
     assert_refused(&bed, address, ErrorKind::TimedOut);
     assert!(start.elapsed() >= SECOND, "{:?}", start.elapsed());
-    assert_eq!(count(&bed.daemon.terminate()?, "pending_too_long"), 1);
+    assert_eq!(bed.daemon.terminate()?.counter("pending_too_long"), 1);
     Ok(())
 }
 
 #[test]
 fn pending_connection_that_the_client_gives_up_is_given_up() -> Result<()> {
     let bed = Bed::start(&[])?;
-    for address in bed.route_behind_server("blackhole")? {
+    for address in route_behind_server(&bed, "blackhole")? {
         reset(Connector::default().connect(&bed.topology.client, address)?)?;
     }
     let exit = bed.daemon.terminate()?;
-    assert_eq!(count(&exit, "client_reset"), 2);
+    assert_eq!(exit.counter("client_reset"), 2);
     Ok(())
 }
 
@@ -449,7 +447,7 @@ fn idle_flow_is_reset_and_a_busy_one_is_not() -> Result<()> {
         assert_reset_after(end, &[], format_args!("idle"));
     }
     drop(busy);
-    assert_eq!(count(&bed.daemon.terminate()?, "idle_timeout"), 1);
+    assert_eq!(bed.daemon.terminate()?.counter("idle_timeout"), 1);
     Ok(())
 }
 
@@ -459,10 +457,10 @@ fn peer_that_does_not_read_stops_the_sender() -> Result<()> {
     // Four sockets and a pipe are on the way, and the kernel is generous with the bounds it is given.
     const MOST: usize = 12 * BUFFER;
     let bed = Bed::start(&[])?;
-    bed.limit_buffers(BUFFER, BUFFER)?;
+    limit_buffers(&bed, BUFFER, BUFFER)?;
     let sent = payload(7, MOST + 4 * MIB);
     for (family, from) in cases() {
-        let (mut sender, receiver) = bed.flow(family)?.ends(from);
+        let (mut sender, receiver) = bed.flow(family)?.into_ends(from);
         let resident = resident_bytes(&bed.daemon)?;
         sender.set_write_timeout(Some(SECOND))?;
         let mut written = 0;
@@ -491,8 +489,6 @@ fn peer_that_does_not_read_stops_the_sender() -> Result<()> {
 fn many_short_connections_leave_no_descriptors() -> Result<()> {
     const CONNECTIONS: u32 = 500;
     let bed = Bed::start(&[])?;
-    let listeners = Family::BOTH.map(|family| Listener::bind_any(&bed.topology.server, family.server()));
-    let listeners = [listeners[0].as_ref().unwrap(), listeners[1].as_ref().unwrap()];
     let descriptors = |kind: &str| -> usize {
         let entries = fs::read_dir(format!("/proc/{}/fd", bed.daemon.pid())).expect("the daemon runs");
         let links = entries.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
@@ -502,8 +498,7 @@ fn many_short_connections_leave_no_descriptors() -> Result<()> {
     };
     let sockets = descriptors("socket:");
     for round in 0..CONNECTIONS {
-        let index = round as usize % 2;
-        let flow = connected(&bed, Family::BOTH[index], listeners[index])?;
+        let flow = bed.flow(Family::BOTH[round as usize % 2])?;
         (&flow.client).write_all(&round.to_be_bytes())?;
         let mut request = [0; 4];
         (&flow.server).read_exact(&mut request)?;
@@ -525,9 +520,9 @@ fn many_short_connections_leave_no_descriptors() -> Result<()> {
 #[test]
 fn stop_lets_open_transfers_end() -> Result<()> {
     let sent = payload(8, 16 * MIB);
-    for from in End::BOTH {
+    for from in Side::BOTH {
         let bed = Bed::start(&[])?;
-        let (sender, receiver) = bed.flow(Family::V4)?.ends(from);
+        let (sender, receiver) = bed.flow(Family::V4)?.into_ends(from);
         let sender = thread::spawn({
             let sent = sent.clone();
             move || send_all(&sender, &sent).map(|()| sender)
@@ -540,7 +535,7 @@ fn stop_lets_open_transfers_end() -> Result<()> {
         assert!(received == sent, "{from:?}");
         drop((receiver, sender.join().expect("no panic")?));
         let exit = bed.daemon.wait()?;
-        assert_eq!((exit.code(), count(&exit, "finished")), (Some(0), 1), "{from:?}");
+        assert_eq!((exit.code(), exit.counter("finished")), (Some(0), 1), "{from:?}");
     }
     Ok(())
 }
@@ -550,7 +545,7 @@ fn stop_resets_what_is_open_after_the_drain_timeout() -> Result<()> {
     let bed = Bed::start(&["--drain-timeout", "1s"])?;
     let flows = [bed.flow(Family::V4)?, bed.flow(Family::V6)?];
     let exit = bed.daemon.terminate()?;
-    assert_eq!((exit.code(), count(&exit, "shutdown")), (Some(0), 2));
+    assert_eq!((exit.code(), exit.counter("shutdown")), (Some(0), 2));
     for end in flows.iter().flat_map(|flow| [&flow.client, &flow.server]) {
         assert_reset_after(end, &[], format_args!("drained"));
     }
@@ -573,9 +568,9 @@ fn second_signal_stops_at_once() -> Result<()> {
 
 #[test]
 fn killed_daemon_never_ends_a_transfer_cleanly() -> Result<()> {
-    for (family, from) in [(Family::V4, End::Client), (Family::V6, End::Server)] {
+    for (family, from) in [(Family::V4, Side::Client), (Family::V6, Side::Server)] {
         let bed = Bed::start(&[])?;
-        let (mut sender, receiver) = bed.flow(family)?.ends(from);
+        let (mut sender, receiver) = bed.flow(family)?.into_ends(from);
         let sender = thread::spawn(move || while sender.write_all(&[7; 64 * KIB]).is_ok() {});
         (&receiver).read_exact(&mut vec![0; MIB])?;
         bed.daemon.kill()?;
@@ -595,12 +590,11 @@ fn killed_daemon_does_not_undo_a_clean_end() -> Result<()> {
     let mut request = [0; 9];
     (&flow.server).read_exact(&mut request)?;
     // The end of stream is there, unread, before the daemon goes.
-    let leg = Leg::of(&flow.server)?;
+    let ends = (flow.server.local_addr()?, flow.server.peer_addr()?);
     eventually(PATIENCE, || {
-        let sockets = tcp_sockets(&bed.topology.server, Family::V4);
-        sockets
-            .iter()
-            .any(|socket| socket.leg == leg && socket.state == CLOSE_WAIT)
+        let legs = Leg::all(&bed.topology.server).expect("ss shows legs");
+        let mut same = legs.iter().filter(|leg| (leg.local, leg.peer) == ends);
+        same.any(|leg| leg.state == "CLOSE-WAIT")
     });
     bed.daemon.kill()?;
     assert_eq!(receive_all(&flow.server)?, []);
@@ -611,10 +605,11 @@ fn killed_daemon_does_not_undo_a_clean_end() -> Result<()> {
 #[test]
 fn curl_and_nginx_exchange_files() -> Result<()> {
     let bed = Bed::start(&[])?;
-    let nginx = Nginx::start(&bed.topology.server)?;
+    let nginx = Nginx::start(&bed)?;
     let file = payload(9, 8 * MIB);
-    fs::write(nginx.directory.join("down"), &file)?;
-    fs::write(nginx.directory.join("source"), &file)?;
+    let [down, source, up] = ["down", "source", "up"].map(|name| nginx.directory.path().join(name));
+    fs::write(&down, &file)?;
+    fs::write(&source, &file)?;
     for family in Family::BOTH {
         let url = format!("http://{}", SocketAddr::new(family.server(), Nginx::PORT));
         let curl = |arguments: &[&str]| {
@@ -628,18 +623,13 @@ fn curl_and_nginx_exchange_files() -> Result<()> {
             ];
             run(bed.topology.client.command("curl").args(options).args(arguments))
         };
-        let down = curl(&[&format!("{url}/down")])?;
-        assert_eq!(xxh3_64(&down), xxh3_64(&file), "{family:?}");
-        let source = nginx.directory.join("source");
+        let received = curl(&[&format!("{url}/down")])?;
+        assert_eq!(xxh3_64(&received), xxh3_64(&file), "{family:?}");
         curl(&["--upload-file", &source.to_string_lossy(), &format!("{url}/up")])?;
-        assert_eq!(
-            xxh3_64(&fs::read(nginx.directory.join("up"))?),
-            xxh3_64(&file),
-            "{family:?}"
-        );
-        fs::remove_file(nginx.directory.join("up"))?;
+        assert_eq!(xxh3_64(&fs::read(&up)?), xxh3_64(&file), "{family:?}");
+        fs::remove_file(&up)?;
     }
-    assert_eq!(count(&bed.daemon.terminate()?, "finished"), 4);
+    assert_eq!(bed.daemon.terminate()?.counter("finished"), 4);
     Ok(())
 }
 
@@ -655,7 +645,7 @@ fn iperf3_measures_both_directions() -> Result<()> {
                 .stdout(Stdio::null())
                 .spawn()
                 .map(Reaped)?;
-            eventually(PATIENCE, || is_listening(&bed.topology.server, PORT));
+            eventually(PATIENCE, || is_listening(&bed, PORT));
             let mut client = bed.topology.client.command("iperf3");
             let client = client
                 .args(["-J", "-n", "16M", "-c", &family.server().to_string()])
@@ -673,131 +663,63 @@ fn iperf3_measures_both_directions() -> Result<()> {
         }
     }
     // A control connection and a data connection each.
-    assert_eq!(count(&bed.daemon.terminate()?, "accepted"), 8);
+    assert_eq!(bed.daemon.terminate()?.counter("accepted"), 8);
     Ok(())
 }
 
-/// A gateway with a daemon on it, between client and server.
-struct Bed {
-    daemon: Daemon,
-    topology: Topology,
-}
-
-impl Bed {
-    fn start(arguments: &[&str]) -> Result<Self> {
-        let topology = Topology::new()?;
-        let arguments = [&["-i", "lan0", "-i", "sat0"], arguments].concat();
-        let daemon = Daemon::start(&topology.gateway, &arguments)?;
-        Ok(Self { daemon, topology })
-    }
-
-    fn flow(&self, family: Family) -> Result<Flow> {
-        connected(
-            self,
-            family,
-            &Listener::bind_any(&self.topology.server, family.server())?,
-        )
-    }
-
-    /// Bounds what each kernel buffers for one socket: `ends` at client and server, `gateway` in between.
-    fn limit_buffers(&self, ends: usize, gateway: usize) -> Result<()> {
-        let [client_legs, server_legs] = self.daemon.namespaces()?;
-        for (namespace, most) in [
-            (&self.topology.client, ends),
-            (&client_legs, gateway),
-            (&server_legs, gateway),
-            (&self.topology.server, ends),
-        ] {
-            let first = most.min(128 * KIB);
-            for key in ["net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem"] {
-                namespace.sysctl(key, format_args!("4096 {first} {most}"))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// An address in each family that the gateway forwards to the server, and the server has a `kind` of route for.
-    fn route_behind_server(&self, kind: &str) -> Result<[SocketAddr; 2]> {
-        self.topology.gateway.ip(format!(
-            "route add 10.9.0.0/24 via {}
-             route add fd09::/64 via {}",
-            Family::V4.server(),
-            Family::V6.server()
-        ))?;
-        self.topology.server.sysctl("net.ipv4.conf.all.forwarding", 1)?;
-        self.topology.server.sysctl("net.ipv6.conf.all.forwarding", 1)?;
-        self.topology.server.ip(format!(
-            "route add {kind} 10.9.0.0/24
-             route add {kind} fd09::/64"
-        ))?;
-        Ok(["10.9.0.1:9".parse()?, "[fd09::1]:9".parse()?])
-    }
-
-    /// Waits until the end `from` has nothing left that its kernel would throw away with a reset.
-    fn until_gateway_has_all(&self, family: Family, from: End, sender: &TcpStream) {
-        let namespace = match from {
-            End::Client => &self.topology.client,
-            End::Server => &self.topology.server,
-        };
-        let leg = Leg::of(sender).expect("it is connected");
-        eventually(PATIENCE, || {
-            let sockets = tcp_sockets(namespace, family);
-            sockets
-                .iter()
-                .any(|socket| socket.leg == leg && socket.unacknowledged == 0)
-        });
-    }
-
-    /// Whether the gateway's kernel still has the connection with the end that calls it `leg`.
-    fn gateway_has(&self, family: Family, leg: Leg) -> bool {
-        let namespaces = self.daemon.namespaces().into_iter().flatten();
-        let mut sockets = namespaces.flat_map(|namespace| tcp_sockets(&namespace, family));
-        sockets.any(|socket| socket.leg == leg.seen_from_the_gateway())
-    }
-}
-
-/// The two ends of a flow.
-struct Flow {
-    client: TcpStream,
-    server: TcpStream,
-}
-
-impl Flow {
-    /// The end in question, then the other one.
-    fn ends(self, first: End) -> (TcpStream, TcpStream) {
-        match first {
-            End::Client => (self.client, self.server),
-            End::Server => (self.server, self.client),
+/// Bounds what each kernel buffers for one socket: `ends` at client and server, `gateway` in between.
+fn limit_buffers(bed: &Bed, ends: usize, gateway: usize) -> Result<()> {
+    let [client_legs, server_legs] = bed.daemon.namespaces()?;
+    for (namespace, most) in [
+        (&bed.topology.client, ends),
+        (&client_legs, gateway),
+        (&server_legs, gateway),
+        (&bed.topology.server, ends),
+    ] {
+        let first = most.min(128 * KIB);
+        for key in ["net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem"] {
+            namespace.sysctl(key, format_args!("4096 {first} {most}"))?;
         }
     }
+    Ok(())
 }
 
-#[derive(Clone, Copy, Debug)]
-enum End {
-    Client,
-    Server,
+/// An address in each family that the gateway forwards to the server, and the server has a `kind` of route for.
+fn route_behind_server(bed: &Bed, kind: &str) -> Result<[SocketAddr; 2]> {
+    let (gateway, server) = (&bed.topology.gateway, &bed.topology.server);
+    gateway.ip(format!(
+        "route add 10.9.0.0/24 via {}
+         route add fd09::/64 via {}",
+        Family::V4.server(),
+        Family::V6.server()
+    ))?;
+    server.sysctl("net.ipv4.conf.all.forwarding", 1)?;
+    server.sysctl("net.ipv6.conf.all.forwarding", 1)?;
+    server.ip(format!(
+        "route add {kind} 10.9.0.0/24
+         route add {kind} fd09::/64"
+    ))?;
+    Ok(["10.9.0.1:9".parse()?, "[fd09::1]:9".parse()?])
 }
 
-impl End {
-    const BOTH: [Self; 2] = [Self::Client, Self::Server];
+/// Waits until the end `from` has nothing left that its kernel would throw away with a reset.
+fn until_gateway_has_all(bed: &Bed, from: Side, sender: &TcpStream) {
+    let namespace = match from {
+        Side::Client => &bed.topology.client,
+        Side::Server => &bed.topology.server,
+    };
+    let local = sender.local_addr().expect("it is connected");
+    eventually(PATIENCE, || {
+        let sockets = Leg::all(namespace).expect("ss shows sockets");
+        let mut same = sockets.iter().filter(|socket| socket.local == local);
+        same.any(|socket| socket.unacknowledged == 0)
+    });
 }
 
-fn cases() -> impl Iterator<Item = (Family, End)> {
+fn cases() -> impl Iterator<Item = (Family, Side)> {
     Family::BOTH
         .into_iter()
-        .flat_map(|family| End::BOTH.map(|end| (family, end)))
-}
-
-fn connected(bed: &Bed, family: Family, listener: &Listener) -> Result<Flow> {
-    let address = SocketAddr::new(family.server(), listener.port());
-    let client = Connector::default().connect(&bed.topology.client, address)?;
-    let server = listener.accept(PATIENCE)?;
-    // A forwarded SYN would have one less; without this the tests would be of the kernel alone.
-    ensure!(server.is_split(), "the connection was not intercepted");
-    Ok(Flow {
-        client,
-        server: server.stream,
-    })
+        .flat_map(|family| Side::BOTH.map(|end| (family, end)))
 }
 
 /// `sockatmark` of POSIX.
@@ -815,17 +737,6 @@ fn payload(seed: u64, bytes: usize) -> Vec<u8> {
     let mut payload = vec![0; bytes];
     Rng::with_seed(seed).fill(&mut payload);
     payload
-}
-
-fn send_all(mut stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
-    stream.write_all(bytes)?;
-    stream.shutdown(Shutdown::Write)
-}
-
-fn receive_all(mut stream: &TcpStream) -> io::Result<Vec<u8>> {
-    let mut received = Vec::new();
-    stream.read_to_end(&mut received)?;
-    Ok(received)
 }
 
 #[track_caller]
@@ -855,15 +766,6 @@ fn assert_refused(bed: &Bed, address: SocketAddr, refusal: ErrorKind) {
     );
 }
 
-/// A figure from the two lines that the daemon logs at its end.
-fn count(exit: &Exit, name: &str) -> u64 {
-    let words = exit.log.split_ascii_whitespace();
-    let figure = words
-        .filter_map(|word| word.split_once('='))
-        .find(|(key, _)| *key == name);
-    figure.map_or(0, |(_, value)| value.parse().expect("figures are numbers"))
-}
-
 fn resident_bytes(daemon: &Daemon) -> Result<usize> {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()))?;
     let line = status
@@ -873,73 +775,10 @@ fn resident_bytes(daemon: &Daemon) -> Result<usize> {
     Ok(line.trim_end_matches("kB").trim().parse::<usize>()? * KIB)
 }
 
-/// A connection by its ports, as one end's kernel has it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-struct Leg {
-    local: u16,
-    remote: u16,
-}
-
-impl Leg {
-    fn of(stream: &TcpStream) -> io::Result<Self> {
-        Ok(Self {
-            local: stream.local_addr()?.port(),
-            remote: stream.peer_addr()?.port(),
-        })
-    }
-
-    fn seen_from_the_gateway(self) -> Self {
-        Self {
-            local: self.remote,
-            remote: self.local,
-        }
-    }
-}
-
-/// A line of /proc/net/tcp.
-struct TcpSocket {
-    leg: Leg,
-    state: u8,
-    unacknowledged: u32,
-}
-
-/// States of the kernel's `net/tcp_states.h`.
-const CLOSE_WAIT: u8 = 8;
-const LISTEN: u8 = 10;
-
-fn tcp_sockets(namespace: &Namespace, family: Family) -> Vec<TcpSocket> {
-    let path = match family {
-        Family::V4 => "/proc/thread-self/net/tcp",
-        Family::V6 => "/proc/thread-self/net/tcp6",
-    };
-    let table = namespace
-        .run(|| fs::read_to_string(path))
-        .expect("every namespace has the table");
-    let parse = |line: &str| {
-        let mut words = line.split_ascii_whitespace().skip(1);
-        let mut port = || u16::from_str_radix(words.next()?.rsplit(':').next()?, 16).ok();
-        let leg = Leg {
-            local: port()?,
-            remote: port()?,
-        };
-        let state = u8::from_str_radix(words.next()?, 16).ok()?;
-        let unacknowledged = u32::from_str_radix(words.next()?.split(':').next()?, 16).ok()?;
-        Some(TcpSocket {
-            leg,
-            state,
-            unacknowledged,
-        })
-    };
-    table.lines().skip(1).filter_map(parse).collect()
-}
-
-fn is_listening(namespace: &Namespace, port: u16) -> bool {
-    let sockets = Family::BOTH
-        .into_iter()
-        .flat_map(|family| tcp_sockets(namespace, family));
-    sockets
-        .filter(|socket| socket.state == LISTEN)
-        .any(|socket| socket.leg.local == port)
+fn is_listening(bed: &Bed, port: u16) -> bool {
+    let mut ss = bed.topology.server.command("ss");
+    let listening = ss.args(["-Hltn", &format!("sport = :{port}")]).output();
+    listening.is_ok_and(|listening| !listening.stdout.is_empty())
 }
 
 fn run(command: &mut Command) -> Result<Vec<u8>> {
@@ -968,16 +807,15 @@ impl Drop for Reaped {
 /// nginx with a directory of its own, which it serves and lets be written.
 struct Nginx {
     _process: Reaped,
-    directory: PathBuf,
+    directory: TempDir,
 }
 
 impl Nginx {
     const PORT: u16 = 8080;
 
-    fn start(namespace: &Namespace) -> Result<Self> {
-        let directory = std::env::temp_dir().join(format!("pepsal-nginx-{}", std::process::id()));
-        fs::create_dir_all(&directory)?;
-        let path = directory.display();
+    fn start(bed: &Bed) -> Result<Self> {
+        let directory = TempDir::new()?;
+        let path = directory.path().display();
         let config = format!(
             "daemon off; master_process off; user root; pid {path}/pid; error_log stderr;
              events {{}}
@@ -989,12 +827,14 @@ impl Nginx {
              }}",
             port = Self::PORT
         );
-        let file = directory.join("nginx.conf");
+        let file = directory.path().join("nginx.conf");
         fs::write(&file, config)?;
-        let process = namespace
+        let process = bed
+            .topology
+            .server
             .command("nginx")
             .arg("-p")
-            .arg(&directory)
+            .arg(directory.path())
             .arg("-c")
             .arg(&file)
             .spawn();
@@ -1002,14 +842,7 @@ impl Nginx {
             _process: Reaped(process.context("nginx")?),
             directory,
         };
-        eventually(PATIENCE, || is_listening(namespace, Self::PORT));
+        eventually(PATIENCE, || is_listening(bed, Self::PORT));
         Ok(nginx)
-    }
-}
-
-impl Drop for Nginx {
-    fn drop(&mut self) {
-        // What cannot be removed is in the folder for temporary files.
-        let _ = fs::remove_dir_all(Path::new(&self.directory));
     }
 }

@@ -1,7 +1,7 @@
 //! More than one gateway behind a router that shares flows out with a resilient next-hop group.
 
 use anyhow::{Result, ensure};
-use pepsal_tests::{Cancel, Connector, Daemon, Family, Namespace, Server, Session, Transfer};
+use pepsal_tests::{Cancel, Connector, Daemon, Family, LAN, Namespace, Server, Session, Transfer};
 
 /// ```text
 ///                 gateway 1
@@ -69,7 +69,7 @@ impl Site {
     }
 
     fn daemons(&self) -> Result<[Daemon; 2]> {
-        let start = |gateway| Daemon::start(gateway, &["-i", "lan0"]);
+        let start = |gateway| Daemon::start(gateway, LAN);
         Ok([start(&self.gateways[0])?, start(&self.gateways[1])?])
     }
 }

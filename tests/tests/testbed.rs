@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use pepsal_tests::{
-    Connector, Family, Link, LinkProfile, Listener, Namespace, Server, Topology, Transfer, eventually,
+    Connector, Family, Link, LinkProfile, Listener, Namespace, Path, Server, Topology, Transfer, eventually,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -50,7 +50,7 @@ fn server_sees_the_options_of_the_clients_syn() -> Result<()> {
     assert_eq!(v4.syn.source(), Family::V4.client());
     assert_eq!(v4.syn.destination(), Family::V4.server());
     assert_eq!(v4.syn.ttl(), 127, "one router on the way");
-    assert!(!v4.is_split());
+    assert_eq!(v4.path(), Path::Forwarded);
 
     let connector = Connector {
         traffic_class: 0x48,

@@ -14,19 +14,17 @@ use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{Counter, EXTENSION_MAX, NO_LINK, PORT_SET_BYTES, PortSet, listener_v4, listener_v6};
-use pepsal_tests::{Connector, Family, Listener, eventually};
+use pepsal_tests::packet::*;
+use pepsal_tests::{Connector, Family, Listener, PATIENCE, eventually};
 
 use gateway::{
-    Gateway, LIMIT, MAC, MARK, MARK_MASK, OTHERS, Outcome, PATIENCE, REPLIES, STEER, ethernet, program,
-    test_run_marked,
+    Gateway, LIMIT, MAC, MARK, MARK_MASK, OTHERS, Outcome, REPLIES, STEER, ethernet, program, test_run_marked,
 };
-use segment::*;
 
 mod differential;
 mod gateway;
 mod generator;
 mod oracle;
-mod segment;
 
 const MSS_AND_MORE: [u8; 20] = [2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
 
@@ -110,7 +108,7 @@ fn syn_is_recorded_as_it_came() -> Result<()> {
     for tcp in [v4, v6] {
         assert_eq!(gateway.steer(&tcp.packet())?, Counter::Intercepted);
         let [(key, record)] = gateway.flows()?.try_into().ok().context("one flow")?;
-        assert_eq!(key, tcp.key());
+        assert_eq!(key, gateway::key(&tcp));
         assert_eq!((key.client(), key.server()), (tcp.source, tcp.destination));
         assert_eq!((record.traffic_class, record.ttl), (tcp.traffic_class, tcp.ttl));
         assert_eq!(record.flow_label(), tcp.flow_label);
@@ -537,7 +535,7 @@ fn segments_of_a_flow_that_is_being_set_up_are_steered() -> Result<()> {
         let (_, record) = gateway
             .flows()?
             .into_iter()
-            .find(|(key, _)| *key == syn.key())
+            .find(|(key, _)| *key == gateway::key(&syn))
             .context("the flow")?;
         assert_eq!(record.ttl, 63, "the newest SYN counts");
         let ack = Tcp::with_flags(family, ACK).packet();
