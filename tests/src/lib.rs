@@ -34,7 +34,7 @@ pub use emulator::{DirectionCounters, DirectionDelays, Emulator, LinkCounters, L
 pub use footprint::Footprint;
 pub use handover::Handovers;
 pub use hook::{Hook, count_programs, detach_programs};
-pub use leg::Leg;
+pub use leg::{Leg, is_listening};
 pub use netns::Namespace;
 pub use socket::{Accepted, Connector, Listener, reset};
 pub use syn::{Path, SavedSyn};

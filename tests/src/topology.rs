@@ -31,6 +31,14 @@ impl Family {
     /// Both families.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+
     /// The family of an address.
     pub fn of(address: IpAddr) -> Self {
         match address {
