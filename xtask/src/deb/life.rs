@@ -19,7 +19,7 @@ use pepsal_tests::{
 };
 
 use super::{root::Root, system::System};
-use crate::{build, shell};
+use crate::{cargo, shell};
 
 /// What the administrator writes.
 const EDIT: &str = "interfaces = [\"lan0\", \"sat0\"]\n\n[link.sat0]\nrate = \"50mbit\"\nrtt = \"600ms\"\n";
@@ -410,7 +410,7 @@ struct Web {
 impl Web {
     fn start(namespace: &Namespace) -> Result<Self> {
         const BYTES: usize = 20_000_000;
-        let folder = build::target_dir().join("tmp/web");
+        let folder = cargo::target_dir().join("tmp/web");
         fs::create_dir_all(&folder)?;
         fs::write(folder.join("file"), vec![0; BYTES])?;
         let log = fs::File::create(folder.with_extension("log"))?;
@@ -465,7 +465,7 @@ struct Successors {
 
 impl Successors {
     fn of(package: &path::Path) -> Result<Self> {
-        let folder = build::target_dir().join("tmp/successor");
+        let folder = cargo::target_dir().join("tmp/successor");
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         shell::run(
