@@ -109,6 +109,24 @@ impl Daemon {
         Ok(command(&binary()?, namespace, arguments))
     }
 
+    /// The same, run by a program that executes the rest of its arguments.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn command_by<S: AsRef<OsStr>>(
+        namespace: &Namespace,
+        by: &[S],
+        arguments: &[&str],
+    ) -> Result<Command> {
+        let daemon = Self::command(namespace, arguments)?;
+        let mut command = namespace.command(&by[0]);
+        command
+            .args(&by[1..])
+            .arg(daemon.get_program())
+            .args(daemon.get_args());
+        Ok(command)
+    }
+
     /// Runs a command made from [`Daemon::command`] and waits until its log says that it is ready.
     ///
     /// # Errors

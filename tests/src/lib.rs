@@ -11,6 +11,7 @@
 
 mod bed;
 mod capture;
+mod counters;
 mod daemon;
 mod delays;
 mod emulator;
@@ -28,6 +29,7 @@ mod wait;
 
 pub use bed::{BOTH, Bed, Connection, LAN, Network, Side, receive_all, send_all, splits};
 pub use capture::{Capture, Segment};
+pub use counters::counters;
 pub use daemon::{Daemon, Exit};
 pub use delays::Delays;
 pub use emulator::{DirectionCounters, DirectionDelays, Emulator, LinkCounters, LinkDelays, LinkProfile};

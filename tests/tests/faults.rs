@@ -1,5 +1,6 @@
 //! What becomes of connections when something around the daemon breaks. The table is in docs/reliability.md.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::path::PathBuf;
@@ -89,16 +90,8 @@ fn interface_that_is_made_anew_a_hundred_times_is_intercepted_each_time() -> Res
     let topology = &bed.topology;
     let is_split = || bed.probe(Family::V4).is_ok_and(|path| path == Path::Split);
     for round in 0..100 {
-        topology.gateway.ip(format!(
-            "link delete lan0
-             link add lan0 type veth peer name eth0 netns {}
-             link set lan0 up
-             address add 10.1.0.1/24 dev lan0",
-            topology.client.path().display()
-        ))?;
-        topology.client.ip("link set eth0 up
-             address add 10.1.0.2/24 dev eth0
-             route add default via 10.1.0.1")?;
+        topology.gateway.ip("link delete lan0")?;
+        topology.reconnect_client()?;
         if round % 33 == 0 {
             eventually(PATIENCE, is_split);
         }
@@ -217,13 +210,10 @@ impl MemoryGroup {
 
     /// Starts a daemon in it.
     fn start(&self, topology: &Topology, arguments: &[&str]) -> Result<Daemon> {
-        let daemon = Daemon::command(&topology.gateway, arguments)?;
-        let mut command = topology.gateway.command("sh");
-        command
-            .args(["-c", "echo 0 >\"$0\" && exec \"$@\""])
-            .arg(self.path.join("cgroup.procs"))
-            .arg(daemon.get_program())
-            .args(daemon.get_args());
+        let group = self.path.join("cgroup.procs");
+        let enter = ["-c", "echo 0 >\"$0\" && exec \"$@\""].map(OsStr::new);
+        let by = [&[OsStr::new("sh")], &enter[..], &[group.as_os_str()]].concat();
+        let command = Daemon::command_by(&topology.gateway, &by, arguments)?;
         Daemon::start_command(command)
     }
 

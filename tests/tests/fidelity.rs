@@ -1,14 +1,13 @@
 //! What of the client the server gets to see, and what each leg's socket is given.
 
-use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 
 use anyhow::{Context, Result};
 use pepsal_tests::packet::{ACK, Forger, SYN, Tcp};
 use pepsal_tests::{
-    Bed, Capture, Connection, Connector, Family, Listener, Namespace, PATIENCE, Path, SavedSyn, Segment,
-    Side, Topology, Transfer, eventually,
+    Bed, Capture, Connection, Connector, Family, Listener, PATIENCE, Path, SavedSyn, Segment, Side, Topology,
+    Transfer, counters, eventually,
 };
 use socket2::{Domain, Socket, Type};
 
@@ -394,8 +393,12 @@ fn data_in_the_syn_reaches_the_server() -> Result<()> {
     }
     let [_, server_legs] = bed.daemon.namespaces()?;
     for namespace in [&bed.topology.client, &server_legs] {
-        // Of three connections in each family.
-        assert_eq!(fastopens(namespace)?, 4, "{namespace:?}");
+        // Those with data in a SYN that was acknowledged, of three in each family.
+        assert_eq!(
+            counters(namespace)?["TcpExtTCPFastOpenActive"],
+            4,
+            "{namespace:?}"
+        );
     }
     Ok(())
 }
@@ -531,18 +534,6 @@ fn fastopen_connect(bed: &Bed, address: SocketAddr) -> Result<TcpStream> {
 fn fastopen(bed: &Bed, listener: &Listener) -> Result<Connection> {
     let address = listener.at(Family::of(listener.address().ip()).server());
     Connection::new(fastopen_connect(bed, address)?, listener.accept(PATIENCE)?).split()
-}
-
-/// How many connections from the namespace had data in a SYN that was acknowledged.
-fn fastopens(namespace: &Namespace) -> Result<u64> {
-    let table = namespace.run(|| fs::read_to_string("/proc/thread-self/net/netstat"))?;
-    let mut lines = table.lines().filter_map(|line| line.strip_prefix("TcpExt: "));
-    let (names, values) = lines.next().zip(lines.next()).context("two lines")?;
-    let mut columns = names.split(' ').zip(values.split(' '));
-    let (_, value) = columns
-        .find(|(name, _)| *name == "TCPFastOpenActive")
-        .context("the counter")?;
-    Ok(value.parse()?)
 }
 
 /// A host drops what is source-routed, and so does a gateway, unless told otherwise.

@@ -175,17 +175,13 @@ fn unknown_congestion_control_lists_those_available() -> Result<()> {
     Ok(())
 }
 
+const AS_NOBODY: [&str; 4] = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"];
+
 /// A daemon's command with only some capabilities.
 fn with_capabilities(namespace: &Namespace, capabilities: &str) -> Result<Command> {
-    let daemon = Daemon::command(namespace, BOTH)?;
-    let mut command = namespace.command("setpriv");
     let inherited = format!("--inh-caps=-all{capabilities}");
     let bounding = format!("--bounding-set=-all{capabilities}");
-    command
-        .args([inherited, bounding])
-        .arg(daemon.get_program())
-        .args(daemon.get_args());
-    Ok(command)
+    Daemon::command_by(namespace, &["setpriv", &inherited, &bounding], BOTH)
 }
 
 #[test]
@@ -255,13 +251,7 @@ fn what_a_user_may_not_touch_is_named() -> Result<()> {
             "{arguments:?}: {line}"
         );
     }
-    let daemon = Daemon::command(&topology.gateway, &["-F", path])?;
-    let mut nobody = topology.gateway.command("setpriv");
-    nobody
-        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
-        .arg(daemon.get_program())
-        .args(daemon.get_args());
-    let output = nobody.output()?;
+    let output = Daemon::command_by(&topology.gateway, &AS_NOBODY, &["-F", path])?.output()?;
     let said = String::from_utf8(output.stderr)?;
     assert_eq!(
         said,
@@ -332,9 +322,9 @@ fn squat(namespace: &Namespace) -> Result<Vec<UnixStream>> {
 
 /// Runs a line of shell as nobody; whether it succeeds.
 fn as_nobody(namespace: &Namespace, line: &str) -> Result<bool> {
-    let mut command = namespace.command("setpriv");
+    let mut command = namespace.command(AS_NOBODY[0]);
     command
-        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
+        .args(&AS_NOBODY[1..])
         .args(["sh", "-c", line])
         .stdout(Stdio::null())
         .stderr(Stdio::null());

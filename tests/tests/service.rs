@@ -306,19 +306,19 @@ fn as_service(namespace: &Namespace, arguments: &[&str]) -> Result<Command> {
         .iter()
         .map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase()))
         .collect();
-    let daemon = Daemon::command(namespace, arguments)?;
-    let mut command = namespace.command("setpriv");
-    command
-        .args([
-            "--reuid=nobody",
-            "--regid=nogroup",
-            "--clear-groups",
-            "--no-new-privs",
-        ])
-        .args(["inh-caps", "ambient-caps", "bounding-set"].map(|set| format!("--{set}=-all{added}")))
-        .arg(daemon.get_program())
-        .args(daemon.get_args());
-    Ok(command)
+    let user = [
+        "setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        "--no-new-privs",
+    ];
+    let sets = ["inh-caps", "ambient-caps", "bounding-set"].map(|set| format!("--{set}=-all{added}"));
+    Daemon::command_by(
+        namespace,
+        &[&user.map(str::to_owned)[..], &sets].concat(),
+        arguments,
+    )
 }
 
 #[test]

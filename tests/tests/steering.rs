@@ -459,18 +459,7 @@ fn interface_that_comes_back_under_its_name_is_intercepted_again() -> Result<()>
     let topology = &bed.topology;
     topology.gateway.ip("link delete lan0")?;
     bed.daemon.wait_for_log("intercepted interfaces changed")?;
-    topology.gateway.ip(format!(
-        "link add lan0 type veth peer name eth0 netns {}
-         link set lan0 up
-         address add 10.1.0.1/24 dev lan0
-         address add fd01::1/64 dev lan0 nodad",
-        topology.client.path().display()
-    ))?;
-    topology.client.ip("link set eth0 up
-         address add 10.1.0.2/24 dev eth0
-         address add fd01::2/64 dev eth0 nodad
-         route add default via 10.1.0.1
-         route add default via fd01::1")?;
+    topology.reconnect_client()?;
     for family in Family::BOTH {
         eventually(PATIENCE, || {
             bed.probe(family).is_ok_and(|path| path == Path::Split)

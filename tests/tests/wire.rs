@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
 use pepsal_tests::{
-    Bed, Cancel, Connector, Daemon, Family, LAN, Namespace, PATIENCE, Server, Session, Topology, eventually,
-    splits,
+    Bed, Cancel, Connector, Daemon, Family, LAN, Namespace, PATIENCE, Server, Session, Topology, counters,
+    eventually, splits,
 };
 
 /// Enough for many segments of every size.
@@ -23,8 +23,7 @@ fn set_mtu(topology: &Topology, lan: u32, sat: u32) -> Result<()> {
 
 /// How often a host has reassembled a packet or was told of one that is too big, from its counters.
 fn fragments_and_errors(namespace: &Namespace) -> Result<u64> {
-    let nstat = namespace.command("nstat").args(["-asz"]).output()?;
-    let text = String::from_utf8(nstat.stdout)?;
+    let counters = counters(namespace)?;
     let names = [
         "IpReasmReqds",
         "Ip6ReasmReqds",
@@ -33,13 +32,7 @@ fn fragments_and_errors(namespace: &Namespace) -> Result<u64> {
         "IcmpInDestUnreachs",
         "Icmp6InPktTooBigs",
     ];
-    let values = text.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        names
-            .contains(&words.next()?)
-            .then(|| words.next()?.parse::<u64>().ok())?
-    });
-    Ok(values.sum())
+    Ok(names.iter().map(|name| counters[*name]).sum())
 }
 
 #[test]

@@ -52,16 +52,17 @@ fn without_control_groups_one_line_says_so_and_the_rest_of_the_profile_holds() -
     let network = Network::new()?;
     let gateway = &network.topology.gateway;
     let link = ["--link", "sat0,rate=20mbit,pacing=16mbit,rtt=100ms,cc=cubic"];
-    let daemon = Daemon::command(gateway, &[LAN, &link].concat())?;
     // It may not make a group below the one that it is in.
-    let mut hidden = gateway.command("setpriv");
     let capabilities = "+net_bind_service,+net_admin,+net_raw,+perfmon,+bpf,+sys_admin";
-    hidden.args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"]);
-    hidden.args([
-        format!("--inh-caps=-all,{capabilities}"),
-        format!("--ambient-caps=-all,{capabilities}"),
-    ]);
-    hidden.arg(daemon.get_program()).args(daemon.get_args());
+    let by = [
+        "setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        &format!("--inh-caps=-all,{capabilities}"),
+        &format!("--ambient-caps=-all,{capabilities}"),
+    ];
+    let hidden = Daemon::command_by(gateway, &by, &[LAN, &link].concat())?;
     let bed = Bed {
         daemon: Daemon::start_command(hidden)?,
         network,
