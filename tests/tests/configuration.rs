@@ -11,75 +11,6 @@ use nix::sys::signal::Signal;
 use pepsal_tests::{Bed, Connection, Daemon, Family, Footprint, PATIENCE, Path, Side, Topology, eventually};
 use tempfile::TempDir;
 
-/// A directory of this test's own with a configuration.
-struct Scratch(TempDir);
-
-impl Scratch {
-    fn new(configuration: &str) -> Result<Self> {
-        let scratch = Self(TempDir::new()?);
-        scratch.write(configuration)?;
-        Ok(scratch)
-    }
-
-    /// Replaced whole: whoever reads it meanwhile gets the old or the new one.
-    fn write(&self, configuration: &str) -> Result<()> {
-        fs::write(self.path("new"), configuration)?;
-        Ok(fs::rename(self.path("new"), self.path("pepsal.toml"))?)
-    }
-
-    fn path(&self, name: &str) -> String {
-        let path = self.0.path().join(name);
-        path.to_str().expect("the name is made of ASCII").to_owned()
-    }
-
-    fn file(&self) -> String {
-        self.path("pepsal.toml")
-    }
-}
-
-/// A bed whose daemon was started from a file.
-struct Scene {
-    bed: Bed,
-    scratch: Scratch,
-}
-
-impl Deref for Scene {
-    type Target = Bed;
-
-    fn deref(&self) -> &Bed {
-        &self.bed
-    }
-}
-
-impl Scene {
-    fn new(configuration: &str, arguments: &[&str]) -> Result<Self> {
-        let scratch = Scratch::new(configuration)?;
-        let bed = Bed::start(&[&["-F", &scratch.file()], arguments].concat())?;
-        Ok(Self { bed, scratch })
-    }
-
-    /// Whether a connection made now, which carries some bytes, is split.
-    fn is_split(&self, family: Family) -> Result<bool> {
-        Ok(self.probe(family)? == Path::Split)
-    }
-
-    /// Lets the daemon read another configuration, and returns what it says to that, from the line with `answer` on.
-    fn reload(&self, configuration: &str, answer: &str) -> Result<String> {
-        self.scratch.write(configuration)?;
-        self.hangup(answer)
-    }
-
-    fn hangup(&self, answer: &str) -> Result<String> {
-        let before = self.daemon.log().len();
-        self.daemon.signal(Signal::SIGHUP)?;
-        let said = || self.daemon.log()[before..].to_owned();
-        eventually(PATIENCE, || said().contains("reloaded"));
-        // The lines that need a restart follow at once.
-        eventually(PATIENCE, || said().contains(answer));
-        Ok(said())
-    }
-}
-
 #[test]
 fn daemon_does_what_the_file_says() -> Result<()> {
     let configuration = "interfaces = [\"lan0\"]\nproxy.port = 5321\n[steering]\nbypass = [\"fd00::/8\"]\n\
@@ -416,4 +347,73 @@ fn lists_of_rules_are_read_again() -> Result<()> {
     );
     assert!(scene.is_split(Family::V6)?);
     Ok(())
+}
+
+/// A directory of this test's own with a configuration.
+struct Scratch(TempDir);
+
+impl Scratch {
+    fn new(configuration: &str) -> Result<Self> {
+        let scratch = Self(TempDir::new()?);
+        scratch.write(configuration)?;
+        Ok(scratch)
+    }
+
+    /// Replaced whole: whoever reads it meanwhile gets the old or the new one.
+    fn write(&self, configuration: &str) -> Result<()> {
+        fs::write(self.path("new"), configuration)?;
+        Ok(fs::rename(self.path("new"), self.path("pepsal.toml"))?)
+    }
+
+    fn path(&self, name: &str) -> String {
+        let path = self.0.path().join(name);
+        path.to_str().expect("the name is made of ASCII").to_owned()
+    }
+
+    fn file(&self) -> String {
+        self.path("pepsal.toml")
+    }
+}
+
+/// A bed whose daemon was started from a file.
+struct Scene {
+    bed: Bed,
+    scratch: Scratch,
+}
+
+impl Deref for Scene {
+    type Target = Bed;
+
+    fn deref(&self) -> &Bed {
+        &self.bed
+    }
+}
+
+impl Scene {
+    fn new(configuration: &str, arguments: &[&str]) -> Result<Self> {
+        let scratch = Scratch::new(configuration)?;
+        let bed = Bed::start(&[&["-F", &scratch.file()], arguments].concat())?;
+        Ok(Self { bed, scratch })
+    }
+
+    /// Whether a connection made now, which carries some bytes, is split.
+    fn is_split(&self, family: Family) -> Result<bool> {
+        Ok(self.probe(family)? == Path::Split)
+    }
+
+    /// Lets the daemon read another configuration, and returns what it says to that, from the line with `answer` on.
+    fn reload(&self, configuration: &str, answer: &str) -> Result<String> {
+        self.scratch.write(configuration)?;
+        self.hangup(answer)
+    }
+
+    fn hangup(&self, answer: &str) -> Result<String> {
+        let before = self.daemon.log().len();
+        self.daemon.signal(Signal::SIGHUP)?;
+        let said = || self.daemon.log()[before..].to_owned();
+        eventually(PATIENCE, || said().contains("reloaded"));
+        // The lines that need a restart follow at once.
+        eventually(PATIENCE, || said().contains(answer));
+        Ok(said())
+    }
 }

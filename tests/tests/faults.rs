@@ -15,13 +15,6 @@ use pepsal_tests::{
     Server, Topology, Transfer, count_programs, detach_programs, eventually, patience,
 };
 
-fn limit_descriptors(daemon: &Daemon, limit: &str) -> Result<()> {
-    let mut prlimit = Command::new("prlimit");
-    prlimit.args(["--pid", &daemon.pid().to_string(), &format!("--nofile={limit}")]);
-    ensure!(prlimit.status()?.success(), "prlimit --nofile={limit}");
-    Ok(())
-}
-
 #[test]
 fn device_that_somebody_removes_is_back_within_a_second() -> Result<()> {
     let bed = Bed::start(&[])?;
@@ -329,5 +322,12 @@ fn a_clients_network_may_go_and_the_daemon_works_on() -> Result<()> {
     eventually(PATIENCE, || daemon.log().contains("now=\"sat0\""));
     let exit = daemon.terminate()?;
     assert_eq!(exit.code(), Some(0), "{}", exit.log);
+    Ok(())
+}
+
+fn limit_descriptors(daemon: &Daemon, limit: &str) -> Result<()> {
+    let mut prlimit = Command::new("prlimit");
+    prlimit.args(["--pid", &daemon.pid().to_string(), &format!("--nofile={limit}")]);
+    ensure!(prlimit.status()?.success(), "prlimit --nofile={limit}");
     Ok(())
 }

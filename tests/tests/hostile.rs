@@ -20,11 +20,6 @@ use pepsal_tests::{
 };
 use socket2::SockRef;
 
-/// A source address that nobody has.
-fn spoofed(number: u32) -> IpAddr {
-    Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + number).into()
-}
-
 #[test]
 fn fragments_of_a_flow_reach_it() -> Result<()> {
     // The server's packets are larger than its way to the gateway takes, and may be fragmented on it.
@@ -514,4 +509,9 @@ fn nobody_outside_reaches_what_the_daemon_serves() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A source address that nobody has.
+fn spoofed(number: u32) -> IpAddr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + number).into()
 }

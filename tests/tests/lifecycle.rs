@@ -19,27 +19,6 @@ use pepsal_tests::{
 use socket2::{Domain, SockAddr, Socket, Type};
 use tempfile::NamedTempFile;
 
-/// Runs the daemon with what it has to refuse, and returns its one line of error.
-fn refusal(namespace: &Namespace, arguments: &[&str]) -> Result<String> {
-    let before = Footprint::of(namespace)?;
-    let exit = Daemon::expect_failure(namespace, arguments)?;
-    assert!(exit.code().is_some_and(|code| code != 0), "{:?}", exit.status);
-    assert_eq!(
-        Footprint::of(namespace)?,
-        before,
-        "{arguments:?} leaves something behind"
-    );
-    one_line(&exit.log)
-}
-
-/// The one line of an error; clap's errors go on after an empty line with where to find help.
-fn one_line(log: &str) -> Result<String> {
-    let log = log.split("\n\n").next().unwrap_or_default().trim_end();
-    assert!(log.lines().all(|line| !line.contains("panicked")), "{log}");
-    assert_eq!(log.lines().count(), 1, "not one line: {log:?}");
-    Ok(log.to_owned())
-}
-
 #[test]
 fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
     let topology = Topology::new()?;
@@ -673,4 +652,25 @@ fn gateway_without_ipv6_serves_ipv4() -> Result<()> {
     assert_eq!(daemon.terminate()?.code(), Some(0));
     assert_eq!(Footprint::of(&network.topology.gateway)?, before);
     Ok(())
+}
+
+/// Runs the daemon with what it has to refuse, and returns its one line of error.
+fn refusal(namespace: &Namespace, arguments: &[&str]) -> Result<String> {
+    let before = Footprint::of(namespace)?;
+    let exit = Daemon::expect_failure(namespace, arguments)?;
+    assert!(exit.code().is_some_and(|code| code != 0), "{:?}", exit.status);
+    assert_eq!(
+        Footprint::of(namespace)?,
+        before,
+        "{arguments:?} leaves something behind"
+    );
+    one_line(&exit.log)
+}
+
+/// The one line of an error; clap's errors go on after an empty line with where to find help.
+fn one_line(log: &str) -> Result<String> {
+    let log = log.split("\n\n").next().unwrap_or_default().trim_end();
+    assert!(log.lines().all(|line| !line.contains("panicked")), "{log}");
+    assert_eq!(log.lines().count(), 1, "not one line: {log:?}");
+    Ok(log.to_owned())
 }

@@ -22,40 +22,6 @@ const NONE: &str = "0000000000000000";
 
 const UNIT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/pepsal.service");
 
-/// A field of proc_pid_status(5), for each of a daemon's threads.
-fn of_all_threads(daemon: &Daemon, field: &str) -> Result<Vec<String>> {
-    let mut values = Vec::new();
-    for thread in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
-        let status = fs::read_to_string(thread?.path().join("status"))?;
-        let value = status
-            .lines()
-            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
-            .with_context(|| format!("{field} in {status}"))?;
-        values.push(value.trim().to_owned());
-    }
-    ensure!(values.len() > 1, "a daemon has more than one thread");
-    Ok(values)
-}
-
-fn assert_confined(daemon: &Daemon) -> Result<()> {
-    for (field, expected) in [
-        ("CapEff", FIVE),
-        ("CapPrm", FIVE),
-        ("CapBnd", FIVE),
-        ("CapInh", NONE),
-        ("CapAmb", NONE),
-        ("NoNewPrivs", "1"),
-        ("Seccomp", "2"),
-    ] {
-        let values = of_all_threads(daemon, field)?;
-        assert!(
-            values.iter().all(|value| value == expected),
-            "{field}: {values:?}"
-        );
-    }
-    Ok(())
-}
-
 #[test]
 fn root_keeps_five_capabilities_and_no_way_back() -> Result<()> {
     let bed = Bed::start(&["--link", "sat0,rate=50mbit,rtt=100ms"])?;
@@ -433,4 +399,38 @@ fn analyze(arguments: &[&Path]) -> Result<String> {
         output.status
     );
     Ok(said)
+}
+
+/// A field of proc_pid_status(5), for each of a daemon's threads.
+fn of_all_threads(daemon: &Daemon, field: &str) -> Result<Vec<String>> {
+    let mut values = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
+        let status = fs::read_to_string(thread?.path().join("status"))?;
+        let value = status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+            .with_context(|| format!("{field} in {status}"))?;
+        values.push(value.trim().to_owned());
+    }
+    ensure!(values.len() > 1, "a daemon has more than one thread");
+    Ok(values)
+}
+
+fn assert_confined(daemon: &Daemon) -> Result<()> {
+    for (field, expected) in [
+        ("CapEff", FIVE),
+        ("CapPrm", FIVE),
+        ("CapBnd", FIVE),
+        ("CapInh", NONE),
+        ("CapAmb", NONE),
+        ("NoNewPrivs", "1"),
+        ("Seccomp", "2"),
+    ] {
+        let values = of_all_threads(daemon, field)?;
+        assert!(
+            values.iter().all(|value| value == expected),
+            "{field}: {values:?}"
+        );
+    }
+    Ok(())
 }

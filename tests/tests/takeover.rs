@@ -18,26 +18,6 @@ const TAKEOVER: [&str; 5] = ["-i", "lan0", "-i", "sat0", "--takeover"];
 /// How often a daemon is followed by the next.
 const UPGRADES: usize = 10;
 
-/// Connects, transfers and closes, again and again.
-fn load(topology: &Topology, server: SocketAddr, seed: u64, stop: &AtomicBool) -> Result<u64> {
-    let mut flows = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let number = seed + flows;
-        let direction = [Direction::Upload, Direction::Download][number as usize % 2];
-        let transfer = Transfer::new(direction, 1 << (10 + number % 11)).seed(number);
-        let outcome = transfer
-            .run(&topology.client, server)
-            .with_context(|| format!("flow {flows} of seed {seed}"))?;
-        ensure!(outcome.intact, "flow {flows} of seed {seed} is damaged");
-        ensure!(
-            outcome.path() == Path::Split,
-            "flow {flows} of seed {seed} passed by"
-        );
-        flows += 1;
-    }
-    Ok(flows)
-}
-
 #[test]
 fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()> {
     let network = Network::new()?;
@@ -190,4 +170,24 @@ fn one_that_does_not_let_go_stays() -> Result<()> {
         network.probe(Family::V4).is_ok_and(|path| path == Path::Split)
     });
     Ok(())
+}
+
+/// Connects, transfers and closes, again and again.
+fn load(topology: &Topology, server: SocketAddr, seed: u64, stop: &AtomicBool) -> Result<u64> {
+    let mut flows = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let number = seed + flows;
+        let direction = [Direction::Upload, Direction::Download][number as usize % 2];
+        let transfer = Transfer::new(direction, 1 << (10 + number % 11)).seed(number);
+        let outcome = transfer
+            .run(&topology.client, server)
+            .with_context(|| format!("flow {flows} of seed {seed}"))?;
+        ensure!(outcome.intact, "flow {flows} of seed {seed} is damaged");
+        ensure!(
+            outcome.path() == Path::Split,
+            "flow {flows} of seed {seed} passed by"
+        );
+        flows += 1;
+    }
+    Ok(flows)
 }

@@ -13,28 +13,6 @@ const BYTES: u64 = 2_000_000;
 
 const PACKET_SIZES: [u32; 3] = [1280, 1500, 9000];
 
-fn set_mtu(topology: &Topology, lan: u32, sat: u32) -> Result<()> {
-    topology.client.ip(format!("link set eth0 mtu {lan}"))?;
-    topology
-        .gateway
-        .ip(format!("link set lan0 mtu {lan}\nlink set sat0 mtu {sat}"))?;
-    topology.server.ip(format!("link set eth0 mtu {sat}"))
-}
-
-/// How often a host has reassembled a packet or was told of one that is too big, from its counters.
-fn fragments_and_errors(namespace: &Namespace) -> Result<u64> {
-    let counters = counters(namespace)?;
-    let names = [
-        "IpReasmReqds",
-        "Ip6ReasmReqds",
-        "IpFragCreates",
-        "Ip6FragCreates",
-        "IcmpInDestUnreachs",
-        "Icmp6InPktTooBigs",
-    ];
-    Ok(names.iter().map(|name| counters[*name]).sum())
-}
-
 #[test]
 fn packets_of_every_size_pass_in_every_mixture() -> Result<()> {
     let bed = Bed::start(LAN)?;
@@ -172,4 +150,26 @@ fn clients_behind_a_bridge_of_the_gateway_are_served() -> Result<()> {
         splits(&bed.topology.client, bed.server.address(family), BYTES)?;
     }
     Ok(())
+}
+
+fn set_mtu(topology: &Topology, lan: u32, sat: u32) -> Result<()> {
+    topology.client.ip(format!("link set eth0 mtu {lan}"))?;
+    topology
+        .gateway
+        .ip(format!("link set lan0 mtu {lan}\nlink set sat0 mtu {sat}"))?;
+    topology.server.ip(format!("link set eth0 mtu {sat}"))
+}
+
+/// How often a host has reassembled a packet or was told of one that is too big, from its counters.
+fn fragments_and_errors(namespace: &Namespace) -> Result<u64> {
+    let counters = counters(namespace)?;
+    let names = [
+        "IpReasmReqds",
+        "Ip6ReasmReqds",
+        "IpFragCreates",
+        "Ip6FragCreates",
+        "IcmpInDestUnreachs",
+        "Icmp6InPktTooBigs",
+    ];
+    Ok(names.iter().map(|name| counters[*name]).sum())
 }
