@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::netns::Namespace;
@@ -275,7 +275,8 @@ impl Server {
             received: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             is_hushed: AtomicBool::new(false),
-            stop: EventFd::new()?,
+            // Daemons that start meanwhile do not inherit it.
+            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
             open: Mutex::default(),
         });
         let thread = std::thread::spawn({
