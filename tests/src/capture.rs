@@ -4,7 +4,8 @@ use std::io::{self, ErrorKind, Read};
 use std::net::SocketAddr;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use etherparse::{LaxIpSlice, TcpOptionElement, TcpOptionReadError};
 use nix::libc;
 use nix::net::if_::if_nametoindex;
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
@@ -87,6 +88,10 @@ pub struct Segment {
     pub destination: SocketAddr,
     /// The control bits of RFC 9293, section 3.1.
     pub flags: u8,
+    /// Sequence number.
+    pub sequence: u32,
+    /// IPv4 type of service or IPv6 traffic class.
+    pub traffic_class: u8,
     /// The receive window, not scaled.
     pub window: u16,
     /// The window scale option of a SYN (RFC 7323).
@@ -103,75 +108,44 @@ const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const ACK: u8 = 0x10;
 
-const IPV6_HEADER_LEN: usize = 40;
-const OPTION_END: u8 = 0;
-const OPTION_NOP: u8 = 1;
-const OPTION_MSS: u8 = 2;
-const OPTION_WINDOW_SCALE: u8 = 3;
 const OPTION_FAST_OPEN: u8 = 34;
 
 impl Segment {
     /// `None` for what is no TCP segment.
     fn parse(packet: &[u8]) -> Option<Self> {
-        let protocol = match packet.first()? >> 4 {
-            4 => *packet.get(9)?,
-            6 => *packet.get(6)?,
-            _ => return None,
-        };
-        // Nothing here sends extension headers but in SYNs, and those a server saves.
-        if protocol != 6 {
-            return None;
-        }
-        Self::of_headers(&SavedSyn::parse(packet.to_vec()).ok()?).ok()
+        Some(Self::of_headers(&SavedSyn::parse(packet.to_vec()).ok()?))
     }
 
     /// What is said by a packet from its IP header on.
-    pub(crate) fn of_headers(packet: &SavedSyn) -> Result<Self> {
-        let (bytes, tcp) = (packet.bytes(), packet.tcp_header());
-        let word = |bytes: &[u8], at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
-        let ip_len = match bytes[0] >> 4 {
-            4 => usize::from(word(bytes, 2)),
-            _ => IPV6_HEADER_LEN + usize::from(word(bytes, 4)),
+    pub(crate) fn of_headers(packet: &SavedSyn) -> Self {
+        let (ip, tcp) = (packet.ip(), packet.tcp());
+        let len = match &ip {
+            LaxIpSlice::Ipv4(ip) => ip.header().total_len().into(),
+            LaxIpSlice::Ipv6(ip) => ip.header().slice().len() + usize::from(ip.header().payload_length()),
         };
-        let tcp_header_len = usize::from(tcp[12] >> 4) * 4;
-        ensure!(tcp.len() >= tcp_header_len, "the TCP header is cut short");
         let mut segment = Self {
-            source: (packet.source(), word(tcp, 0)).into(),
-            destination: (packet.destination(), word(tcp, 2)).into(),
-            flags: tcp[13],
-            window: word(tcp, 14),
+            source: (ip.source_addr(), tcp.source_port()).into(),
+            destination: (ip.destination_addr(), tcp.destination_port()).into(),
+            flags: tcp.slice()[13],
+            sequence: tcp.sequence_number(),
+            traffic_class: packet.traffic_class(),
+            window: tcp.window_size(),
             window_scale: None,
             mss: None,
             fast_open: false,
-            payload_len: ip_len.saturating_sub(bytes.len() - tcp.len() + tcp_header_len),
+            // And what was cut off.
+            payload_len: tcp.payload().len() + len.saturating_sub(packet.bytes().len()),
         };
-        segment.read_options(&tcp[20..tcp_header_len]);
-        Ok(segment)
-    }
-
-    fn read_options(&mut self, mut options: &[u8]) {
-        loop {
-            options = match options {
-                [OPTION_END, ..] | [] => return,
-                [OPTION_NOP, rest @ ..] => rest,
-                [OPTION_MSS, 4, high, low, rest @ ..] => {
-                    self.mss = Some(u16::from_be_bytes([*high, *low]));
-                    rest
-                }
-                [OPTION_WINDOW_SCALE, 3, scale, rest @ ..] => {
-                    self.window_scale = Some(*scale);
-                    rest
-                }
-                [kind, len, ..] => match options.get(usize::from(*len).max(2)..) {
-                    Some(rest) => {
-                        self.fast_open |= *kind == OPTION_FAST_OPEN;
-                        rest
-                    }
-                    None => return,
-                },
-                [_] => return,
-            };
+        for option in tcp.options_iterator() {
+            match option {
+                Ok(TcpOptionElement::MaximumSegmentSize(mss)) => segment.mss = Some(mss),
+                Ok(TcpOptionElement::WindowScale(scale)) => segment.window_scale = Some(scale),
+                // The kernel writes it last, and nothing is read behind an option that is not known.
+                Err(TcpOptionReadError::UnknownId(OPTION_FAST_OPEN)) => segment.fast_open = true,
+                _ => {}
+            }
         }
+        segment
     }
 
     /// Whether it opens a connection.

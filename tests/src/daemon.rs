@@ -19,12 +19,11 @@ use nix::unistd::Pid;
 
 use crate::leg::Leg;
 use crate::netns::Namespace;
-use crate::wait::holds_within;
+use crate::wait::{PATIENCE, holds_within};
 
 /// Loading eBPF takes about a second on a busy machine.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(30);
-const LOG_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A running daemon; dropping it kills it. It dies with the thread that started it, too.
 ///
@@ -50,6 +49,18 @@ impl Exit {
     /// The exit code; none when a signal ended it.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
+    }
+
+    /// A figure of the two lines with which it ends, `flows:` and `packets:`; those that are zero are not in them.
+    pub fn counter(&self, name: &str) -> u64 {
+        let lines = self.log.lines();
+        lines
+            .filter(|line| line.contains("flows: ") || line.contains("packets: "))
+            .flat_map(str::split_whitespace)
+            .filter_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+            .map(|figure| figure.parse().expect("figures are numbers"))
+            .next()
+            .unwrap_or(0)
     }
 
     /// The signal that ended it, if one did.
@@ -96,6 +107,24 @@ impl Daemon {
     /// When it is not built.
     pub fn command(namespace: &Namespace, arguments: &[&str]) -> Result<Command> {
         Ok(command(&binary()?, namespace, arguments))
+    }
+
+    /// The same, run by a program that executes the rest of its arguments.
+    ///
+    /// # Errors
+    /// When it is not built.
+    pub fn command_by<S: AsRef<OsStr>>(
+        namespace: &Namespace,
+        by: &[S],
+        arguments: &[&str],
+    ) -> Result<Command> {
+        let daemon = Self::command(namespace, arguments)?;
+        let mut command = namespace.command(&by[0]);
+        command
+            .args(&by[1..])
+            .arg(daemon.get_program())
+            .args(daemon.get_args());
+        Ok(command)
     }
 
     /// Runs a command made from [`Daemon::command`] and waits until its log says that it is ready.
@@ -153,11 +182,11 @@ impl Daemon {
     /// Waits until the log contains `text`.
     ///
     /// # Errors
-    /// When it does not within 10 s.
+    /// When it does not within [`PATIENCE`].
     pub fn wait_for_log(&self, text: &str) -> Result<()> {
         ensure!(
-            holds_within(LOG_TIMEOUT, || self.log().contains(text)),
-            "no {text:?} in the daemon's log after {LOG_TIMEOUT:?}:\n{}",
+            holds_within(PATIENCE, || self.log().contains(text)),
+            "no {text:?} in the daemon's log after {PATIENCE:?}:\n{}",
             self.log()
         );
         Ok(())

@@ -19,7 +19,7 @@ use fastrand::Rng;
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, ppoll};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::prctl;
 use nix::sys::time::TimeSpec;
 
@@ -181,7 +181,7 @@ impl Emulator {
         let mut emulator = Self {
             up: Arc::default(),
             down: Arc::default(),
-            stop: Arc::new(EventFd::new()?),
+            stop: Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?),
             threads: Vec::new(),
         };
 

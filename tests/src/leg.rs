@@ -1,14 +1,20 @@
 //! The legs of split connections, as `ss` shows them at the gateway.
 
+use std::fs;
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::netns::Namespace;
+use crate::topology::Family;
 
 /// One TCP socket of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leg {
+    /// State of the connection, as `ss` names it.
+    pub state: String,
+    /// Bytes that the peer has not acknowledged.
+    pub unacknowledged: u64,
     /// Its own address, which on a gateway may be anybody's.
     pub local: SocketAddr,
     /// Its peer's address.
@@ -55,7 +61,7 @@ impl Leg {
 
     fn parse(line: &str) -> Result<Self> {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let [_state, _received, _queued, local, peer, ..] = words[..] else {
+        let [state, _received, queued, local, peer, ..] = words[..] else {
             bail!("too few words");
         };
         let value = |prefix: &str| words.iter().find_map(|word| word.strip_prefix(prefix));
@@ -78,6 +84,8 @@ impl Leg {
             .map(|(_, cap)| cap.trim_end_matches("bps").parse())
             .transpose()?;
         Ok(Self {
+            state: state.to_owned(),
+            unacknowledged: queued.parse()?,
             local: local.parse()?,
             peer: peer.parse()?,
             // Named after the options that were negotiated and before the window scales, which always are here.
@@ -89,5 +97,39 @@ impl Leg {
             send_buffer: buffer("tb")?,
             sent: number("bytes_sent:").unwrap_or(0),
         })
+    }
+}
+
+/// Whether a socket of a family listens on a port of a namespace.
+pub fn is_listening(namespace: &Namespace, family: Family, port: u16) -> bool {
+    let file = match family {
+        Family::V4 => "/proc/thread-self/net/tcp",
+        Family::V6 => "/proc/thread-self/net/tcp6",
+    };
+    let sockets = namespace.run(|| fs::read_to_string(file)).unwrap_or_default();
+    listens(&sockets, port)
+}
+
+/// Reads a line's local address and state, which is 0A for one that listens.
+fn listens(sockets: &str, port: u16) -> bool {
+    let port = format!(":{port:04X}");
+    sockets.lines().skip(1).any(|line| {
+        let mut words = line.split_whitespace();
+        words.nth(1).is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some("0A")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn listeners_are_told_from_connections() {
+        let sockets = "  sl  local_address rem_address   st tx_queue\n   \
+                       0: 0100007F:1389 00000000:0000 0A 00000000:00000000\n   \
+                       1: 0100007F:1F90 0200007F:9C40 01 00000000:00000000\n";
+        assert!(listens(sockets, 5001));
+        assert!(!listens(sockets, 8080));
+        assert!(!listens(sockets, 9));
     }
 }

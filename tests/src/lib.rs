@@ -3,12 +3,15 @@
 //! A [`Topology`] lays client, gateway and server out in [`Namespace`]s of their own, with a satellite link from the
 //! [`Emulator`] between gateway and server where one is asked for. A [`Daemon`] runs the built `pepsal` in the gateway. A
 //! [`Transfer`] moves verified bytes between client and [`Server`]; a [`Connector`] and a [`Listener`] give tests the
-//! sockets themselves, and a [`SavedSyn`] shows what the server's kernel received.
+//! sockets themselves, and a [`SavedSyn`] shows what the server's kernel received. A [`Bed`] is all of these together, with a
+//! [`Connection`] for each that it opens, and the [`Path`] by which that goes.
 //!
 //! All of it needs root, and all of it is gone when its values are dropped, or when the process dies, however it dies:
 //! namespaces have no names, processes die with the thread that started them.
 
+mod bed;
 mod capture;
+mod counters;
 mod daemon;
 mod delays;
 mod emulator;
@@ -17,23 +20,26 @@ mod handover;
 mod hook;
 mod leg;
 mod netns;
+pub mod packet;
 mod socket;
 mod syn;
 mod topology;
 mod traffic;
 mod wait;
 
+pub use bed::{BOTH, Bed, Connection, LAN, Network, Side, receive_all, send_all, splits};
 pub use capture::{Capture, Segment};
+pub use counters::counters;
 pub use daemon::{Daemon, Exit};
 pub use delays::Delays;
 pub use emulator::{DirectionCounters, DirectionDelays, Emulator, LinkCounters, LinkDelays, LinkProfile};
 pub use footprint::Footprint;
 pub use handover::Handovers;
 pub use hook::{Hook, count_programs, detach_programs};
-pub use leg::Leg;
+pub use leg::{Leg, is_listening};
 pub use netns::Namespace;
 pub use socket::{Accepted, Connector, Listener, reset};
-pub use syn::SavedSyn;
+pub use syn::{Path, SavedSyn};
 pub use topology::{Builder, Family, Link, Topology};
 pub use traffic::{Cancel, Direction, Outcome, Server, Session, Transfer};
-pub use wait::{eventually, patience};
+pub use wait::{PATIENCE, eventually, patience};

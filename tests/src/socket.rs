@@ -12,8 +12,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::netns::Namespace;
-use crate::syn::SavedSyn;
-use crate::wait::{eventually, patience};
+use crate::syn::{Path, SavedSyn};
+use crate::topology::Family;
+use crate::wait::{PATIENCE, eventually, patience};
 
 /// How a client connects. The default asks nothing of the kernel but a deadline.
 #[derive(Clone, Debug)]
@@ -46,12 +47,27 @@ impl Default for Connector {
             destination_options: Vec::new(),
             congestion: None,
             fast_open: false,
-            timeout: patience(Duration::from_secs(20)),
+            timeout: patience(PATIENCE),
+        }
+    }
+}
+
+impl From<SocketAddr> for Connector {
+    /// Connects from an address and port.
+    fn from(source: SocketAddr) -> Self {
+        Self {
+            source: Some(source),
+            ..Self::default()
         }
     }
 }
 
 impl Connector {
+    /// Connects from a port of the client's.
+    pub fn from_port(family: Family, port: u16) -> Self {
+        Self::from(SocketAddr::new(family.client(), port))
+    }
+
     /// Connects from `namespace` to `server`.
     ///
     /// # Errors
@@ -126,9 +142,9 @@ pub struct Accepted {
 }
 
 impl Accepted {
-    /// Whether pepsal connected it: [`SavedSyn::is_split`].
-    pub fn is_split(&self) -> bool {
-        self.syn.is_split()
+    /// Its path: [`SavedSyn::path`].
+    pub fn path(&self) -> Path {
+        self.syn.path()
     }
 }
 
@@ -181,6 +197,11 @@ impl Listener {
         self.address.port()
     }
 
+    /// Where it is reached at one of its namespace's addresses.
+    pub fn at(&self, address: IpAddr) -> SocketAddr {
+        SocketAddr::new(address, self.port())
+    }
+
     /// Sets the congestion control of the connections accepted from now on.
     ///
     /// # Errors
@@ -192,38 +213,32 @@ impl Listener {
     /// The next connection.
     ///
     /// # Errors
-    /// [`io::ErrorKind::TimedOut`] when none has come within `timeout`.
+    /// [`io::ErrorKind::TimedOut`] when none has come within `timeout`, or its [`patience`].
     pub fn accept(&self, timeout: Duration) -> io::Result<Accepted> {
         let mut ready = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(timeout).map_err(io::Error::other)?;
+        let timeout = PollTimeout::try_from(patience(timeout)).map_err(io::Error::other)?;
         if poll(&mut ready, timeout)? == 0 {
             return Err(io::ErrorKind::TimedOut.into());
         }
         self.accept_waiting()
     }
 
-    /// Connects until a connection gets here that `passed` says was not split, and returns all of them. Those before it are
-    /// stuck: the kernel completes handshakes that a daemon which hangs then does not accept.
+    /// Connects until a connection gets here that is forwarded, and returns all of them. Those before it are stuck: the
+    /// kernel completes handshakes that a daemon which hangs then does not accept.
     ///
     /// # Panics
-    /// When none has passed within `timeout`, or when one is refused.
+    /// When none is forwarded within [`PATIENCE`], or when one is refused.
     #[track_caller]
-    pub fn wait_until_passed(
-        &self,
-        client: &Namespace,
-        server: SocketAddr,
-        timeout: Duration,
-        passed: impl Fn(&Accepted) -> bool,
-    ) -> Vec<TcpStream> {
+    pub fn wait_until_forwarded(&self, client: &Namespace, server: SocketAddr) -> Vec<TcpStream> {
         let mut stuck = Vec::new();
-        eventually(timeout, || {
+        eventually(PATIENCE, || {
             stuck.push(
                 Connector::default()
                     .connect(client, server)
                     .expect("nothing is refused"),
             );
             self.accept(Duration::from_millis(250))
-                .is_ok_and(|accepted| passed(&accepted))
+                .is_ok_and(|accepted| accepted.path() == Path::Forwarded)
         });
         stuck
     }

@@ -1,18 +1,27 @@
 //! The client's SYN, as the server's kernel received it.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
+use etherparse::{
+    Ipv4HeaderSlice, Ipv6ExtensionSlice, Ipv6ExtensionsSlice, Ipv6HeaderSlice, LaxIpSlice, TcpSlice,
+    ip_number,
+};
 
 use crate::capture::Segment;
 
+/// How a connection passes the gateway.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// As two legs: a daemon has opened the one to the server.
+    Split,
+    /// As it came from the client.
+    Forwarded,
+}
+
 /// The IP and TCP headers of a SYN with all their options, as TCP_SAVED_SYN returns them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SavedSyn {
-    bytes: Vec<u8>,
-    /// Where the TCP header starts; options and extension headers end there.
-    tcp_offset: usize,
-}
+pub struct SavedSyn(Vec<u8>);
 
 impl SavedSyn {
     /// Takes the bytes from the IP header on.
@@ -20,32 +29,22 @@ impl SavedSyn {
     /// # Errors
     /// When they are not a whole IP header followed by a whole TCP header.
     pub fn parse(bytes: Vec<u8>) -> Result<Self> {
-        let tcp_offset = match bytes.first().map(|first| first >> 4) {
-            Some(4) => usize::from(bytes[0] & 0x0f) * 4,
-            Some(6) => extension_headers(&bytes)
-                .last()
-                .map_or(IPV6_HEADER_LEN, |(end, ..)| end),
-            version => bail!("saved SYN has IP version {version:?}"),
-        };
-        ensure!(
-            tcp_offset >= IPV4_HEADER_LEN && bytes.len() >= tcp_offset + TCP_HEADER_LEN,
-            "saved SYN of {} bytes is cut short",
-            bytes.len()
-        );
-        Ok(Self { bytes, tcp_offset })
+        let (ip, _) = LaxIpSlice::from_slice(&bytes)?;
+        ensure!(ip.payload_ip_number() == ip_number::TCP, "it has no TCP header");
+        TcpSlice::from_slice(ip.payload().payload)?;
+        Ok(Self(bytes))
     }
 
     /// The whole of it, from the IP header on.
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        &self.0
     }
 
     /// IPv4 type of service or IPv6 traffic class: DSCP and, in the lowest two bits, ECN.
     pub fn traffic_class(&self) -> u8 {
-        if self.is_v4() {
-            self.bytes[1]
-        } else {
-            self.bytes[0] << 4 | self.bytes[1] >> 4
+        match self.ip() {
+            LaxIpSlice::Ipv4(ip) => ip.header().dcp().value() << 2 | ip.header().ecn().value(),
+            LaxIpSlice::Ipv6(ip) => ip.header().traffic_class(),
         }
     }
 
@@ -56,109 +55,69 @@ impl SavedSyn {
 
     /// Time to live, or hop limit.
     pub fn ttl(&self) -> u8 {
-        self.bytes[if self.is_v4() { 8 } else { 7 }]
+        match self.ip() {
+            LaxIpSlice::Ipv4(ip) => ip.header().ttl(),
+            LaxIpSlice::Ipv6(ip) => ip.header().hop_limit(),
+        }
     }
 
-    /// Whether a pepsal sent it: its legs start with the gateway's [`GATEWAY_HOPS`](crate::topology::GATEWAY_HOPS), hosts of
-    /// the testbed with twice as many.
-    pub fn is_split(&self) -> bool {
-        self.ttl() <= crate::topology::GATEWAY_HOPS
+    /// Who sent it: pepsal's legs start with the gateway's [`GATEWAY_HOPS`](crate::topology::GATEWAY_HOPS), hosts of the
+    /// testbed with twice as many.
+    pub fn path(&self) -> Path {
+        match self.ttl() <= crate::topology::GATEWAY_HOPS {
+            true => Path::Split,
+            false => Path::Forwarded,
+        }
     }
 
     /// Source address.
     pub fn source(&self) -> IpAddr {
-        if self.is_v4() {
-            self.v4_address(12)
-        } else {
-            self.v6_address(8)
-        }
+        self.ip().source_addr()
     }
 
     /// Destination address.
     pub fn destination(&self) -> IpAddr {
-        if self.is_v4() {
-            self.v4_address(16)
-        } else {
-            self.v6_address(24)
-        }
+        self.ip().destination_addr()
     }
 
     /// IPv4 options with their padding; empty for IPv6.
     pub fn ip_options(&self) -> &[u8] {
-        if self.is_v4() {
-            &self.bytes[IPV4_HEADER_LEN..self.tcp_offset]
-        } else {
-            &[]
-        }
+        Ipv4HeaderSlice::from_slice(&self.0).map_or(&[], |header| header.options())
     }
 
     /// The IPv6 extension header of protocol number `protocol` (0 hop-by-hop, 60 destination options), from its
     /// next-header byte on.
     pub fn extension_header(&self, protocol: u8) -> Option<&[u8]> {
-        if self.is_v4() {
-            return None;
-        }
-        extension_headers(&self.bytes)
-            .find(|(_, found, _)| *found == protocol)
-            .map(|(_, _, header)| header)
+        let header = Ipv6HeaderSlice::from_slice(&self.0).ok()?;
+        let chain = &self.0[header.slice().len()..];
+        let (extensions, ..) = Ipv6ExtensionsSlice::from_slice_lax(header.next_header(), chain);
+        extensions.into_iter().find_map(|extension| match extension {
+            Ipv6ExtensionSlice::HopByHop(header) if protocol == 0 => Some(header.slice()),
+            Ipv6ExtensionSlice::DestinationOptions(header) if protocol == 60 => Some(header.slice()),
+            _ => None,
+        })
     }
 
-    /// The TCP header with its options.
-    pub fn tcp_header(&self) -> &[u8] {
-        &self.bytes[self.tcp_offset..]
-    }
-
-    /// What the TCP header says, and how much payload came with it.
+    /// What the headers say, and how much payload came with them.
     pub fn segment(&self) -> Segment {
-        Segment::of_headers(self).expect("what the kernel has saved is whole")
+        Segment::of_headers(self)
     }
 
-    fn is_v4(&self) -> bool {
-        self.bytes[0] >> 4 == 4
+    pub(crate) fn ip(&self) -> LaxIpSlice<'_> {
+        let parsed = LaxIpSlice::from_slice(&self.0);
+        parsed.expect("it was parsed before").0
     }
 
-    fn v4_address(&self, offset: usize) -> IpAddr {
-        let octets: [u8; 4] = self.bytes[offset..offset + 4]
-            .try_into()
-            .expect("the slice has 4 bytes");
-        Ipv4Addr::from(octets).into()
+    pub(crate) fn tcp(&self) -> TcpSlice<'_> {
+        TcpSlice::from_slice(self.ip().payload().payload).expect("it was parsed before")
     }
-
-    fn v6_address(&self, offset: usize) -> IpAddr {
-        let octets: [u8; 16] = self.bytes[offset..offset + 16]
-            .try_into()
-            .expect("the slice has 16 bytes");
-        Ipv6Addr::from(octets).into()
-    }
-}
-
-const IPV4_HEADER_LEN: usize = 20;
-const IPV6_HEADER_LEN: usize = 40;
-const TCP_HEADER_LEN: usize = 20;
-const TCP: u8 = 6;
-
-/// The extension headers of an IPv6 packet that are wholly there: where each ends, its protocol number, its bytes.
-fn extension_headers(packet: &[u8]) -> impl Iterator<Item = (usize, u8, &[u8])> {
-    let mut protocol = packet.get(6).copied().unwrap_or(TCP);
-    let mut offset = IPV6_HEADER_LEN;
-    std::iter::from_fn(move || {
-        if protocol == TCP {
-            return None;
-        }
-        let len = 8 * (1 + usize::from(*packet.get(offset + 1)?));
-        let header = packet.get(offset..offset + len)?;
-        let found = protocol;
-        protocol = header[0];
-        offset += len;
-        Some((offset, found, header))
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const TCP_HEADER: [u8; 20] = [0; 20];
+    const TCP_HEADER: [u8; 20] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0, 0, 0, 0, 0, 0, 0];
 
     #[test]
     fn ipv4_options_end_where_tcp_begins() {
@@ -172,7 +131,7 @@ mod tests {
         assert_eq!(syn.source(), IpAddr::from([10, 1, 0, 2]));
         assert_eq!(syn.destination(), IpAddr::from([10, 2, 0, 2]));
         assert_eq!(syn.ip_options(), [148, 4, 0, 0]);
-        assert_eq!(syn.tcp_header(), TCP_HEADER);
+        assert_eq!(syn.tcp().slice(), TCP_HEADER);
     }
 
     #[test]
@@ -189,7 +148,7 @@ mod tests {
         assert_eq!(syn.traffic_class(), 0x48);
         assert_eq!(syn.extension_header(0), Some(&hop_by_hop[..]));
         assert_eq!(syn.extension_header(60), Some(&destination_options[..]));
-        assert_eq!(syn.tcp_header(), TCP_HEADER);
+        assert_eq!(syn.tcp().slice(), TCP_HEADER);
     }
 
     #[test]

@@ -31,6 +31,22 @@ impl Family {
     /// Both families.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+
+    /// The family of an address.
+    pub fn of(address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(_) => Self::V4,
+            IpAddr::V6(_) => Self::V6,
+        }
+    }
+
     /// The client's address.
     pub fn client(self) -> IpAddr {
         LAN.host(self, 2)
@@ -113,6 +129,14 @@ impl Topology {
         SECOND.assign(&self.server, "eth1", 2)
     }
 
+    /// Makes the link between client and gateway anew, with `lan0` under its name, after one of its ends was deleted.
+    ///
+    /// # Errors
+    /// When it is there.
+    pub fn reconnect_client(&self) -> Result<()> {
+        connect_client(&self.client, &self.gateway)
+    }
+
     /// What the emulator has carried; none where `sat0` is a veth or netem does the work.
     pub fn link_counters(&self) -> Option<LinkCounters> {
         self.emulator.as_ref().map(Emulator::counters)
@@ -179,12 +203,10 @@ impl Builder {
         let router = self.has_router.then(|| forwarder("router")).transpose()?;
         let server = host("server")?;
 
-        veth(&client, "eth0", &gateway, "lan0")?;
-        LAN.assign(&gateway, "lan0", 1)?;
-        for host in 2..3 + self.extra_clients {
+        connect_client(&client, &gateway)?;
+        for host in 3..3 + self.extra_clients {
             LAN.assign(&client, "eth0", host)?;
         }
-        default_route(&client, LAN, 1)?;
 
         let emulator = if let Some(router) = &router {
             let emulator = join(&gateway, router, "sat1", self.link)?;
@@ -268,6 +290,13 @@ fn forwarder(name: &str) -> Result<Namespace> {
     namespace.sysctl("net.ipv4.conf.all.forwarding", 1)?;
     namespace.sysctl("net.ipv6.conf.all.forwarding", 1)?;
     Ok(namespace)
+}
+
+fn connect_client(client: &Namespace, gateway: &Namespace) -> Result<()> {
+    veth(client, "eth0", gateway, "lan0")?;
+    LAN.assign(gateway, "lan0", 1)?;
+    LAN.assign(client, "eth0", 2)?;
+    default_route(client, LAN, 1)
 }
 
 fn veth(near: &Namespace, near_device: &str, far: &Namespace, far_device: &str) -> Result<()> {

@@ -15,12 +15,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::EventFd;
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::netns::Namespace;
 use crate::socket::{Accepted, Connector, Listener};
-use crate::syn::SavedSyn;
+use crate::syn::{Path, SavedSyn};
 use crate::topology::Family;
 
 /// Which way the payload goes, as the client sees it.
@@ -97,9 +97,9 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Whether pepsal connected to the server: [`SavedSyn::is_split`].
-    pub fn is_split(&self) -> bool {
-        self.syn.is_split()
+    /// Its path: [`SavedSyn::path`].
+    pub fn path(&self) -> Path {
+        self.syn.path()
     }
 }
 
@@ -275,7 +275,8 @@ impl Server {
             received: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             is_hushed: AtomicBool::new(false),
-            stop: EventFd::new()?,
+            // Daemons that start meanwhile do not inherit it.
+            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
             open: Mutex::default(),
         });
         let thread = std::thread::spawn({

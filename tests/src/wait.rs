@@ -5,6 +5,9 @@ use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
+/// How long a busy machine may take for what takes milliseconds.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A time that the machine, and not the daemon, may need: as many times as long as the environment's

@@ -2,141 +2,14 @@
 //! changes in it applies to connections to come.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
-use std::process;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
-use pepsal_tests::{
-    Accepted, Connector, Daemon, Family, Footprint, Listener, Server, Topology, Transfer, eventually,
-};
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A directory of this test's own with a configuration, removed in the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(configuration: &str) -> Result<Self> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("pepsal-configuration-{}-{number}", process::id()));
-        fs::create_dir_all(&path)?;
-        let scratch = Self(path);
-        scratch.write(configuration)?;
-        Ok(scratch)
-    }
-
-    /// Replaced whole: whoever reads it meanwhile gets the old or the new one.
-    fn write(&self, configuration: &str) -> Result<()> {
-        fs::write(self.path("new"), configuration)?;
-        Ok(fs::rename(self.path("new"), self.path("pepsal.toml"))?)
-    }
-
-    fn path(&self, name: &str) -> String {
-        let path = self.0.join(name);
-        path.to_str().expect("the name is made of ASCII").to_owned()
-    }
-
-    fn file(&self) -> String {
-        self.path("pepsal.toml")
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A gateway with a daemon that was started from a file, and a server.
-struct Scene {
-    daemon: Daemon,
-    scratch: Scratch,
-    topology: Topology,
-    server: Server,
-}
-
-impl Scene {
-    fn new(configuration: &str, arguments: &[&str]) -> Result<Self> {
-        let topology = Topology::new()?;
-        let server = Server::start(&topology.server)?;
-        let scratch = Scratch::new(configuration)?;
-        let file = scratch.file();
-        let arguments = [&["-F", &file], arguments].concat();
-        Ok(Self {
-            daemon: Daemon::start(&topology.gateway, &arguments)?,
-            scratch,
-            topology,
-            server,
-        })
-    }
-
-    /// Whether a connection made now, which carries some bytes, is split.
-    fn is_split(&self, family: Family) -> Result<bool> {
-        let outcome = Transfer::upload(10_000).run(&self.topology.client, self.server.address(family))?;
-        ensure!(outcome.intact);
-        Ok(outcome.is_split())
-    }
-
-    /// Lets the daemon read another configuration, and returns what it says to that, from the line with `answer` on.
-    fn reload(&mut self, configuration: &str, answer: &str) -> Result<String> {
-        self.scratch.write(configuration)?;
-        self.hangup(answer)
-    }
-
-    fn hangup(&mut self, answer: &str) -> Result<String> {
-        let before = self.daemon.log().len();
-        self.daemon.signal(Signal::SIGHUP)?;
-        let said = || self.daemon.log()[before..].to_owned();
-        eventually(PATIENCE, || said().contains("reloaded"));
-        // The lines that need a restart follow at once.
-        eventually(PATIENCE, || said().contains(answer));
-        Ok(said())
-    }
-}
-
-/// An open flow.
-struct Flow {
-    client: TcpStream,
-    server: Accepted,
-}
-
-impl Flow {
-    fn open(topology: &Topology, listener: &Listener) -> Result<Self> {
-        let address = SocketAddr::new(Family::V4.server(), listener.port());
-        let client = Connector::default().connect(&topology.client, address)?;
-        let server = listener.accept(PATIENCE)?;
-        Ok(Self { client, server })
-    }
-
-    fn is_split(&self) -> bool {
-        self.server.is_split()
-    }
-
-    /// 256 KiB each way, checked.
-    fn exchange(&mut self) -> Result<()> {
-        cross(&mut self.client, &mut self.server.stream).context("up")?;
-        cross(&mut self.server.stream, &mut self.client).context("down")
-    }
-}
-
-fn cross(from: &mut TcpStream, to: &mut TcpStream) -> Result<()> {
-    let payload: Vec<u8> = (0..256 * 1024_u32).map(|i| (i % 251) as u8).collect();
-    let mut received = vec![0; payload.len()];
-    thread::scope(|scope| {
-        let writer = scope.spawn(|| from.write_all(&payload));
-        to.read_exact(&mut received)?;
-        writer.join().expect("writing does not panic")
-    })?;
-    ensure!(received == payload, "what arrives is not what was sent");
-    Ok(())
-}
+use pepsal_tests::{Bed, Connection, Daemon, Family, Footprint, PATIENCE, Path, Side, Topology, eventually};
+use tempfile::TempDir;
 
 #[test]
 fn daemon_does_what_the_file_says() -> Result<()> {
@@ -291,18 +164,13 @@ fn check_says_what_a_good_file_asks_for() -> Result<()> {
 fn reload_changes_selection_link_and_log_level_and_leaves_open_flows_alone() -> Result<()> {
     let base = "interfaces = [\"lan0\"]\n";
     let slow = "[link.sat0]\nrate = \"8mbit\"\nrtt = \"20ms\"\n";
-    let mut scene = Scene::new(&format!("{base}{slow}"), &[])?;
-    let listener = Listener::bind_any(&scene.topology.server, Family::V4.server())?;
-    let mut flow = Flow::open(&scene.topology, &listener)?;
-    assert!(flow.is_split());
+    let scene = Scene::new(&format!("{base}{slow}"), &[])?;
+    let flow = scene.flow(Family::V4)?;
     flow.exchange()?;
-    let pacing = |scene: &Scene, flow: &Flow| -> Result<Option<u64>> {
-        let ends = (flow.client.local_addr()?, flow.client.peer_addr()?);
-        let legs = scene.daemon.legs()?;
-        let server_leg = legs.iter().find(|leg| (leg.local, leg.peer) == ends);
-        Ok(server_leg.context("the server leg")?.pacing_bps)
+    let pacing = |flow: &Connection, side| -> Result<Option<u64>> {
+        Ok(scene.leg(flow, side)?.context("it is there")?.pacing_bps)
     };
-    assert_eq!(pacing(&scene, &flow)?, Some(7_600_000));
+    assert_eq!(pacing(&flow, Side::Server)?, Some(7_600_000));
 
     let fast = "[link.sat0]\nrate = \"80mbit\"\nrtt = \"20ms\"\n";
     let rules = "[log]\nlevel = \"debug\"\n[steering]\nbypass = [\"10.0.0.0/8\"]\n";
@@ -320,7 +188,7 @@ fn reload_changes_selection_link_and_log_level_and_leaves_open_flows_alone() -> 
     flow.exchange()?;
     // The division notices with the next bytes.
     eventually(PATIENCE, || {
-        flow.exchange().is_ok() && pacing(&scene, &flow).is_ok_and(|pacing| pacing == Some(76_000_000))
+        flow.exchange().is_ok() && pacing(&flow, Side::Server).is_ok_and(|pacing| pacing == Some(76_000_000))
     });
 
     // A link that comes is one for connections to come, and one that goes is none any more.
@@ -330,38 +198,27 @@ fn reload_changes_selection_link_and_log_level_and_leaves_open_flows_alone() -> 
     )?;
     assert!(said.contains("link.sat0 rate=80mbit,rtt=20ms -> none"), "{said}");
     assert!(said.contains("link.lan0 none -> rate=9mbit,rtt=5ms"), "{said}");
-    let mut next = Flow::open(&scene.topology, &listener)?;
-    assert!(next.is_split());
-    assert_eq!(pacing(&scene, &next)?, None);
-    let client = next.client.local_addr()?;
-    let legs = scene.daemon.legs()?;
-    let leg = legs
-        .iter()
-        .find(|leg| leg.peer == client)
-        .context("the client leg")?;
-    assert_eq!(leg.pacing_bps, Some(8_550_000));
+    let next = scene.flow(Family::V4)?;
+    assert_eq!(pacing(&next, Side::Server)?, None);
+    assert_eq!(pacing(&next, Side::Client)?, Some(8_550_000));
     next.exchange()?;
     flow.exchange()?;
     drop((flow, next));
-    assert_eq!(scene.daemon.terminate()?.code(), Some(0));
+    assert_eq!(scene.bed.daemon.terminate()?.code(), Some(0));
     Ok(())
 }
 
 #[test]
 fn first_link_that_a_reload_adds_has_pepsals_own_congestion_control() -> Result<()> {
     let base = "interfaces = [\"lan0\"]\n";
-    let mut scene = Scene::new(base, &[])?;
+    let scene = Scene::new(base, &[])?;
     let link = "[link.sat0]\nrate = \"8mbit\"\nrtt = \"20ms\"\n";
     let said = scene.reload(&format!("{base}{link}"), "reloaded: ")?;
     assert!(!said.contains("WARN"), "{said}");
-    let listener = Listener::bind_any(&scene.topology.server, Family::V4.server())?;
-    let mut flow = Flow::open(&scene.topology, &listener)?;
-    assert!(flow.is_split());
+    let flow = scene.flow(Family::V4)?;
     flow.exchange()?;
-    let ends = (flow.client.local_addr()?, flow.client.peer_addr()?);
-    let legs = scene.daemon.legs()?;
-    let server_leg = legs.iter().find(|leg| (leg.local, leg.peer) == ends);
-    let congestion = &server_leg.context("the server leg")?.congestion;
+    let leg = scene.bed.leg(&flow, Side::Server)?.context("the server leg")?;
+    let congestion = &leg.congestion;
     assert!(congestion.starts_with("pepsal"), "{congestion}");
     Ok(())
 }
@@ -369,7 +226,7 @@ fn first_link_that_a_reload_adds_has_pepsals_own_congestion_control() -> Result<
 #[test]
 fn reload_of_a_bad_file_keeps_the_running_configuration() -> Result<()> {
     let good = "interfaces = [\"lan0\"]\nsteering.bypass = [\"10.0.0.0/8\"]\n";
-    let mut scene = Scene::new(good, &[])?;
+    let scene = Scene::new(good, &[])?;
     let file = scene.scratch.file();
     for (configuration, complaint) in [
         (
@@ -404,7 +261,7 @@ fn reload_of_a_bad_file_keeps_the_running_configuration() -> Result<()> {
 
 #[test]
 fn reload_names_what_needs_a_restart_each_time() -> Result<()> {
-    let mut scene = Scene::new("interfaces = [\"lan0\"]\n", &["--drain-timeout", "7s"])?;
+    let scene = Scene::new("interfaces = [\"lan0\"]\n", &["--drain-timeout", "7s"])?;
     let other =
         "interfaces = [\"lan0\", \"sat0\"]\n[proxy]\nport = 5001\nconns = 9\ndrain-timeout = \"9s\"\n";
     for _ in 0..2 {
@@ -435,26 +292,19 @@ fn no_connection_is_judged_by_anything_but_the_old_or_the_new_rules() -> Result<
         )
     };
     let scene = Scene::new(&rules(20), &[])?;
-    let listener = Listener::bind_any(&scene.topology.server, Family::V4.server())?;
-    let passing = Listener::bind_any(&scene.topology.server, Family::V6.server())?;
     let done = AtomicBool::new(false);
-    let (client, v4, v6) = (&scene.topology.client, listener.port(), passing.port());
     let connections = thread::scope(|scope| -> Result<u32> {
         let connecting = scope.spawn(|| -> Result<u32> {
             let mut connections = 0;
             while !done.load(Ordering::Relaxed) {
-                let stream = Connector::default().connect(client, (Family::V4.server(), v4).into())?;
                 ensure!(
-                    listener.accept(PATIENCE)?.is_split(),
+                    scene.open(Family::V4)?.path() == Path::Split,
                     "one that both rules take passed"
                 );
-                drop(stream);
-                let stream = Connector::default().connect(client, (Family::V6.server(), v6).into())?;
                 ensure!(
-                    !passing.accept(PATIENCE)?.is_split(),
+                    scene.open(Family::V6)?.path() == Path::Forwarded,
                     "one that both rules leave alone was split"
                 );
-                drop(stream);
                 connections += 2;
             }
             Ok(connections)
@@ -487,7 +337,7 @@ impl Drop for SetOnDrop<'_> {
 
 #[test]
 fn lists_of_rules_are_read_again() -> Result<()> {
-    let mut scene = Scene::new("interfaces = [\"lan0\"]\n", &[])?;
+    let scene = Scene::new("interfaces = [\"lan0\"]\n", &[])?;
     let list = scene.scratch.path("bypass.list");
     let configuration = format!("interfaces = [\"lan0\"]\nsteering.bypass-from = [\"{list}\"]\n");
     fs::write(&list, "# the servers\n10.0.0.0/8\n")?;
@@ -512,4 +362,73 @@ fn lists_of_rules_are_read_again() -> Result<()> {
     );
     assert!(scene.is_split(Family::V6)?);
     Ok(())
+}
+
+/// A directory of this test's own with a configuration.
+struct Scratch(TempDir);
+
+impl Scratch {
+    fn new(configuration: &str) -> Result<Self> {
+        let scratch = Self(TempDir::new()?);
+        scratch.write(configuration)?;
+        Ok(scratch)
+    }
+
+    /// Replaced whole: whoever reads it meanwhile gets the old or the new one.
+    fn write(&self, configuration: &str) -> Result<()> {
+        fs::write(self.path("new"), configuration)?;
+        Ok(fs::rename(self.path("new"), self.path("pepsal.toml"))?)
+    }
+
+    fn path(&self, name: &str) -> String {
+        let path = self.0.path().join(name);
+        path.to_str().expect("the name is made of ASCII").to_owned()
+    }
+
+    fn file(&self) -> String {
+        self.path("pepsal.toml")
+    }
+}
+
+/// A bed whose daemon was started from a file.
+struct Scene {
+    bed: Bed,
+    scratch: Scratch,
+}
+
+impl Deref for Scene {
+    type Target = Bed;
+
+    fn deref(&self) -> &Bed {
+        &self.bed
+    }
+}
+
+impl Scene {
+    fn new(configuration: &str, arguments: &[&str]) -> Result<Self> {
+        let scratch = Scratch::new(configuration)?;
+        let bed = Bed::start(&[&["-F", &scratch.file()], arguments].concat())?;
+        Ok(Self { bed, scratch })
+    }
+
+    /// Whether a connection made now, which carries some bytes, is split.
+    fn is_split(&self, family: Family) -> Result<bool> {
+        Ok(self.probe(family)? == Path::Split)
+    }
+
+    /// Lets the daemon read another configuration, and returns what it says to that, from the line with `answer` on.
+    fn reload(&self, configuration: &str, answer: &str) -> Result<String> {
+        self.scratch.write(configuration)?;
+        self.hangup(answer)
+    }
+
+    fn hangup(&self, answer: &str) -> Result<String> {
+        let before = self.daemon.log().len();
+        self.daemon.signal(Signal::SIGHUP)?;
+        let said = || self.daemon.log()[before..].to_owned();
+        eventually(PATIENCE, || said().contains("reloaded"));
+        // The lines that need a restart follow at once.
+        eventually(PATIENCE, || said().contains(answer));
+        Ok(said())
+    }
 }

@@ -4,15 +4,13 @@
 use std::{thread, time::Duration};
 
 use anyhow::{Result, ensure};
-use pepsal_tests::{Daemon, Family, Link, LinkProfile, Server, Topology, Transfer, eventually};
+use pepsal_tests::{Daemon, Family, Link, LinkProfile, PATIENCE, Server, Topology, Transfer, eventually};
 
 /// So slow that an emulated processor keeps up.
 const RATE: &str = "5mbit";
 const RATE_BPS: u64 = 5_000_000;
 const BYTES: u64 = 2 << 20;
 const RTT: Duration = Duration::from_millis(600);
-/// For a leg to appear.
-const PATIENCE: Duration = Duration::from_secs(10);
 const ROUNDS: u64 = 3;
 /// pepsal's own is the default of a link.
 const ALGORITHMS: [&str; 4] = ["pepsal", "bbr", "hybla", "cubic"];

@@ -1,8 +1,8 @@
 //! What becomes of connections when something around the daemon breaks. The table is in docs/reliability.md.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{self, Command};
 use std::thread;
@@ -11,97 +11,31 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use pepsal_tests::{
-    Accepted, Connector, Daemon, Family, Footprint, Hook, Listener, Server, Topology, Transfer,
-    count_programs, detach_programs, eventually, patience,
+    BOTH, Bed, Connection, Connector, Daemon, Family, Footprint, Hook, Listener, Network, PATIENCE, Path,
+    Server, Topology, Transfer, count_programs, detach_programs, eventually, patience,
 };
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Arguments that make a daemon work in both directions.
-const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
-
-/// A connection with both its ends.
-struct Connection {
-    client: TcpStream,
-    server: Accepted,
-}
-
-impl Connection {
-    fn open(topology: &Topology, family: Family) -> Result<Self> {
-        let listener = Listener::bind_any(&topology.server, family.server())?;
-        let address = SocketAddr::new(family.server(), listener.port());
-        let client = Connector::default().connect(&topology.client, address)?;
-        Ok(Self {
-            client,
-            server: listener.accept(patience(PATIENCE))?,
-        })
-    }
-
-    /// A split connection's SYN starts at the gateway, with all its hops before it.
-    fn is_split(&self) -> bool {
-        self.server.is_split()
-    }
-
-    /// Some segments each way.
-    fn exchange(&mut self) -> Result<()> {
-        for up in [true, false] {
-            let (client, server) = (&mut self.client, &mut self.server.stream);
-            let (from, to) = if up { (client, server) } else { (server, client) };
-            let payload: Vec<u8> = (0..64 * 1024_u32).map(|i| (i % 251) as u8).collect();
-            let mut received = vec![0; payload.len()];
-            thread::scope(|scope| {
-                let writer = scope.spawn(|| from.write_all(&payload));
-                to.read_exact(&mut received)?;
-                writer.join().expect("writing does not panic")
-            })
-            .context(if up { "up" } else { "down" })?;
-            ensure!(received == payload, "what arrives is not what was sent");
-        }
-        Ok(())
-    }
-}
-
-fn is_next_split(topology: &Topology, family: Family) -> Result<bool> {
-    let mut connection = Connection::open(topology, family)?;
-    connection.exchange()?;
-    Ok(connection.is_split())
-}
-
-fn limit_descriptors(daemon: &Daemon, limit: &str) -> Result<()> {
-    let mut prlimit = Command::new("prlimit");
-    prlimit.args(["--pid", &daemon.pid().to_string(), &format!("--nofile={limit}")]);
-    ensure!(prlimit.status()?.success(), "prlimit --nofile={limit}");
-    Ok(())
-}
 
 #[test]
 fn device_that_somebody_removes_is_back_within_a_second() -> Result<()> {
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let intact = Footprint::of(&topology.gateway)?;
+    let bed = Bed::start(&[])?;
+    let gateway = &bed.topology.gateway;
+    let intact = Footprint::of(gateway)?;
     for what in [
         "delete pepsal-c0",
         "delete pepsal-s0",
         "set pepsal-c0 down",
         "set pepsal-s0 down",
     ] {
-        let mut connections = [
-            Connection::open(&topology, Family::V4)?,
-            Connection::open(&topology, Family::V6)?,
-        ];
-        topology.gateway.ip(format!("link {what}"))?;
+        let connections = [bed.open(Family::V4)?, bed.open(Family::V6)?];
+        gateway.ip(format!("link {what}"))?;
         let start = Instant::now();
-        eventually(PATIENCE, || {
-            Footprint::of(&topology.gateway).is_ok_and(|now| now == intact)
-        });
+        eventually(PATIENCE, || Footprint::of(gateway).is_ok_and(|now| now == intact));
         let time = start.elapsed();
         assert!(time < patience(Duration::from_secs(1)), "{what}: {time:?}");
-        for connection in &mut connections {
+        for connection in &connections {
             connection.exchange().with_context(|| what.to_owned())?;
         }
-        for family in Family::BOTH {
-            assert!(is_next_split(&topology, family)?, "{what}");
-        }
+        bed.splits().with_context(|| what.to_owned())?;
     }
     Ok(())
 }
@@ -109,18 +43,18 @@ fn device_that_somebody_removes_is_back_within_a_second() -> Result<()> {
 /// Where there is no tcx, filters go with their qdisc, and the daemon is not notified of single ones.
 #[test]
 fn program_that_somebody_detaches_is_back_within_a_second() -> Result<()> {
-    let topology = Topology::new()?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let [clients, servers] = daemon.namespaces()?;
+    let bed = Bed::start(&[])?;
+    let gateway = &bed.topology.gateway;
+    let [clients, servers] = bed.daemon.namespaces()?;
     for (namespace, interface, hook) in [
-        (&topology.gateway, "lan0", Hook::Ingress),
-        (&topology.gateway, "lan0", Hook::Egress),
-        (&topology.gateway, "pepsal-c0", Hook::Ingress),
-        (&topology.gateway, "pepsal-s0", Hook::Ingress),
+        (gateway, "lan0", Hook::Ingress),
+        (gateway, "lan0", Hook::Egress),
+        (gateway, "pepsal-c0", Hook::Ingress),
+        (gateway, "pepsal-s0", Hook::Ingress),
         (&clients, "wire0", Hook::Egress),
         (&servers, "wire0", Hook::Egress),
     ] {
-        let mut connection = Connection::open(&topology, Family::V4)?;
+        let connection = bed.open(Family::V4)?;
         assert_eq!(
             detach_programs(namespace, interface, hook)?,
             1,
@@ -138,125 +72,103 @@ fn program_that_somebody_detaches_is_back_within_a_second() -> Result<()> {
         connection
             .exchange()
             .with_context(|| format!("{interface} {hook:?}"))?;
-        assert!(is_next_split(&topology, Family::V6)?, "{interface} {hook:?}");
+        assert_eq!(bed.probe(Family::V6)?, Path::Split, "{interface} {hook:?}");
     }
     Ok(())
 }
 
 #[test]
 fn interface_that_is_made_anew_a_hundred_times_is_intercepted_each_time() -> Result<()> {
-    let topology = Topology::new()?;
-    let link = ["--link", "lan0,rate=50mbit,rtt=20ms"];
-    let daemon = Daemon::start(&topology.gateway, &[&BOTH[..], &link].concat())?;
+    let bed = Bed::start(&["--link", "lan0,rate=50mbit,rtt=20ms"])?;
+    let topology = &bed.topology;
+    let is_split = || bed.probe(Family::V4).is_ok_and(|path| path == Path::Split);
     for round in 0..100 {
-        topology.gateway.ip(format!(
-            "link delete lan0
-             link add lan0 type veth peer name eth0 netns {}
-             link set lan0 up
-             address add 10.1.0.1/24 dev lan0",
-            topology.client.path().display()
-        ))?;
-        topology.client.ip("link set eth0 up
-             address add 10.1.0.2/24 dev eth0
-             route add default via 10.1.0.1")?;
+        topology.gateway.ip("link delete lan0")?;
+        topology.reconnect_client()?;
         if round % 33 == 0 {
-            eventually(PATIENCE, || is_next_split(&topology, Family::V4).unwrap_or(false));
+            eventually(PATIENCE, is_split);
         }
     }
-    eventually(PATIENCE, || is_next_split(&topology, Family::V4).unwrap_or(false));
-    assert!(daemon.terminate()?.status.success());
+    eventually(PATIENCE, is_split);
+    assert!(bed.daemon.terminate()?.status.success());
     Ok(())
 }
 
 #[test]
 fn without_descriptors_new_flows_wait_and_open_ones_go_on() -> Result<()> {
-    let topology = Topology::new()?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let mut open = Connection::open(&topology, Family::V4)?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let bed = Bed::start(&[])?;
+    let daemon = &bed.daemon;
+    let open = bed.open(Family::V4)?;
 
     // Only descriptors below the limit are given out, and those are standard input, output and error.
-    limit_descriptors(&daemon, "3:20000")?;
+    limit_descriptors(daemon, "3:20000")?;
     // The kernel completes the handshake; the daemon cannot accept.
-    let client = Connector::default().connect(&topology.client, address)?;
+    let client = Connector::default().connect(&bed.topology.client, bed.address(Family::V4))?;
     daemon.wait_for_log("cannot accept")?;
     open.exchange()?;
 
-    limit_descriptors(&daemon, "20000:20000")?;
-    let mut late = Connection {
-        client,
-        server: listener.accept(patience(PATIENCE))?,
-    };
-    assert!(late.is_split());
-    late.exchange()
+    limit_descriptors(daemon, "20000:20000")?;
+    let late = Connection::new(client, bed.listener(Family::V4).accept(PATIENCE)?);
+    late.split()?.exchange()
 }
 
-/// Has debug builds panic or hang at a place when a connection to the listener comes by.
-fn start_with_fault(topology: &Topology, fault: &str, place: &str, listener: &Listener) -> Result<Daemon> {
-    let mut command = Daemon::command(&topology.gateway, &BOTH)?;
+/// Has debug builds panic or hang at a place when a connection to another listener comes by.
+fn with_fault(fault: &str, place: &str) -> Result<(Bed, Listener)> {
+    let network = Network::new()?;
+    let listener = network.another_listener(Family::V4)?;
+    let mut command = Daemon::command(&network.topology.gateway, BOTH)?;
     command.env(fault, format!("{place}:{}", listener.port()));
-    Daemon::start_command(command)
+    let daemon = Daemon::start_command(command)?;
+    Ok((Bed { daemon, network }, listener))
 }
 
 #[test]
 fn hung_worker_lets_new_connections_pass() -> Result<()> {
-    let topology = Topology::new()?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let daemon = start_with_fault(&topology, "PEPSAL_HANG", "flow", &listener)?;
-    assert!(is_next_split(&topology, Family::V4)?);
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let (bed, listener) = with_fault("PEPSAL_HANG", "flow")?;
+    assert_eq!(bed.probe(Family::V4)?, Path::Split);
     // Every connection to this port hangs the worker that gets it, until they pass.
-    let passed = |accepted: &Accepted| !accepted.is_split();
-    let _stuck = listener.wait_until_passed(&topology.client, address, PATIENCE, passed);
-    daemon.signal(Signal::SIGKILL)?;
-    daemon.wait()?;
+    let address = listener.at(Family::V4.server());
+    let _stuck = listener.wait_until_forwarded(&bed.topology.client, address);
+    bed.daemon.signal(Signal::SIGKILL)?;
+    bed.daemon.wait()?;
     Ok(())
 }
 
 #[test]
 fn panic_of_a_flow_resets_that_one_and_is_counted() -> Result<()> {
-    let topology = Topology::new()?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let daemon = start_with_fault(&topology, "PEPSAL_PANIC", "flow", &listener)?;
-    let mut other = Connection::open(&topology, Family::V4)?;
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let (bed, listener) = with_fault("PEPSAL_PANIC", "flow")?;
+    let other = bed.open(Family::V4)?;
     for _ in 0..3 {
-        let client = Connector::default().connect(&topology.client, address)?;
-        let server = listener.accept(patience(PATIENCE))?;
-        for mut end in [&client, &server.stream] {
+        let connection = bed.open_to(&Connector::default(), &listener)?;
+        for mut end in [&connection.client, &connection.server] {
             let read = end.read(&mut [0]);
             let error = read.expect_err("neither an end nor data");
             assert_eq!(error.kind(), ErrorKind::ConnectionReset);
         }
     }
     other.exchange()?;
-    assert!(is_next_split(&topology, Family::V6)?);
+    assert_eq!(bed.probe(Family::V6)?, Path::Split);
     drop(other);
-    let exit = daemon.terminate()?;
+    let exit = bed.daemon.terminate()?;
     assert_eq!(exit.code(), Some(0), "{}", exit.log);
-    assert!(exit.log.contains("panicked=3"), "{}", exit.log);
+    assert_eq!(exit.counter("panicked"), 3, "{}", exit.log);
     assert_eq!(exit.log.matches("error in pepsal").count(), 3, "{}", exit.log);
     Ok(())
 }
 
 #[test]
 fn panic_of_the_daemon_ends_it_and_new_connections_pass() -> Result<()> {
-    let topology = Topology::new()?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let daemon = start_with_fault(&topology, "PEPSAL_PANIC", "accept", &listener)?;
-    let mut open = Connection::open(&topology, Family::V4)?;
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
-    let client = Connector::default().connect(&topology.client, address)?;
-    let exit = daemon.wait()?;
+    let (bed, listener) = with_fault("PEPSAL_PANIC", "accept")?;
+    let open = bed.open(Family::V4)?;
+    let address = listener.at(Family::V4.server());
+    let client = Connector::default().connect(&bed.topology.client, address)?;
+    let exit = bed.daemon.wait()?;
     assert_eq!(exit.code(), Some(101), "{}", exit.log);
-    for end in [&mut (&client), &mut (&open.client), &mut (&open.server.stream)] {
+    for mut end in [&client, &open.client, &open.server] {
         let error = end.read(&mut [0]).expect_err("neither an end nor data");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
     }
-    open = Connection::open(&topology, Family::V4)?;
-    open.exchange()?;
-    assert!(!open.is_split());
+    assert_eq!(bed.network.probe(Family::V4)?, Path::Forwarded);
     Ok(())
 }
 
@@ -291,13 +203,10 @@ impl MemoryGroup {
 
     /// Starts a daemon in it.
     fn start(&self, topology: &Topology, arguments: &[&str]) -> Result<Daemon> {
-        let daemon = Daemon::command(&topology.gateway, arguments)?;
-        let mut command = topology.gateway.command("sh");
-        command
-            .args(["-c", "echo 0 >\"$0\" && exec \"$@\""])
-            .arg(self.path.join("cgroup.procs"))
-            .arg(daemon.get_program())
-            .args(daemon.get_args());
+        let group = self.path.join("cgroup.procs");
+        let enter = ["-c", "echo 0 >\"$0\" && exec \"$@\""].map(OsStr::new);
+        let by = [&[OsStr::new("sh")], &enter[..], &[group.as_os_str()]].concat();
+        let command = Daemon::command_by(&topology.gateway, &by, arguments)?;
         Daemon::start_command(command)
     }
 
@@ -321,28 +230,28 @@ impl Drop for MemoryGroup {
 
 #[test]
 fn without_memory_the_daemon_is_killed_and_new_connections_pass() -> Result<()> {
-    let topology = Topology::new()?;
+    let network = Network::new()?;
     let group = MemoryGroup::new()?;
-    let daemon = group.start(&topology, &BOTH)?;
-    let downloading = Connection::open(&topology, Family::V4)?;
-    let server = downloading.server.stream.try_clone()?;
+    let daemon = group.start(&network.topology, BOTH)?;
+    let downloading = network.open(Family::V4)?;
+    let server = downloading.server.try_clone()?;
     let sender = thread::spawn(move || while (&server).write_all(&[7; 65_536]).is_ok() {});
     group.limit_to_now_and(1 << 20)?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let listener = network.another_listener(Family::V4)?;
+    let address = listener.at(Family::V4.server());
     let mut open = vec![downloading.client];
     loop {
         // The kernel answers, and then the daemon has to have memory for it.
-        open.push(Connector::default().connect(&topology.client, address)?);
-        match listener.accept(patience(Duration::from_secs(1))) {
-            Ok(accepted) if accepted.is_split() => {}
+        open.push(Connector::default().connect(&network.topology.client, address)?);
+        match listener.accept(Duration::from_secs(1)) {
+            Ok(accepted) if accepted.path() == Path::Split => {}
             _ => break,
         }
         ensure!(open.len() < 2000, "a MiB holds more than {} flows", open.len());
     }
     let exit = daemon.wait()?;
     assert_eq!(exit.signal(), Some(Signal::SIGKILL as i32), "{}", exit.log);
-    assert!(!is_next_split(&topology, Family::V4)?);
+    assert_eq!(network.probe(Family::V4)?, Path::Forwarded);
     // All that has come, and then no end.
     let end = io::copy(&mut open[0], &mut io::sink());
     assert_eq!(end.expect_err("a reset").kind(), ErrorKind::ConnectionReset);
@@ -352,20 +261,18 @@ fn without_memory_the_daemon_is_killed_and_new_connections_pass() -> Result<()> 
 
 #[test]
 fn flows_outlive_an_interface_that_goes_down_and_up() -> Result<()> {
-    let topology = Topology::new()?;
-    topology
-        .gateway
-        .sysctl("net.ipv6.conf.all.keep_addr_on_down", 1)?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let bed = Bed::start(&[])?;
+    let gateway = &bed.topology.gateway;
+    gateway.sysctl("net.ipv6.conf.all.keep_addr_on_down", 1)?;
     for name in ["lan0", "sat0"] {
         for family in Family::BOTH {
-            let mut connection = Connection::open(&topology, family)?;
-            topology.gateway.ip(format!("link set {name} down"))?;
-            topology.gateway.ip(format!("link set {name} up"))?;
+            let connection = bed.open(family)?;
+            gateway.ip(format!("link set {name} down"))?;
+            gateway.ip(format!("link set {name} up"))?;
             connection
                 .exchange()
                 .with_context(|| format!("{name} {family:?}"))?;
-            assert!(is_next_split(&topology, family)?, "{name} {family:?}");
+            assert_eq!(bed.probe(family)?, Path::Split, "{name} {family:?}");
         }
     }
     Ok(())
@@ -373,24 +280,23 @@ fn flows_outlive_an_interface_that_goes_down_and_up() -> Result<()> {
 
 #[test]
 fn renamed_interface_is_not_intercepted_and_its_flows_go_on() -> Result<()> {
-    let topology = Topology::new()?;
-    topology
-        .gateway
-        .sysctl("net.ipv6.conf.all.keep_addr_on_down", 1)?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let bed = Bed::start(&[])?;
+    let gateway = &bed.topology.gateway;
+    gateway.sysctl("net.ipv6.conf.all.keep_addr_on_down", 1)?;
     let rename = |from: &str, to: &str| {
-        topology.gateway.ip(format!(
+        gateway.ip(format!(
             "link set {from} down\nlink set {from} name {to}\nlink set {to} up"
         ))
     };
-    let mut connection = Connection::open(&topology, Family::V4)?;
-    assert!(connection.is_split());
+    let connection = bed.flow(Family::V4)?;
     rename("lan0", "lan1")?;
-    daemon.wait_for_log("now=\"sat0\"")?;
+    bed.daemon.wait_for_log("now=\"sat0\"")?;
     connection.exchange().context("under another name")?;
-    assert!(!is_next_split(&topology, Family::V4)?);
+    assert_eq!(bed.probe(Family::V4)?, Path::Forwarded);
     rename("lan1", "lan0")?;
-    eventually(PATIENCE, || is_next_split(&topology, Family::V4).unwrap_or(false));
+    eventually(PATIENCE, || {
+        bed.probe(Family::V4).is_ok_and(|path| path == Path::Split)
+    });
     connection.exchange().context("under its name again")
 }
 
@@ -416,5 +322,12 @@ fn a_clients_network_may_go_and_the_daemon_works_on() -> Result<()> {
     eventually(PATIENCE, || daemon.log().contains("now=\"sat0\""));
     let exit = daemon.terminate()?;
     assert_eq!(exit.code(), Some(0), "{}", exit.log);
+    Ok(())
+}
+
+fn limit_descriptors(daemon: &Daemon, limit: &str) -> Result<()> {
+    let mut prlimit = Command::new("prlimit");
+    prlimit.args(["--pid", &daemon.pid().to_string(), &format!("--nofile={limit}")]);
+    ensure!(prlimit.status()?.success(), "prlimit --nofile={limit}");
     Ok(())
 }

@@ -10,140 +10,27 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use aya::maps::{Array, Map, MapData, MapInfo};
-use nix::libc;
 use nix::sys::signal::{self, Signal};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
+use pepsal_tests::packet::{ACK, Forger, RST, SYN, Tcp};
 use pepsal_tests::{
-    Connector, Daemon, Exit, Family, Link, LinkProfile, Listener, Namespace, Server, Topology, Transfer,
-    eventually, patience,
+    BOTH, Bed, Connection, Connector, Daemon, Family, LAN, Link, LinkProfile, Namespace, PATIENCE, Path,
+    Topology, Transfer, eventually, receive_all, send_all,
 };
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Arguments that make a daemon work in both directions.
-const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
-
-const SYN: u8 = 0x02;
-const RST: u8 = 0x04;
-const ACK: u8 = 0x10;
-const RST_ACK: u8 = 0x14;
-
-/// Sends raw IPv4 segments, whatever they say they come from.
-struct Forger(Socket);
-
-impl Forger {
-    fn new(namespace: &Namespace) -> Result<Self> {
-        let raw = Some(Protocol::from(libc::IPPROTO_RAW));
-        Ok(Self(namespace.run(|| Socket::new(Domain::IPV4, Type::RAW, raw))?))
-    }
-
-    fn send(
-        &self,
-        source: (Ipv4Addr, u16),
-        destination: (Ipv4Addr, u16),
-        flags: u8,
-        sequence: u32,
-    ) -> Result<()> {
-        let segment = segment(source, destination, flags, sequence, &[]);
-        self.send_fragment(source.0, destination.0, 0, 0, false, &segment)
-    }
-
-    /// Sends a part of a packet, which begins `at` bytes after its header.
-    fn send_fragment(
-        &self,
-        source: Ipv4Addr,
-        destination: Ipv4Addr,
-        id: u16,
-        at: u16,
-        more: bool,
-        bytes: &[u8],
-    ) -> Result<()> {
-        let mut ip = [0; 20];
-        ip[0] = 0x45;
-        ip[4..6].copy_from_slice(&id.to_be_bytes());
-        ip[6..8].copy_from_slice(&((u16::from(more) << 13) | (at / 8)).to_be_bytes());
-        ip[8] = 64;
-        ip[9] = 6;
-        ip[12..16].copy_from_slice(&source.octets());
-        ip[16..20].copy_from_slice(&destination.octets());
-        let packet = [&ip[..], bytes].concat();
-        let to = SocketAddr::from((destination, 0));
-        loop {
-            match self.0.send_to(&packet, &to.into()) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => thread::yield_now(),
-                sent => return Ok(sent.map(drop)?),
-            }
-        }
-    }
-}
-
-/// A TCP header without options, and data.
-fn segment(
-    source: (Ipv4Addr, u16),
-    destination: (Ipv4Addr, u16),
-    flags: u8,
-    sequence: u32,
-    data: &[u8],
-) -> Vec<u8> {
-    let mut tcp = [&[0; 20][..], data].concat();
-    tcp[0..2].copy_from_slice(&source.1.to_be_bytes());
-    tcp[2..4].copy_from_slice(&destination.1.to_be_bytes());
-    tcp[4..8].copy_from_slice(&sequence.to_be_bytes());
-    tcp[12] = 5 << 4;
-    tcp[13] = flags;
-    tcp[14..16].copy_from_slice(&64_000_u16.to_be_bytes());
-    let pseudo = [
-        &source.0.octets()[..],
-        &destination.0.octets(),
-        &[0, 6, 0, tcp.len() as u8],
-        &tcp,
-    ]
-    .concat();
-    tcp[16..18].copy_from_slice(&checksum(&pseudo).to_be_bytes());
-    tcp
-}
-
-/// RFC 1071.
-fn checksum(bytes: &[u8]) -> u16 {
-    let sum: u32 = bytes
-        .chunks(2)
-        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
-        .sum();
-    let folded = (sum & 0xffff) + (sum >> 16);
-    !((folded & 0xffff) + (folded >> 16)) as u16
-}
-
-fn v4(address: IpAddr) -> Ipv4Addr {
-    match address {
-        IpAddr::V4(v4) => v4,
-        IpAddr::V6(v6) => panic!("{v6} is not IPv4"),
-    }
-}
-
-/// A number from the two lines with which the daemon ends.
-fn count(exit: &Exit, name: &str) -> u64 {
-    let prefix = format!("{name}=");
-    let words = exit.log.split_whitespace();
-    words
-        .filter_map(|word| word.strip_prefix(&prefix)?.parse().ok())
-        .next()
-        .unwrap_or(0)
-}
+use socket2::SockRef;
 
 #[test]
 fn fragments_of_a_flow_reach_it() -> Result<()> {
     // The server's packets are larger than its way to the gateway takes, and may be fragmented on it.
     let topology = Topology::builder().path_mtu(1300).build()?;
     topology.server.sysctl("net.ipv4.ip_no_pmtu_disc", 1)?;
-    let server = Server::start(&topology.server)?;
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    let outcome = Transfer::download(2_000_000).run(&topology.client, server.address(Family::V4))?;
+    let bed = Bed::on(topology, LAN)?;
+    let outcome = Transfer::download(2_000_000).run(&bed.topology.client, bed.server.address(Family::V4))?;
     assert!(outcome.intact);
-    assert!(outcome.is_split(), "not split");
-    let exit = daemon.terminate()?;
-    assert_eq!(count(&exit, "fragment"), 0, "{}", exit.log);
+    assert_eq!(outcome.path(), Path::Split);
+    let exit = bed.daemon.terminate()?;
+    assert_eq!(exit.counter("fragment"), 0, "{}", exit.log);
     Ok(())
 }
 
@@ -151,20 +38,19 @@ fn fragments_of_a_flow_reach_it() -> Result<()> {
 fn fragments_of_other_connections_pass() -> Result<()> {
     let topology = Topology::builder().path_mtu(1300).build()?;
     topology.server.sysctl("net.ipv4.ip_no_pmtu_disc", 1)?;
-    let server = Server::start(&topology.server)?;
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--bypass", "0.0.0.0/0"])?;
-    let outcome = Transfer::download(2_000_000).run(&topology.client, server.address(Family::V4))?;
+    let bed = Bed::on(topology, &["-i", "lan0", "--bypass", "0.0.0.0/0"])?;
+    let outcome = Transfer::download(2_000_000).run(&bed.topology.client, bed.server.address(Family::V4))?;
     assert!(outcome.intact);
-    let exit = daemon.terminate()?;
-    assert!(count(&exit, "fragment") > 0, "{}", exit.log);
+    let exit = bed.daemon.terminate()?;
+    assert!(exit.counter("fragment") > 0, "{}", exit.log);
     Ok(())
 }
 
 #[test]
 fn connections_go_on_being_made_in_a_flood_of_spoofed_syns() -> Result<()> {
     const SYNS: u32 = 100_000;
-    let topology = Topology::new()?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let bed = Bed::start(&[])?;
+    let topology = &bed.topology;
     let forger = Forger::new(&topology.client)?;
     // A plain one: the flood makes the server use SYN cookies, with which it cannot keep SYNs.
     let echo = topology.server.run(|| TcpListener::bind("[::]:0"))?;
@@ -177,9 +63,12 @@ fn connections_go_on_being_made_in_a_flood_of_spoofed_syns() -> Result<()> {
     thread::scope(|scope| -> Result<()> {
         let flood = scope.spawn(|| -> Result<()> {
             for i in 0..SYNS {
-                let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + i % 0xf_ffff);
-                let source = (source, 1024 + (i % 60_000) as u16);
-                forger.send(source, (v4(Family::V4.server()), port), SYN, i)?;
+                forger.send(&Tcp {
+                    source: (spoofed(i % 0xf_ffff), 1024 + (i % 60_000) as u16).into(),
+                    destination: (Family::V4.server(), port).into(),
+                    sequence: i,
+                    ..Tcp::syn(Family::V4)
+                })?;
             }
             Ok(())
         });
@@ -201,9 +90,9 @@ fn connections_go_on_being_made_in_a_flood_of_spoofed_syns() -> Result<()> {
         flood.join().expect("no panic")
     })?;
     // What the flood took is given back, and connections are split again.
-    eventually(PATIENCE, || flow(&topology, &Connector::default()).is_ok());
-    let exit = daemon.terminate()?;
-    assert!(count(&exit, "limit_reached") > 0, "{}", exit.log);
+    eventually(PATIENCE, || bed.flow(Family::V4).is_ok());
+    let exit = bed.daemon.terminate()?;
+    assert!(exit.counter("limit_reached") > 0, "{}", exit.log);
     // The flood is not to fill the log as well.
     let lines = exit.log.matches("limit of connections").count();
     assert!(lines <= 4, "{lines} lines:\n{}", exit.log);
@@ -263,16 +152,20 @@ fn hundred_who_scrape_a_full_map_share_a_walk_a_second_and_the_daemon_stays_aliv
     const TIME: Duration = Duration::from_secs(3);
     /// The programs' bound.
     const ALIVE: Duration = Duration::from_secs(3);
-    let topology = Topology::new()?;
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-c", "9800"])?;
+    let Bed { daemon, network } = Bed::start(&["-i", "lan0", "-c", "9800"])?;
+    let gateway = &network.topology.gateway;
     let heartbeat = heartbeat(&daemon)?;
-    let forger = Forger::new(&topology.client)?;
+    let forger = Forger::new(&network.topology.client)?;
     for i in 0..SYNS {
-        let source = Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + i);
-        forger.send((source, 1024), (v4(Family::V4.server()), 9), SYN, i)?;
+        forger.send(&Tcp {
+            source: (spoofed(i), 1024).into(),
+            destination: (Family::V4.server(), 9).into(),
+            sequence: i,
+            ..Tcp::syn(Family::V4)
+        })?;
     }
     let entries = || -> Option<f64> {
-        let answer = scrape(&topology.gateway).ok()?;
+        let answer = scrape(gateway).ok()?;
         let line = answer
             .lines()
             .find_map(|line| line.strip_prefix("pepsal_flow_map_entries "))?;
@@ -299,7 +192,7 @@ fn hundred_who_scrape_a_full_map_share_a_walk_a_second_and_the_daemon_stays_aliv
     let scrapes = || -> Result<usize> {
         let mut answered = 0;
         while start.elapsed() < TIME {
-            answered += usize::from(scrape(&topology.gateway)?.ends_with("# EOF\n"));
+            answered += usize::from(scrape(gateway)?.ends_with("# EOF\n"));
         }
         Ok(answered)
     };
@@ -333,86 +226,66 @@ fn hundred_who_scrape_a_full_map_share_a_walk_a_second_and_the_daemon_stays_aliv
     Ok(())
 }
 
-/// Both ends of a flow.
-fn flow(topology: &Topology, connector: &Connector) -> Result<(TcpStream, TcpStream)> {
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
-    let client = connector.connect(&topology.client, address)?;
-    let accepted = listener.accept(patience(PATIENCE))?;
-    ensure!(accepted.is_split(), "not split");
-    Ok((client, accepted.stream))
-}
-
-fn exchange(mut client: &TcpStream, mut server: &TcpStream) -> Result<()> {
-    let mut received = [0; 5];
-    client.write_all(b"hello")?;
-    server.read_exact(&mut received)?;
-    server.write_all(&received)?;
-    client.read_exact(&mut received)?;
-    ensure!(received == *b"hello");
-    Ok(())
+/// A segment from the client's end of a flow.
+fn segment_of(flow: &Connection, flags: u8, sequence: u32) -> Result<Tcp> {
+    Ok(Tcp {
+        source: flow.client.local_addr()?,
+        destination: flow.client.peer_addr()?,
+        sequence,
+        ..Tcp::with_flags(Family::V4, flags)
+    })
 }
 
 #[test]
 fn resets_out_of_window_do_not_end_a_flow() -> Result<()> {
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let (client, server) = flow(&topology, &Connector::default())?;
-    let (near, far) = (client.local_addr()?, client.peer_addr()?);
-    let (near, far) = ((v4(near.ip()), near.port()), (v4(far.ip()), far.port()));
-    exchange(&client, &server)?;
-    let (at_client, at_server) = (Forger::new(&topology.client)?, Forger::new(&topology.server)?);
+    let bed = Bed::start(&[])?;
+    let flow = bed.flow(Family::V4)?;
+    flow.greet()?;
+    let (at_client, at_server) = (
+        Forger::new(&bed.topology.client)?,
+        Forger::new(&bed.topology.server)?,
+    );
     for i in 0..1000_u32 {
         // Every four millions a guess: a window of 64 KiB is missed nearly always, and an exact hit would be chance.
         let sequence = i.wrapping_mul(4_294_967);
-        for flags in [RST, RST_ACK] {
-            at_client.send(near, far, flags, sequence)?;
-            at_server.send(far, near, flags, sequence)?;
+        for flags in [RST, RST | ACK] {
+            let reset = segment_of(&flow, flags, sequence)?;
+            at_client.send(&reset)?;
+            at_server.send(&reset.swapped())?;
         }
     }
-    exchange(&client, &server)
+    flow.greet()
 }
 
 #[test]
 fn syn_for_an_open_flow_does_not_disturb_it() -> Result<()> {
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let (client, server) = flow(&topology, &Connector::default())?;
-    let (near, far) = (client.local_addr()?, client.peer_addr()?);
-    let forger = Forger::new(&topology.client)?;
+    let bed = Bed::start(&[])?;
+    let flow = bed.flow(Family::V4)?;
+    let forger = Forger::new(&bed.topology.client)?;
     for i in 0..100 {
-        let (near, far) = ((v4(near.ip()), near.port()), (v4(far.ip()), far.port()));
-        forger.send(near, far, SYN, i * 1_000_003)?;
+        forger.send(&segment_of(&flow, SYN, i * 1_000_003)?)?;
     }
-    exchange(&client, &server)
+    flow.greet()
 }
 
 #[test]
 fn many_idle_connections_do_not_keep_others_out() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let bed = Bed::start(&[])?;
     // They say a byte and then nothing.
     let mut idle = Vec::new();
     for _ in 0..500 {
-        let stream = Connector::default().connect(&topology.client, server.address(Family::V4))?;
+        let stream = Connector::default().connect(&bed.topology.client, bed.server.address(Family::V4))?;
         (&stream).write_all(&[0])?;
         idle.push(stream);
     }
-    for family in Family::BOTH {
-        let outcome = Transfer::download(500_000).run(&topology.client, server.address(family))?;
-        assert!(outcome.intact);
-        assert!(outcome.is_split());
-    }
-    Ok(())
+    bed.splits()
 }
 
 #[test]
 fn tiny_window_gets_every_byte() -> Result<()> {
     const BYTES: usize = 100_000;
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let (client, server) = flow(&topology, &Connector::default())?;
+    let bed = Bed::start(&[])?;
+    let Connection { client, server, .. } = bed.flow(Family::V4)?;
     SockRef::from(&client).set_recv_buffer_size(1)?;
     let payload: Vec<u8> = (0..BYTES).map(|i| (i % 251) as u8).collect();
     thread::scope(|scope| -> Result<()> {
@@ -426,77 +299,46 @@ fn tiny_window_gets_every_byte() -> Result<()> {
     })
 }
 
-/// Connects as soon as the client's own kernel has done with the connection before.
-fn connect_again(connector: &Connector, topology: &Topology, address: SocketAddr) -> io::Result<TcpStream> {
-    let mut connected = connector.connect(&topology.client, address);
-    eventually(PATIENCE, || match &connected {
-        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
-            connected = connector.connect(&topology.client, address);
-            false
-        }
-        _ => true,
-    });
-    connected
-}
-
 #[test]
 fn client_port_used_again_at_once_gets_a_flow_every_time() -> Result<()> {
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
-    let connector = Connector {
-        source: Some((Family::V4.client(), 40_000).into()),
-        ..Connector::default()
-    };
+    let bed = Bed::start(&[])?;
     for round in 0..100 {
-        let client =
-            connect_again(&connector, &topology, address).with_context(|| format!("round {round}"))?;
-        let accepted = listener.accept(patience(PATIENCE))?;
-        exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
+        let connection = bed
+            .open_again(Family::V4, 40_000)
+            .with_context(|| format!("round {round}"))?;
+        connection.greet().with_context(|| format!("round {round}"))?;
         // Who ends first stays in TIME_WAIT: the server, so that the client's port is free again.
-        drop(accepted);
-        ensure!((&client).read(&mut [0])? == 0);
+        drop(connection.server);
+        ensure!((&connection.client).read(&mut [0])? == 0);
     }
     Ok(())
 }
 
 #[test]
 fn one_client_port_serves_connections_to_many_servers() -> Result<()> {
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let connector = Connector {
-        source: Some((Family::V4.client(), 40_000).into()),
-        ..Connector::default()
-    };
+    let bed = Bed::start(&[])?;
+    let connector = Connector::from_port(Family::V4, 40_000);
     let flows = (0..50)
-        .map(|_| flow(&topology, &connector))
+        .map(|_| {
+            bed.open_to(&connector, &bed.another_listener(Family::V4)?)?
+                .split()
+        })
         .collect::<Result<Vec<_>>>()?;
-    flows
-        .iter()
-        .try_for_each(|(client, server)| exchange(client, server))
+    flows.iter().try_for_each(Connection::greet)
 }
 
 #[test]
 fn clients_may_use_any_source_port() -> Result<()> {
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let bed = Bed::start(&[])?;
     // Privileged ones, the last, and that of pepsal's own listeners.
     for port in [1, 22, 80, 1023, 5000, 65_535] {
         for family in Family::BOTH {
-            let listener = Listener::bind_any(&topology.server, family.server())?;
-            let connector = Connector {
-                source: Some((family.client(), port).into()),
-                ..Connector::default()
-            };
-            let address = SocketAddr::new(family.server(), listener.port());
-            let client = connector
-                .connect(&topology.client, address)
+            let flow = bed
+                .open_by(&Connector::from_port(family, port), family)
                 .with_context(|| format!("{family:?} port {port}"))?;
-            let accepted = listener.accept(patience(PATIENCE))?;
-            assert!(accepted.is_split(), "{family:?} port {port} is not split");
-            assert_eq!(accepted.peer, client.local_addr()?);
-            exchange(&client, &accepted.stream)?;
+            assert_eq!(flow.path(), Path::Split, "{family:?} port {port}");
+            assert_eq!(flow.peer, flow.client.local_addr()?);
+            flow.greet()?;
         }
     }
     Ok(())
@@ -505,16 +347,12 @@ fn clients_may_use_any_source_port() -> Result<()> {
 /// The receiver takes nothing for a while, until its window is closed and nothing can be sent.
 fn window_stays_closed_for(time: Duration) -> Result<()> {
     const BYTES: usize = 20_000_000;
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let (client, server) = flow(&topology, &Connector::default())?;
+    let bed = Bed::start(&[])?;
+    let Connection { client, server, .. } = bed.flow(Family::V4)?;
     client.set_write_timeout(Some(time + PATIENCE))?;
     let payload: Vec<u8> = (0..BYTES).map(|i| (i % 251) as u8).collect();
     thread::scope(|scope| -> Result<()> {
-        let writer = scope.spawn(|| {
-            (&client).write_all(&payload)?;
-            client.shutdown(Shutdown::Write)
-        });
+        let writer = scope.spawn(|| send_all(&client, &payload));
         // It is closed when no more comes.
         let (mut before, mut unread) = (0, vec![0; BYTES]);
         eventually(PATIENCE, || {
@@ -526,9 +364,10 @@ fn window_stays_closed_for(time: Duration) -> Result<()> {
         });
         thread::sleep(time);
         ensure!(!writer.is_finished(), "{BYTES} bytes fit without being read");
-        let mut received = Vec::new();
-        (&server).read_to_end(&mut received)?;
-        ensure!(received == payload, "what arrives is not what was sent");
+        ensure!(
+            receive_all(&server)? == payload,
+            "what arrives is not what was sent"
+        );
         Ok(writer.join().expect("no panic")?)
     })
 }
@@ -546,14 +385,14 @@ fn zero_window_of_minutes_gets_every_byte_when_it_opens() -> Result<()> {
 
 #[test]
 fn overlapping_fragments_disturb_nothing() -> Result<()> {
-    let topology = Topology::new()?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let (client, server) = flow(&topology, &Connector::default())?;
-    let forger = Forger::new(&topology.client)?;
-    let (near, far) = (client.local_addr()?, client.peer_addr()?);
-    let (near, far) = ((v4(near.ip()), near.port()), (v4(far.ip()), far.port()));
+    let bed = Bed::start(&[])?;
+    let flow = bed.flow(Family::V4)?;
+    let forger = Forger::new(&bed.topology.client)?;
     for id in 1..500 {
-        let segment = segment(near, far, ACK, u32::from(id) * 8_589_934, &[b'x'; 64]);
+        let segment = Tcp {
+            payload: vec![b'x'; 64],
+            ..segment_of(&flow, ACK, u32::from(id) * 8_589_934)?
+        };
         // The second says otherwise of what the first had, and so does the last of all that.
         for (range, at, more) in [
             (0..48, 0, true),
@@ -561,12 +400,11 @@ fn overlapping_fragments_disturb_nothing() -> Result<()> {
             (24..84, 24, false),
             (0..84, 0, true),
         ] {
-            forger.send_fragment(near.0, far.0, id, at, more, &segment[range])?;
+            forger.send_fragment(&segment, id, range, at, more)?;
         }
     }
-    exchange(&client, &server)?;
-    assert!(flow(&topology, &Connector::default()).is_ok());
-    Ok(())
+    flow.greet()?;
+    bed.flow(Family::V4).map(drop)
 }
 
 #[test]
@@ -575,23 +413,17 @@ fn ports_in_time_wait_get_a_flow_every_time_they_are_used_again() -> Result<()> 
     // Who ends first stays in TIME_WAIT, here the client, and its leg towards the server.
     topology.client.sysctl("net.ipv4.tcp_tw_reuse", 1)?;
     topology.client.sysctl("net.ipv4.tcp_tw_reuse_delay", 1)?;
-    let _daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-    let address = SocketAddr::new(Family::V4.server(), listener.port());
+    let bed = Bed::on(topology, &[])?;
     for round in 0..300 {
-        let connector = Connector {
-            source: Some((Family::V4.client(), 40_000 + round % 3).into()),
-            ..Connector::default()
-        };
-        let client =
-            connect_again(&connector, &topology, address).with_context(|| format!("round {round}"))?;
-        let accepted = listener.accept(patience(PATIENCE))?;
-        ensure!(accepted.is_split(), "round {round} is not split");
-        exchange(&client, &accepted.stream).with_context(|| format!("round {round}"))?;
-        client.shutdown(Shutdown::Write)?;
-        ensure!((&accepted.stream).read(&mut [0])? == 0);
-        drop(accepted);
-        ensure!((&client).read(&mut [0])? == 0);
+        let flow = bed
+            .open_again(Family::V4, 40_000 + round % 3)
+            .and_then(Connection::split);
+        let flow = flow.with_context(|| format!("round {round}"))?;
+        flow.greet().with_context(|| format!("round {round}"))?;
+        flow.client.shutdown(Shutdown::Write)?;
+        ensure!((&flow.server).read(&mut [0])? == 0);
+        drop(flow.server);
+        ensure!((&flow.client).read(&mut [0])? == 0);
     }
     Ok(())
 }
@@ -603,18 +435,12 @@ fn two_ends_that_open_the_same_connection_at_once_get_one() -> Result<()> {
         ..LinkProfile::UNIMPAIRED
     };
     let topology = Topology::builder().link(Link::Tun(far_away)).build()?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let daemon = Daemon::start(&topology.gateway, BOTH)?;
     let (near, far) = (
         SocketAddr::new(Family::V4.client(), 40_000),
         SocketAddr::new(Family::V4.server(), 50_000),
     );
-    let connect = |namespace, source, to| {
-        let connector = Connector {
-            source: Some(source),
-            ..Connector::default()
-        };
-        connector.connect(namespace, to)
-    };
+    let connect = |namespace, source, to| Connector::from(source).connect(namespace, to);
     let (at_client, at_server) = thread::scope(|scope| -> Result<_> {
         let at_server = scope.spawn(|| connect(&topology.server, far, near));
         // Between the far end's SYN and the end of its handshake with the gateway.
@@ -623,20 +449,22 @@ fn two_ends_that_open_the_same_connection_at_once_get_one() -> Result<()> {
         let at_server = at_server.join().expect("no panic").context("the server")?;
         Ok((at_client, at_server))
     })?;
-    exchange(&at_client, &at_server)?;
+    send_all(&at_client, b"hello")?;
+    ensure!(receive_all(&at_server)? == b"hello");
+    send_all(&at_server, b"hello")?;
+    ensure!(receive_all(&at_client)? == b"hello");
     drop((at_client, at_server));
     let exit = daemon.terminate()?;
-    assert!(count(&exit, "simultaneous") > 0, "{}", exit.log);
+    assert!(exit.counter("simultaneous") > 0, "{}", exit.log);
     Ok(())
 }
 
 #[test]
 fn log_has_so_many_lines_a_second_at_most() -> Result<()> {
     const FLOWS: usize = 400;
-    let topology = Topology::new()?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let Bed { daemon, network } = Bed::start(&[])?;
     let flows = (0..FLOWS)
-        .map(|_| flow(&topology, &Connector::default()))
+        .map(|_| network.flow(Family::V4))
         .collect::<Result<Vec<_>>>()?;
     // Each of them is worth a line.
     let mut admin = UnixStream::connect(daemon.admin_socket())?;
@@ -648,12 +476,7 @@ fn log_has_so_many_lines_a_second_at_most() -> Result<()> {
     let mut reply = [0];
     admin.read_exact(&mut reply)?;
     drop(flows);
-    let metrics = topology
-        .gateway
-        .command("curl")
-        .args(["-s", "http://127.0.0.1:9300/metrics"])
-        .output()?;
-    let metrics = String::from_utf8(metrics.stdout)?;
+    let metrics = scrape(&network.topology.gateway)?;
     let suppressed = metrics
         .lines()
         .find_map(|line| line.strip_prefix("pepsal_log_lines_suppressed_total "))
@@ -669,8 +492,8 @@ fn log_has_so_many_lines_a_second_at_most() -> Result<()> {
 
 #[test]
 fn nobody_outside_reaches_what_the_daemon_serves() -> Result<()> {
-    let topology = Topology::new()?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let Bed { daemon, network } = Bed::start(&[])?;
+    let topology = &network.topology;
     daemon.wait_for_log("metrics at=127.0.0.1:9300")?;
     for (namespace, near) in [
         (&topology.client, Family::gateway as fn(Family) -> IpAddr),
@@ -686,4 +509,9 @@ fn nobody_outside_reaches_what_the_daemon_serves() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A source address that nobody has.
+fn spoofed(number: u32) -> IpAddr {
+    Ipv4Addr::from(u32::from(Ipv4Addr::new(172, 16, 0, 0)) + number).into()
 }

@@ -2,82 +2,22 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{Ipv6Addr, SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{self, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{self, Signal};
 use nix::unistd::Pid;
 use pepsal_tests::{
-    Accepted, Connector, Daemon, Family, Footprint, Listener, Namespace, Server, Topology, Transfer,
-    eventually,
+    BOTH, Bed, Daemon, Family, Footprint, LAN, Namespace, Network, PATIENCE, Path, Server, Topology,
+    Transfer, eventually,
 };
 use socket2::{Domain, SockAddr, Socket, Type};
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Arguments that make a daemon work in both directions.
-const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
-
-/// Whether the client's connections are split: the server then sees another sender than the client's own stack, whose
-/// SYN has lost one hop on its way.
-fn is_split(topology: &Topology, server: SocketAddr) -> Result<bool> {
-    let outcome = Transfer::upload(1).run(&topology.client, server)?;
-    assert!(outcome.intact);
-    Ok(outcome.is_split())
-}
-
-/// Runs the daemon with what it has to refuse, and returns its one line of error.
-fn refusal(namespace: &Namespace, arguments: &[&str]) -> Result<String> {
-    let before = Footprint::of(namespace)?;
-    let exit = Daemon::expect_failure(namespace, arguments)?;
-    assert!(exit.code().is_some_and(|code| code != 0), "{:?}", exit.status);
-    assert_eq!(
-        Footprint::of(namespace)?,
-        before,
-        "{arguments:?} leaves something behind"
-    );
-    one_line(&exit.log)
-}
-
-/// The one line of an error; clap's errors go on after an empty line with where to find help.
-fn one_line(log: &str) -> Result<String> {
-    let log = log.split("\n\n").next().unwrap_or_default().trim_end();
-    assert!(log.lines().all(|line| !line.contains("panicked")), "{log}");
-    assert_eq!(log.lines().count(), 1, "not one line: {log:?}");
-    Ok(log.to_owned())
-}
-
-/// A path of this test's own, removed in the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Self {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Self(std::env::temp_dir().join(format!("pepsal-test-{}-{number}", process::id())))
-    }
-
-    fn path(&self) -> &str {
-        self.0.to_str().expect("the name is made of ASCII")
-    }
-
-    fn text(&self) -> String {
-        fs::read_to_string(&self.0).unwrap_or_default()
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // It may never have been made.
-        let _ = fs::remove_file(&self.0);
-    }
-}
+use tempfile::NamedTempFile;
 
 #[test]
 fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
@@ -214,17 +154,13 @@ fn unknown_congestion_control_lists_those_available() -> Result<()> {
     Ok(())
 }
 
+const AS_NOBODY: [&str; 4] = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"];
+
 /// A daemon's command with only some capabilities.
 fn with_capabilities(namespace: &Namespace, capabilities: &str) -> Result<Command> {
-    let daemon = Daemon::command(namespace, &BOTH)?;
-    let mut command = namespace.command("setpriv");
     let inherited = format!("--inh-caps=-all{capabilities}");
     let bounding = format!("--bounding-set=-all{capabilities}");
-    command
-        .args([inherited, bounding])
-        .arg(daemon.get_program())
-        .args(daemon.get_args());
-    Ok(command)
+    Daemon::command_by(namespace, &["setpriv", &inherited, &bounding], BOTH)
 }
 
 #[test]
@@ -262,10 +198,10 @@ fn missing_capabilities_are_named() -> Result<()> {
 fn what_a_user_may_not_touch_is_named() -> Result<()> {
     let topology = Topology::new()?;
     let before = Footprint::of(&topology.gateway)?;
-    let secret = Scratch::new();
-    fs::write(&secret.0, "interfaces = [\"lan0\"]\n")?;
-    fs::set_permissions(&secret.0, fs::Permissions::from_mode(0o600))?;
-    let path = secret.path();
+    let secret = NamedTempFile::new()?;
+    fs::write(&secret, "interfaces = [\"lan0\"]\n")?;
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600))?;
+    let path = secret.path().to_str().context("a path of ASCII")?;
     for (arguments, complaint) in [
         (
             vec!["--user", "nobody", "--admin-socket", "/etc/pepsal-test.sock"],
@@ -294,13 +230,7 @@ fn what_a_user_may_not_touch_is_named() -> Result<()> {
             "{arguments:?}: {line}"
         );
     }
-    let daemon = Daemon::command(&topology.gateway, &["-F", path])?;
-    let mut nobody = topology.gateway.command("setpriv");
-    nobody
-        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
-        .arg(daemon.get_program())
-        .args(daemon.get_args());
-    let output = nobody.output()?;
+    let output = Daemon::command_by(&topology.gateway, &AS_NOBODY, &["-F", path])?.output()?;
     let said = String::from_utf8(output.stderr)?;
     assert_eq!(
         said,
@@ -312,48 +242,43 @@ fn what_a_user_may_not_touch_is_named() -> Result<()> {
 
 #[test]
 fn six_capabilities_are_enough() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let before = Footprint::of(&topology.gateway)?;
+    let network = Network::new()?;
+    let gateway = &network.topology.gateway;
+    let before = Footprint::of(gateway)?;
     let six = ",+net_bind_service,+net_admin,+net_raw,+perfmon,+bpf,+sys_admin";
-    let daemon = Daemon::start_command(with_capabilities(&topology.gateway, six)?)?;
-    for family in Family::BOTH {
-        assert!(is_split(&topology, server.address(family))?, "{family:?}");
-    }
+    let daemon = Daemon::start_command(with_capabilities(gateway, six)?)?;
+    network.splits()?;
     assert!(daemon.terminate()?.status.success());
-    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    assert_eq!(Footprint::of(gateway)?, before);
     Ok(())
 }
 
 #[test]
 fn second_instance_on_the_same_interface_is_refused_and_the_first_works_on() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    let pid = first.pid();
+    let bed = Bed::start(LAN)?;
+    let pid = bed.daemon.pid();
     let complaint = format!(
         "pepsal: interface lan0: another pepsal (process {pid}) intercepts it already: stop that one first, or take over \
          from it with --takeover"
     );
-    let line = refusal(&topology.gateway, &["-i", "sat0", "-i", "lan0"])?;
+    let line = refusal(&bed.topology.gateway, &["-i", "sat0", "-i", "lan0"])?;
     assert!(line.starts_with(&complaint), "{line}");
-    assert!(is_split(&topology, server.address(Family::V4))?);
+    assert_eq!(bed.probe(Family::V4)?, Path::Split);
     Ok(())
 }
 
 #[test]
 fn claim_of_a_killed_instance_is_free_at_once() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    first.kill()?;
-    assert!(topology.gateway.claim("lan0")?.exists(), "only its lock is gone");
-    let second = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    let owner = owner_of_lan0(&topology.gateway).map(Pid::as_raw);
+    let network = Network::new()?;
+    let gateway = &network.topology.gateway;
+    network.start(LAN)?.kill()?;
+    assert!(gateway.claim("lan0")?.exists(), "only its lock is gone");
+    let second = network.start(LAN)?;
+    let owner = owner_of_lan0(gateway).map(Pid::as_raw);
     assert_eq!(owner, Some(second.pid().cast_signed()));
-    assert!(is_split(&topology, server.address(Family::V4))?);
+    assert_eq!(network.probe(Family::V4)?, Path::Split);
     second.terminate()?;
-    assert!(!topology.gateway.claim("lan0")?.exists());
+    assert!(!gateway.claim("lan0")?.exists());
     Ok(())
 }
 
@@ -376,9 +301,9 @@ fn squat(namespace: &Namespace) -> Result<Vec<UnixStream>> {
 
 /// Runs a line of shell as nobody; whether it succeeds.
 fn as_nobody(namespace: &Namespace, line: &str) -> Result<bool> {
-    let mut command = namespace.command("setpriv");
+    let mut command = namespace.command(AS_NOBODY[0]);
     command
-        .args(["--reuid=nobody", "--regid=nogroup", "--clear-groups"])
+        .args(&AS_NOBODY[1..])
         .args(["sh", "-c", line])
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -387,12 +312,11 @@ fn as_nobody(namespace: &Namespace, line: &str) -> Result<bool> {
 
 #[test]
 fn another_user_can_neither_prevent_a_start_nor_delay_it() -> Result<()> {
-    let topology = Topology::new()?;
-    let gateway = &topology.gateway;
-    let server = Server::start(&topology.server)?;
+    let network = Network::new()?;
+    let gateway = &network.topology.gateway;
     let _squatter = squat(gateway)?;
     // A killed daemon leaves the files that somebody would have to get hold of.
-    Daemon::start(gateway, &["-i", "lan0"])?.kill()?;
+    network.start(LAN)?.kill()?;
     let claim = gateway.claim("lan0")?;
     let claims = claim.parent().context("it lies in a directory")?;
     let (runtime, claims, claim) = (
@@ -415,7 +339,7 @@ fn another_user_can_neither_prevent_a_start_nor_delay_it() -> Result<()> {
         assert!(!as_nobody(gateway, &attempt)?, "{attempt}");
     }
     let start = Instant::now();
-    let daemon = Daemon::start(gateway, &["-i", "lan0"])?;
+    let daemon = network.start(LAN)?;
     assert!(start.elapsed() < PATIENCE);
     for attempt in [
         format!("flock -n {claim} true"),
@@ -423,7 +347,7 @@ fn another_user_can_neither_prevent_a_start_nor_delay_it() -> Result<()> {
     ] {
         assert!(!as_nobody(gateway, &attempt)?, "{attempt}");
     }
-    assert!(is_split(&topology, server.address(Family::V4))?);
+    assert_eq!(network.probe(Family::V4)?, Path::Split);
     Ok(())
 }
 
@@ -445,26 +369,23 @@ fn runtime_directory_that_another_user_has_is_refused() -> Result<()> {
 
 #[test]
 fn two_instances_on_different_interfaces_coexist_and_stop_apart() -> Result<()> {
-    let topology = Topology::new()?;
-    let outside = Server::start(&topology.server)?;
-    let inside = Server::start(&topology.client)?;
-    let split_out = || is_split(&topology, outside.address(Family::V4));
-    let split_in = || -> Result<bool> {
+    let network = Network::new()?;
+    let inside = Server::start(&network.topology.client)?;
+    let paths = || -> Result<[Path; 2]> {
         let address = SocketAddr::new(Family::V4.client(), inside.port());
-        let outcome = Transfer::upload(100_000).run(&topology.server, address)?;
-        assert!(outcome.intact);
-        Ok(outcome.is_split())
+        let inwards = Transfer::upload(100_000).run(&network.topology.server, address)?;
+        assert!(inwards.intact);
+        Ok([network.probe(Family::V4)?, inwards.path()])
     };
-    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    let second = ["-i", "sat0"];
-    let second = Daemon::start(&topology.gateway, &second)?;
-    assert_eq!((split_out()?, split_in()?), (true, true));
+    let first = network.start(LAN)?;
+    let second = network.start(&["-i", "sat0"])?;
+    assert_eq!(paths()?, [Path::Split, Path::Split]);
     first.terminate()?;
-    assert_eq!((split_out()?, split_in()?), (false, true));
-    let first = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
-    assert_eq!((split_out()?, split_in()?), (true, true));
+    assert_eq!(paths()?, [Path::Forwarded, Path::Split]);
+    let first = network.start(LAN)?;
+    assert_eq!(paths()?, [Path::Split, Path::Split]);
     second.kill()?;
-    assert_eq!((split_out()?, split_in()?), (true, false));
+    assert_eq!(paths()?, [Path::Split, Path::Forwarded]);
     drop(first);
     Ok(())
 }
@@ -497,16 +418,14 @@ fn help_and_version_are_printed_and_succeed() -> Result<()> {
 
 #[test]
 fn sniffer_option_is_accepted_with_a_warning() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-s", "whatever0"])?;
-    let log = daemon.log();
+    let bed = Bed::start(&["-i", "lan0", "-s", "whatever0"])?;
+    let log = bed.daemon.log();
     let warning = log
         .lines()
         .find(|line| line.contains("-s is ignored"))
         .context("a warning")?;
     assert!(warning.contains("WARN"), "{warning}");
-    assert!(is_split(&topology, server.address(Family::V4))?);
+    assert_eq!(bed.probe(Family::V4)?, Path::Split);
     Ok(())
 }
 
@@ -536,7 +455,7 @@ fn verbosity_follows_v_unless_rust_log_says_otherwise() -> Result<()> {
 #[test]
 fn bad_rust_log_is_one_line() -> Result<()> {
     let topology = Topology::new()?;
-    let output = Daemon::command(&topology.gateway, &BOTH)?
+    let output = Daemon::command(&topology.gateway, BOTH)?
         .env("RUST_LOG", "pepsal=loud")
         .output()?;
     let line = one_line(&String::from_utf8(output.stderr)?)?;
@@ -550,16 +469,13 @@ fn bad_rust_log_is_one_line() -> Result<()> {
 
 #[test]
 fn syns_are_logged_from_the_kernel_when_asked_for() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--log-syns"])?;
+    let bed = Bed::start(&["-i", "lan0", "--log-syns"])?;
     for family in Family::BOTH {
-        let address = server.address(family);
-        let outcome = Transfer::upload(1).run(&topology.client, address)?;
+        let client = bed.open(family)?.client.local_addr()?;
         // aya-log writes IPv6 addresses in their canonical form and IPv4 ones as mapped.
-        let shown = format!(":{} -> ", outcome.local.port());
-        daemon.wait_for_log(&shown)?;
-        let log = daemon.log();
+        let shown = format!(":{} -> ", client.port());
+        bed.daemon.wait_for_log(&shown)?;
+        let log = bed.daemon.log();
         let lines: Vec<&str> = log.lines().filter(|line| line.contains(&shown)).collect();
         assert_eq!(lines.len(), 1, "{lines:?}");
         assert!(lines[0].contains(&family.client().to_string()), "{}", lines[0]);
@@ -589,19 +505,19 @@ impl Drop for Background<'_> {
 
 #[test]
 fn background_daemon_is_ready_when_the_command_returns_and_stops_on_sigterm() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let before = Footprint::of(&topology.gateway)?;
-    let log = Scratch::new();
-    let _background = Background(&topology.gateway);
-    let status = Daemon::command(&topology.gateway, &["-d", "-i", "lan0"])?
+    let network = Network::new()?;
+    let gateway = &network.topology.gateway;
+    let before = Footprint::of(gateway)?;
+    let log = NamedTempFile::new()?;
+    let _background = Background(gateway);
+    let status = Daemon::command(gateway, &["-d", "-i", "lan0"])?
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(fs::File::create(&log.0)?)
+        .stderr(log.reopen()?)
         .status()?;
-    assert!(status.success(), "{}", log.text());
-    assert!(is_split(&topology, server.address(Family::V4))?, "ready");
-    let pid = owner_of_lan0(&topology.gateway).context("the daemon holds its interface")?;
+    assert!(status.success(), "{}", fs::read_to_string(&log)?);
+    assert_eq!(network.probe(Family::V4)?, Path::Split, "ready");
+    let pid = owner_of_lan0(gateway).context("the daemon holds its interface")?;
     assert_eq!(fs::read_link(format!("/proc/{pid}/cwd"))?, PathBuf::from("/"));
     let session = nix::unistd::getsid(Some(pid))?;
     assert_ne!(session, nix::unistd::getsid(None)?, "a session of its own");
@@ -611,18 +527,13 @@ fn background_daemon_is_ready_when_the_command_returns_and_stops_on_sigterm() ->
     );
 
     signal::kill(pid, Signal::SIGTERM)?;
-    eventually(PATIENCE, || owner_of_lan0(&topology.gateway).is_none());
-    eventually(PATIENCE, || {
-        Footprint::of(&topology.gateway).is_ok_and(|now| now == before)
-    });
+    eventually(PATIENCE, || owner_of_lan0(gateway).is_none());
+    eventually(PATIENCE, || Footprint::of(gateway).is_ok_and(|now| now == before));
+    assert_eq!(network.probe(Family::V4)?, Path::Forwarded);
+    let log = fs::read_to_string(&log)?;
     assert!(
-        !is_split(&topology, server.address(Family::V4))?,
-        "passes through again"
-    );
-    assert!(
-        log.text().contains("packets: "),
-        "the log goes on where it was sent: {}",
-        log.text()
+        log.contains("packets: "),
+        "the log goes on where it was sent: {log}"
     );
     Ok(())
 }
@@ -637,30 +548,22 @@ fn background_daemon_that_cannot_start_says_why_before_the_command_returns() -> 
     Ok(())
 }
 
-/// A connection and its other end.
-fn connected(topology: &Topology, listener: &Listener, family: Family) -> Result<(TcpStream, Accepted)> {
-    let address = SocketAddr::new(family.server(), listener.port());
-    let client = Connector::default().connect(&topology.client, address)?;
-    Ok((client, listener.accept(PATIENCE)?))
-}
-
 #[test]
 fn flow_table_lists_the_flows_that_are_open() -> Result<()> {
-    let topology = Topology::new()?;
-    let listener = Listener::bind(&topology.server, (Ipv6Addr::UNSPECIFIED, 0).into())?;
-    let table = Scratch::new();
-    fs::write(&table.0, "what was there before\n")?;
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-v", "-l", table.path()])?;
-    let (mut client, mut server) = connected(&topology, &listener, Family::V6)?;
-    client.write_all(b"up")?;
-    server.stream.read_exact(&mut [0; 2])?;
+    let table = NamedTempFile::new()?;
+    fs::write(&table, "what was there before\n")?;
+    let path = table.path().to_str().context("a path of ASCII")?;
+    let Bed { daemon, network } = Bed::start(&["-i", "lan0", "-v", "-l", path])?;
+    let mut flow = network.flow(Family::V6)?;
+    flow.client.write_all(b"up")?;
+    flow.server.read_exact(&mut [0; 2])?;
 
-    let ends = [client.local_addr()?.to_string(), client.peer_addr()?.to_string()];
+    let ends = [flow.client.local_addr()?, flow.client.peer_addr()?].map(|end| end.to_string());
     // The first asks it to wait for the flow, the second not to.
     daemon.signal(Signal::SIGTERM)?;
     daemon.wait_for_log("stopping: ")?;
     assert!(daemon.terminate()?.status.success());
-    let text = table.text();
+    let text = fs::read_to_string(&table)?;
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines[0], "what was there before", "{text}");
     assert!(
@@ -676,15 +579,14 @@ fn flow_table_lists_the_flows_that_are_open() -> Result<()> {
 #[test]
 fn second_signal_stops_at_once_and_resets_what_is_open() -> Result<()> {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
-        let topology = Topology::new()?;
-        let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
-        let before = Footprint::of(&topology.gateway)?;
-        let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "--drain-timeout", "1h"])?;
-        let (mut client, mut server) = connected(&topology, &listener, Family::V4)?;
+        let network = Network::new()?;
+        let before = Footprint::of(&network.topology.gateway)?;
+        let daemon = network.start(&["-i", "lan0", "--drain-timeout", "1h"])?;
+        let mut flow = network.flow(Family::V4)?;
         daemon.signal(signal)?;
         daemon.wait_for_log("stopping: ")?;
-        client.write_all(b"still")?;
-        server.stream.read_exact(&mut [0; 5])?;
+        flow.client.write_all(b"still")?;
+        flow.server.read_exact(&mut [0; 5])?;
 
         let start = Instant::now();
         daemon.signal(signal)?;
@@ -693,14 +595,14 @@ fn second_signal_stops_at_once_and_resets_what_is_open() -> Result<()> {
             start.elapsed() < Duration::from_secs(10),
             "the drain timeout is an hour"
         );
-        for stream in [&mut client, &mut server.stream] {
+        for stream in [&mut flow.client, &mut flow.server] {
             assert_eq!(
                 stream.read(&mut [0]).expect_err("a reset").kind(),
                 ErrorKind::ConnectionReset
             );
         }
         eventually(PATIENCE, || {
-            Footprint::of(&topology.gateway).is_ok_and(|now| now == before)
+            Footprint::of(&network.topology.gateway).is_ok_and(|now| now == before)
         });
     }
     Ok(())
@@ -708,11 +610,11 @@ fn second_signal_stops_at_once_and_resets_what_is_open() -> Result<()> {
 
 #[test]
 fn monitor_is_told_when_the_limit_is_near_and_when_it_is_not_any_more() -> Result<()> {
-    let topology = Topology::new()?;
-    let listener = Listener::bind_any(&topology.server, Family::V4.server())?;
+    let network = Network::new()?;
     let script =
         "trap 'echo crowded' USR1; trap 'echo relieved' USR2; echo watching; while :; do sleep 0.05; done";
-    let mut monitor = topology
+    let mut monitor = network
+        .topology
         .gateway
         .command("sh")
         .args(["-c", script])
@@ -721,10 +623,10 @@ fn monitor_is_told_when_the_limit_is_near_and_when_it_is_not_any_more() -> Resul
     let mut told = BufReader::new(monitor.stdout.take().context("stdout was asked for")?).lines();
     assert_eq!(told.next().context("a line")??, "watching");
     let pid = monitor.id().to_string();
-    let daemon = Daemon::start(&topology.gateway, &["-i", "lan0", "-c", "4", "-M", &pid])?;
+    let daemon = network.start(&["-i", "lan0", "-c", "4", "-M", &pid])?;
     let mut flows = Vec::new();
     for _ in 0..4 {
-        flows.push(connected(&topology, &listener, Family::V4)?);
+        flows.push(network.flow(Family::V4)?);
     }
     assert_eq!(told.next().context("a line")??, "crowded");
     flows.pop();
@@ -745,10 +647,30 @@ fn gateway_without_ipv6_serves_ipv4() -> Result<()> {
             .sysctl(&format!("net.ipv6.conf.{scope}.disable_ipv6"), 1)?;
     }
     let before = Footprint::of(&topology.gateway)?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
-    let server = Server::start(&topology.server)?;
-    assert!(is_split(&topology, server.address(Family::V4))?);
+    let Bed { daemon, network } = Bed::on(topology, &[])?;
+    assert_eq!(network.probe(Family::V4)?, Path::Split);
     assert_eq!(daemon.terminate()?.code(), Some(0));
-    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    assert_eq!(Footprint::of(&network.topology.gateway)?, before);
     Ok(())
+}
+
+/// Runs the daemon with what it has to refuse, and returns its one line of error.
+fn refusal(namespace: &Namespace, arguments: &[&str]) -> Result<String> {
+    let before = Footprint::of(namespace)?;
+    let exit = Daemon::expect_failure(namespace, arguments)?;
+    assert!(exit.code().is_some_and(|code| code != 0), "{:?}", exit.status);
+    assert_eq!(
+        Footprint::of(namespace)?,
+        before,
+        "{arguments:?} leaves something behind"
+    );
+    one_line(&exit.log)
+}
+
+/// The one line of an error; clap's errors go on after an empty line with where to find help.
+fn one_line(log: &str) -> Result<String> {
+    let log = log.split("\n\n").next().unwrap_or_default().trim_end();
+    assert!(log.lines().all(|line| !line.contains("panicked")), "{log}");
+    assert_eq!(log.lines().count(), 1, "not one line: {log:?}");
+    Ok(log.to_owned())
 }

@@ -1,7 +1,65 @@
 //! More than one gateway behind a router that shares flows out with a resilient next-hop group.
 
 use anyhow::{Result, ensure};
-use pepsal_tests::{Cancel, Connector, Daemon, Family, Namespace, Server, Session, Transfer};
+use pepsal_tests::{Cancel, Connector, Daemon, Family, LAN, Namespace, Server, Session, Transfer};
+
+#[test]
+fn flows_are_shared_out_and_when_a_gateway_dies_the_other_takes_new_ones() -> Result<()> {
+    let site = Site::new()?;
+    let server = Server::start(&site.server)?;
+    let [first, second] = site.daemons()?;
+    let mut sessions = [Vec::new(), Vec::new()];
+    for family in Family::BOTH {
+        for _ in 0..8 {
+            let (connector, address) = (Connector::default(), server.address(family));
+            let session = Session::open(&connector, &site.client, address, &Cancel::default())?;
+            assert!(session.download(10_000, 1)?.1);
+            let is_firsts = flows(&first)? > sessions[0].len();
+            sessions[usize::from(!is_firsts)].push(session);
+        }
+    }
+    let shares = sessions.each_ref().map(Vec::len);
+    assert!(shares.iter().all(|share| *share > 0), "{shares:?}");
+    assert_eq!(
+        [flows(&first)?, flows(&second)?],
+        shares,
+        "each is split by one gateway"
+    );
+
+    // The whole machine is gone, and the router notices as it does for a cable.
+    site.router.ip("link set gw1 down")?;
+    first.kill()?;
+    for session in &sessions[1] {
+        assert!(session.download(10_000, 2)?.1, "the other gateway's flows go on");
+    }
+    for family in Family::BOTH {
+        for _ in 0..16 {
+            let outcome = Transfer::upload(10_000).run(&site.client, server.address(family))?;
+            assert!(outcome.intact);
+            assert_eq!(outcome.peer, outcome.local, "the server sees the client");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn stopped_daemon_costs_no_new_connection() -> Result<()> {
+    let site = Site::new()?;
+    let server = Server::start(&site.server)?;
+    let [first, _second] = site.daemons()?;
+    assert!(first.terminate()?.status.success());
+    // Its gateway forwards, so that the router has nothing to notice.
+    for family in Family::BOTH {
+        for _ in 0..16 {
+            assert!(
+                Transfer::upload(10_000)
+                    .run(&site.client, server.address(family))?
+                    .intact
+            );
+        }
+    }
+    Ok(())
+}
 
 /// ```text
 ///                 gateway 1
@@ -69,7 +127,7 @@ impl Site {
     }
 
     fn daemons(&self) -> Result<[Daemon; 2]> {
-        let start = |gateway| Daemon::start(gateway, &["-i", "lan0"]);
+        let start = |gateway| Daemon::start(gateway, LAN);
         Ok([start(&self.gateways[0])?, start(&self.gateways[1])?])
     }
 }
@@ -97,62 +155,4 @@ fn join(router: &Namespace, near: &str, host: &Namespace, far: &str, v4: &str, v
          route add default via {v4}.1
          route add default via {v6}:1"
     ))
-}
-
-#[test]
-fn flows_are_shared_out_and_when_a_gateway_dies_the_other_takes_new_ones() -> Result<()> {
-    let site = Site::new()?;
-    let server = Server::start(&site.server)?;
-    let [first, second] = site.daemons()?;
-    let mut sessions = [Vec::new(), Vec::new()];
-    for family in Family::BOTH {
-        for _ in 0..8 {
-            let (connector, address) = (Connector::default(), server.address(family));
-            let session = Session::open(&connector, &site.client, address, &Cancel::default())?;
-            assert!(session.download(10_000, 1)?.1);
-            let is_firsts = flows(&first)? > sessions[0].len();
-            sessions[usize::from(!is_firsts)].push(session);
-        }
-    }
-    let shares = sessions.each_ref().map(Vec::len);
-    assert!(shares.iter().all(|share| *share > 0), "{shares:?}");
-    assert_eq!(
-        [flows(&first)?, flows(&second)?],
-        shares,
-        "each is split by one gateway"
-    );
-
-    // The whole machine is gone, and the router notices as it does for a cable.
-    site.router.ip("link set gw1 down")?;
-    first.kill()?;
-    for session in &sessions[1] {
-        assert!(session.download(10_000, 2)?.1, "the other gateway's flows go on");
-    }
-    for family in Family::BOTH {
-        for _ in 0..16 {
-            let outcome = Transfer::upload(10_000).run(&site.client, server.address(family))?;
-            assert!(outcome.intact);
-            assert_eq!(outcome.peer, outcome.local, "the server sees the client");
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn stopped_daemon_costs_no_new_connection() -> Result<()> {
-    let site = Site::new()?;
-    let server = Server::start(&site.server)?;
-    let [first, _second] = site.daemons()?;
-    assert!(first.terminate()?.status.success());
-    // Its gateway forwards, so that the router has nothing to notice.
-    for family in Family::BOTH {
-        for _ in 0..16 {
-            assert!(
-                Transfer::upload(10_000)
-                    .run(&site.client, server.address(family))?
-                    .intact
-            );
-        }
-    }
-    Ok(())
 }

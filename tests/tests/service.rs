@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::SocketAddr;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,13 +11,10 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pepsal_tests::{
-    Cancel, Connector, Daemon, Family, Footprint, Namespace, Server, Session, Topology, Transfer, eventually,
+    BOTH, Bed, Cancel, Connector, Daemon, Family, Footprint, Namespace, Network, PATIENCE, Session, Topology,
+    eventually,
 };
-
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Arguments that make a daemon work in both directions.
-const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
+use tempfile::TempDir;
 
 /// `CAP_NET_BIND_SERVICE`, `CAP_NET_ADMIN`, `CAP_NET_RAW`, as `/proc` shows them.
 const THREE: &str = "0000000000003400";
@@ -26,85 +22,23 @@ const NONE: &str = "0000000000000000";
 
 const UNIT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../packaging/pepsal.service");
 
-/// Whether the client's connections are split: the server then sees another sender than the client's own stack, whose
-/// SYN has lost one hop on its way.
-fn is_split(topology: &Topology, server: SocketAddr) -> Result<bool> {
-    let outcome = Transfer::upload(100_000).run(&topology.client, server)?;
-    assert!(outcome.intact);
-    Ok(outcome.is_split())
-}
-
-fn assert_relays(topology: &Topology, server: &Server) -> Result<()> {
-    for family in Family::BOTH {
-        assert!(is_split(topology, server.address(family))?, "{family:?}");
-    }
-    Ok(())
-}
-
-/// A field of a file like proc_pid_status(5).
-fn field_of(status: &Path, field: &str) -> Result<String> {
-    let status = fs::read_to_string(status)?;
-    let value = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
-        .with_context(|| format!("{field} in {status}"))?;
-    Ok(value.trim().to_owned())
-}
-
-/// A field of proc_pid_status(5), for each of a daemon's threads.
-fn of_all_threads(daemon: &Daemon, field: &str) -> Result<Vec<String>> {
-    let mut values = Vec::new();
-    for thread in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
-        values.push(field_of(&thread?.path().join("status"), field)?);
-    }
-    ensure!(values.len() > 1, "a daemon has more than one thread");
-    Ok(values)
-}
-
-fn assert_confined(daemon: &Daemon) -> Result<()> {
-    let own: u32 = field_of(Path::new("/proc/self/status"), "Seccomp_filters")?.parse()?;
-    // That until the programs are loaded, and that from then on.
-    let filters = (own + 2).to_string();
-    for (field, expected) in [
-        ("CapEff", THREE),
-        ("CapPrm", THREE),
-        ("CapBnd", THREE),
-        ("CapInh", NONE),
-        ("CapAmb", NONE),
-        ("NoNewPrivs", "1"),
-        ("Seccomp", "2"),
-        ("Seccomp_filters", &filters),
-    ] {
-        let values = of_all_threads(daemon, field)?;
-        assert!(
-            values.iter().all(|value| value == expected),
-            "{field}: {values:?}"
-        );
-    }
-    Ok(())
-}
-
 #[test]
 fn root_keeps_three_capabilities_and_no_way_back() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let link = ["--link", "sat0,rate=50mbit,rtt=100ms"];
-    let daemon = Daemon::start(&topology.gateway, &[&BOTH[..], &link].concat())?;
-    assert_confined(&daemon)?;
-    assert_relays(&topology, &server)?;
+    let bed = Bed::start(&["--link", "sat0,rate=50mbit,rtt=100ms"])?;
+    assert_confined(&bed.daemon)?;
+    bed.splits()?;
     // Threads for work that blocks are started when there is some.
-    assert_confined(&daemon)?;
-    let log = daemon.terminate()?.log;
+    assert_confined(&bed.daemon)?;
+    let log = bed.daemon.terminate()?.log;
     assert!(!log.contains("WARN"), "{log}");
     Ok(())
 }
 
 #[test]
 fn another_user_is_become_and_works() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let before = Footprint::of(&topology.gateway)?;
-    let daemon = Daemon::start(&topology.gateway, &[&BOTH[..], &["--user", "nobody"]].concat())?;
+    let network = Network::new()?;
+    let before = Footprint::of(&network.topology.gateway)?;
+    let daemon = network.start(&["--user", "nobody"])?;
     assert_confined(&daemon)?;
     for field in ["Uid", "Gid"] {
         let values = of_all_threads(&daemon, field)?;
@@ -113,9 +47,9 @@ fn another_user_is_become_and_works() -> Result<()> {
             "{field}: {values:?}"
         );
     }
-    assert_relays(&topology, &server)?;
+    network.splits()?;
     assert!(daemon.terminate()?.status.success());
-    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    assert_eq!(Footprint::of(&network.topology.gateway)?, before);
     Ok(())
 }
 
@@ -133,20 +67,24 @@ fn unknown_user_is_named() -> Result<()> {
 /// A service manager's end of sd_notify(3).
 struct NotifySocket {
     socket: UnixDatagram,
-    path: PathBuf,
+    folder: TempDir,
 }
 
 impl NotifySocket {
-    fn new(name: &str) -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("pepsal-notify-{}-{name}", std::process::id()));
-        let socket = UnixDatagram::bind(&path)?;
+    fn new() -> Result<Self> {
+        let folder = TempDir::new()?;
+        let socket = UnixDatagram::bind(folder.path().join("notify"))?;
         socket.set_read_timeout(Some(PATIENCE))?;
-        Ok(Self { socket, path })
+        Ok(Self { socket, folder })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.path().join("notify")
     }
 
     fn daemon(&self, topology: &Topology, arguments: &[&str]) -> Result<Daemon> {
         let mut command = Daemon::command(&topology.gateway, arguments)?;
-        command.env("NOTIFY_SOCKET", &self.path);
+        command.env("NOTIFY_SOCKET", self.path());
         Daemon::start_command(command)
     }
 
@@ -168,21 +106,14 @@ impl NotifySocket {
     }
 }
 
-impl Drop for NotifySocket {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
 #[test]
 fn service_manager_hears_of_start_flows_life_and_stop() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let manager = NotifySocket::new("life")?;
-    let daemon = manager.daemon(&topology, &[&BOTH[..], &["--drain-timeout", "3s"]].concat())?;
+    let network = Network::new()?;
+    let manager = NotifySocket::new()?;
+    let daemon = manager.daemon(&network.topology, &[BOTH, &["--drain-timeout", "3s"]].concat())?;
     assert_eq!(manager.message()?.trim_end(), "READY=1", "is said first");
     assert!(manager.says("STATUS=0 open flows"));
-    let flow = Connector::default().connect(&topology.client, server.address(Family::V4))?;
+    let flow = network.open(Family::V4)?;
     assert!(manager.says("STATUS=1 open flow"));
     drop(flow);
     assert!(manager.says("STATUS=0 open flows"));
@@ -201,8 +132,8 @@ fn service_manager_hears_of_start_flows_life_and_stop() -> Result<()> {
 #[test]
 fn hung_daemon_gives_the_watchdog_no_sign_of_life() -> Result<()> {
     let topology = Topology::new()?;
-    let manager = NotifySocket::new("hung")?;
-    let daemon = manager.daemon(&topology, &BOTH)?;
+    let manager = NotifySocket::new()?;
+    let daemon = manager.daemon(&topology, BOTH)?;
     assert!(manager.says("WATCHDOG=1"));
     daemon.signal(Signal::SIGSTOP)?;
     manager
@@ -216,12 +147,11 @@ fn hung_daemon_gives_the_watchdog_no_sign_of_life() -> Result<()> {
 
 #[test]
 fn without_a_service_manager_that_listens_nothing_is_amiss() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let mut command = Daemon::command(&topology.gateway, &BOTH)?;
+    let network = Network::new()?;
+    let mut command = Daemon::command(&network.topology.gateway, BOTH)?;
     command.env("NOTIFY_SOCKET", "/nosuch/socket");
     let daemon = Daemon::start_command(command)?;
-    assert_relays(&topology, &server)?;
+    network.splits()?;
     assert!(daemon.terminate()?.status.success());
     Ok(())
 }
@@ -230,15 +160,16 @@ fn without_a_service_manager_that_listens_nothing_is_amiss() -> Result<()> {
 struct Program {
     original: PathBuf,
     path: PathBuf,
+    _folder: TempDir,
 }
 
 impl Program {
-    fn new(name: &str, command: &Command) -> Result<Self> {
-        let folder = std::env::temp_dir().join(format!("pepsal-program-{}-{name}", std::process::id()));
-        fs::create_dir_all(&folder)?;
+    fn new(command: &Command) -> Result<Self> {
+        let folder = TempDir::new()?;
         let program = Self {
             original: command.get_program().into(),
-            path: folder.join("pepsal"),
+            path: folder.path().join("pepsal"),
+            _folder: folder,
         };
         program.replace()?;
         Ok(program)
@@ -255,15 +186,9 @@ impl Program {
         let mut reload = topology.gateway.command(&self.path);
         reload
             .args(["reload", &daemon.pid().to_string()])
-            .env("NOTIFY_SOCKET", &manager.path);
+            .env("NOTIFY_SOCKET", manager.path());
         ensure!(reload.status()?.success(), "the reload failed");
         Ok(())
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(self.path.parent().expect("it lies in its folder"));
     }
 }
 
@@ -279,19 +204,19 @@ impl Drop for Process {
 
 #[test]
 fn reload_has_the_same_program_read_again_and_another_one_take_over() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
+    let network = Network::new()?;
+    let Network { topology, server, .. } = &network;
     let before = Footprint::of(&topology.gateway)?;
-    let manager = NotifySocket::new("reload")?;
-    let template = Daemon::command(&topology.gateway, &BOTH)?;
-    let program = Program::new("reload", &template)?;
+    let manager = NotifySocket::new()?;
+    let template = Daemon::command(&topology.gateway, BOTH)?;
+    let program = Program::new(&template)?;
     let mut command = topology.gateway.command(&program.path);
     command
         .args(template.get_args())
-        .env("NOTIFY_SOCKET", &manager.path);
+        .env("NOTIFY_SOCKET", manager.path());
     let daemon = Daemon::start_command(command)?;
 
-    program.reload(&topology, &manager, &daemon)?;
+    program.reload(topology, &manager, &daemon)?;
     daemon.wait_for_log("nothing to read again")?;
 
     program.replace()?;
@@ -301,7 +226,7 @@ fn reload_has_the_same_program_read_again_and_another_one_take_over() -> Result<
         server.address(Family::V4),
         &Cancel::default(),
     )?;
-    program.reload(&topology, &manager, &daemon)?;
+    program.reload(topology, &manager, &daemon)?;
     daemon.wait_for_log("relieved")?;
     let named = loop {
         let message = manager.message()?;
@@ -312,13 +237,13 @@ fn reload_has_the_same_program_read_again_and_another_one_take_over() -> Result<
     assert!(manager.says("READY=1"), "the successor speaks for itself");
     let (_, intact) = open.download(100_000, 1)?;
     assert!(intact, "the flow that was open goes on");
-    assert_relays(&topology, &server)?;
+    network.splits()?;
     drop(open);
     assert!(
         daemon.wait()?.status.success(),
         "the first ends with its last flow"
     );
-    assert_relays(&topology, &server)?;
+    network.splits()?;
     drop(named);
     assert_eq!(Footprint::of(&topology.gateway)?, before);
     Ok(())
@@ -349,33 +274,33 @@ fn as_service(namespace: &Namespace, arguments: &[&str]) -> Result<Command> {
         .iter()
         .map(|name| format!(",+{}", name.trim_start_matches("CAP_").to_lowercase()))
         .collect();
-    let daemon = Daemon::command(namespace, arguments)?;
-    let mut command = namespace.command("setpriv");
-    command
-        .args([
-            "--reuid=nobody",
-            "--regid=nogroup",
-            "--clear-groups",
-            "--no-new-privs",
-        ])
-        .args(["inh-caps", "ambient-caps", "bounding-set"].map(|set| format!("--{set}=-all{added}")))
-        .arg(daemon.get_program())
-        .args(daemon.get_args());
-    Ok(command)
+    let user = [
+        "setpriv",
+        "--reuid=nobody",
+        "--regid=nogroup",
+        "--clear-groups",
+        "--no-new-privs",
+    ];
+    let sets = ["inh-caps", "ambient-caps", "bounding-set"].map(|set| format!("--{set}=-all{added}"));
+    Daemon::command_by(
+        namespace,
+        &[&user.map(str::to_owned)[..], &sets].concat(),
+        arguments,
+    )
 }
 
 #[test]
 fn unit_s_capabilities_are_enough_for_a_user_other_than_root() -> Result<()> {
     assert_eq!(unit("AmbientCapabilities")?, unit("CapabilityBoundingSet")?);
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let before = Footprint::of(&topology.gateway)?;
+    let network = Network::new()?;
+    let gateway = &network.topology.gateway;
+    let before = Footprint::of(gateway)?;
     let link = ["--link", "sat0,rate=50mbit,rtt=100ms"];
-    let daemon = Daemon::start_command(as_service(&topology.gateway, &[&BOTH[..], &link].concat())?)?;
+    let daemon = Daemon::start_command(as_service(gateway, &[BOTH, &link].concat())?)?;
     assert_confined(&daemon)?;
-    assert_relays(&topology, &server)?;
+    network.splits()?;
     assert!(daemon.terminate()?.status.success());
-    assert_eq!(Footprint::of(&topology.gateway)?, before);
+    assert_eq!(Footprint::of(gateway)?, before);
     Ok(())
 }
 
@@ -440,9 +365,8 @@ const EXPOSURE_LIMIT_TENTHS: &str = "30";
 
 #[test]
 fn unit_is_valid_and_little_exposed() -> Result<()> {
-    let folder = std::env::temp_dir().join(format!("pepsal-unit-{}", std::process::id()));
-    fs::create_dir_all(&folder)?;
-    let copy = folder.join("pepsal.service");
+    let folder = TempDir::new()?;
+    let copy = folder.path().join("pepsal.service");
     // The daemon and the manual pages are not installed here.
     let here: String = fs::read_to_string(UNIT)?
         .lines()
@@ -450,7 +374,7 @@ fn unit_is_valid_and_little_exposed() -> Result<()> {
         .map(|line| line.replace("/usr/bin/pepsal ", "/bin/true ") + "\n")
         .collect();
     fs::write(&copy, here)?;
-    let verified = analyze(&["verify".as_ref(), &copy]);
+    assert_eq!(analyze(&["verify".as_ref(), &copy])?, "");
     let security = [
         "security".as_ref(),
         "--offline=true".as_ref(),
@@ -459,10 +383,7 @@ fn unit_is_valid_and_little_exposed() -> Result<()> {
         EXPOSURE_LIMIT_TENTHS.as_ref(),
         copy.as_path(),
     ];
-    let secured = analyze(&security);
-    fs::remove_dir_all(&folder)?;
-    assert_eq!(verified?, "");
-    println!("{}", secured?);
+    println!("{}", analyze(&security)?);
     Ok(())
 }
 
@@ -480,4 +401,47 @@ fn analyze(arguments: &[&Path]) -> Result<String> {
         output.status
     );
     Ok(said)
+}
+
+/// A field of a file like proc_pid_status(5).
+fn field_of(status: &Path, field: &str) -> Result<String> {
+    let status = fs::read_to_string(status)?;
+    let value = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+        .with_context(|| format!("{field} in {status}"))?;
+    Ok(value.trim().to_owned())
+}
+
+/// A field of proc_pid_status(5), for each of a daemon's threads.
+fn of_all_threads(daemon: &Daemon, field: &str) -> Result<Vec<String>> {
+    let mut values = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{}/task", daemon.pid()))? {
+        values.push(field_of(&thread?.path().join("status"), field)?);
+    }
+    ensure!(values.len() > 1, "a daemon has more than one thread");
+    Ok(values)
+}
+
+fn assert_confined(daemon: &Daemon) -> Result<()> {
+    let own: u32 = field_of(Path::new("/proc/self/status"), "Seccomp_filters")?.parse()?;
+    // That until the programs are loaded, and that from then on.
+    let filters = (own + 2).to_string();
+    for (field, expected) in [
+        ("CapEff", THREE),
+        ("CapPrm", THREE),
+        ("CapBnd", THREE),
+        ("CapInh", NONE),
+        ("CapAmb", NONE),
+        ("NoNewPrivs", "1"),
+        ("Seccomp", "2"),
+        ("Seccomp_filters", &filters),
+    ] {
+        let values = of_all_threads(daemon, field)?;
+        assert!(
+            values.iter().all(|value| value == expected),
+            "{field}: {values:?}"
+        );
+    }
+    Ok(())
 }

@@ -5,44 +5,25 @@ use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 use pepsal_tests::{
-    Cancel, Connector, Daemon, Direction, Family, Footprint, Server, Session, Topology, Transfer,
+    Bed, Cancel, Connector, Daemon, Direction, Family, Footprint, Network, PATIENCE, Path, Session, Topology,
+    Transfer, eventually,
 };
 
-/// Arguments that make a daemon work in both directions.
-const BOTH: [&str; 4] = ["-i", "lan0", "-i", "sat0"];
 const TAKEOVER: [&str; 5] = ["-i", "lan0", "-i", "sat0", "--takeover"];
 
 /// How often a daemon is followed by the next.
 const UPGRADES: usize = 10;
 
-/// Connects, transfers and closes, again and again.
-fn load(topology: &Topology, server: SocketAddr, seed: u64, stop: &AtomicBool) -> Result<u64> {
-    let mut flows = 0;
-    while !stop.load(Ordering::Relaxed) {
-        let number = seed + flows;
-        let direction = [Direction::Upload, Direction::Download][number as usize % 2];
-        let transfer = Transfer::new(direction, 1 << (10 + number % 11)).seed(number);
-        let outcome = transfer
-            .run(&topology.client, server)
-            .with_context(|| format!("flow {flows} of seed {seed}"))?;
-        ensure!(outcome.intact, "flow {flows} of seed {seed} is damaged");
-        ensure!(outcome.is_split(), "flow {flows} of seed {seed} passed by");
-        flows += 1;
-    }
-    Ok(flows)
-}
-
 #[test]
 fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()> {
-    let topology = Topology::new()?;
+    let network = Network::new()?;
+    let Network { topology, server, .. } = &network;
     let before = Footprint::of(&topology.gateway)?;
-    let server = Server::start(&topology.server)?;
-    let mut daemons = vec![Daemon::start(&topology.gateway, &BOTH)?];
+    let mut daemons = vec![network.start(&[])?];
     // Opened through the first daemon, and used until the end.
     let lasting: Vec<Session> = Family::BOTH
         .into_iter()
@@ -61,12 +42,12 @@ fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()
         let loads: Vec<_> = [(Family::V4, 0), (Family::V6, 1_000_000), (Family::V4, 2_000_000)]
             .into_iter()
             .map(|(family, seed)| {
-                let (topology, server, stop) = (&topology, server.address(family), &stop);
+                let (server, stop) = (server.address(family), &stop);
                 scope.spawn(move || load(topology, server, seed, stop))
             })
             .collect();
         let upgraded = (0..UPGRADES).try_for_each(|upgrade| {
-            let next = Daemon::start(&topology.gateway, &TAKEOVER)?;
+            let next = network.start(&TAKEOVER)?;
             daemons[upgrade].wait_for_log("relieved")?;
             daemons.push(next);
             for session in &lasting {
@@ -94,8 +75,11 @@ fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()
             exit.log
         );
     }
-    let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4))?;
-    assert!(outcome.is_split(), "the devices are still there");
+    assert_eq!(
+        network.probe(Family::V4)?,
+        Path::Split,
+        "the devices are still there"
+    );
     last.terminate()?;
     assert_eq!(Footprint::of(&topology.gateway)?, before);
     Ok(())
@@ -123,14 +107,14 @@ fn silent_connections(topology: &Topology, daemon: &Daemon) -> Result<Vec<UnixSt
 
 #[test]
 fn connections_that_request_nothing_do_not_delay_a_takeover() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let first = Daemon::start(&topology.gateway, &BOTH)?;
-    let _silent = silent_connections(&topology, &first)?;
-    let second = Daemon::start(&topology.gateway, &TAKEOVER)?;
+    let Bed {
+        daemon: first,
+        network,
+    } = Bed::start(&[])?;
+    let _silent = silent_connections(&network.topology, &first)?;
+    let second = network.start(&TAKEOVER)?;
     first.wait_for_log("relieved")?;
-    let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4))?;
-    assert!(outcome.is_split());
+    assert_eq!(network.probe(Family::V4)?, Path::Split);
     assert_eq!(first.wait()?.code(), Some(0));
     drop(second);
     Ok(())
@@ -173,20 +157,37 @@ fn takeover_from_two_at_once_is_refused() -> Result<()> {
 
 #[test]
 fn one_that_does_not_let_go_stays() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let daemon = Daemon::start(&topology.gateway, &BOTH)?;
+    let Bed { daemon, network } = Bed::start(&[])?;
     daemon.signal(Signal::SIGSTOP)?;
-    let exit = Daemon::expect_failure(&topology.gateway, &TAKEOVER)?;
+    let exit = Daemon::expect_failure(&network.topology.gateway, &TAKEOVER)?;
     daemon.signal(Signal::SIGCONT)?;
     let expected = format!(
         "process {} does not let go: stop it, or start without --takeover",
         daemon.pid()
     );
     assert!(exit.log.contains(&expected), "{}", exit.log);
-    pepsal_tests::eventually(Duration::from_secs(20), || {
-        let outcome = Transfer::upload(1).run(&topology.client, server.address(Family::V4));
-        outcome.is_ok_and(|outcome| outcome.is_split())
+    eventually(PATIENCE, || {
+        network.probe(Family::V4).is_ok_and(|path| path == Path::Split)
     });
     Ok(())
+}
+
+/// Connects, transfers and closes, again and again.
+fn load(topology: &Topology, server: SocketAddr, seed: u64, stop: &AtomicBool) -> Result<u64> {
+    let mut flows = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let number = seed + flows;
+        let direction = [Direction::Upload, Direction::Download][number as usize % 2];
+        let transfer = Transfer::new(direction, 1 << (10 + number % 11)).seed(number);
+        let outcome = transfer
+            .run(&topology.client, server)
+            .with_context(|| format!("flow {flows} of seed {seed}"))?;
+        ensure!(outcome.intact, "flow {flows} of seed {seed} is damaged");
+        ensure!(
+            outcome.path() == Path::Split,
+            "flow {flows} of seed {seed} passed by"
+        );
+        flows += 1;
+    }
+    Ok(flows)
 }

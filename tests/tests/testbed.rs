@@ -4,9 +4,10 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use pepsal_tests::{
-    Connector, Family, Link, LinkProfile, Listener, Namespace, Server, Topology, Transfer, eventually,
+    Connector, Family, Link, LinkProfile, Listener, Namespace, Path, Server, Topology, Transfer, counters,
+    eventually,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -50,7 +51,7 @@ fn server_sees_the_options_of_the_clients_syn() -> Result<()> {
     assert_eq!(v4.syn.source(), Family::V4.client());
     assert_eq!(v4.syn.destination(), Family::V4.server());
     assert_eq!(v4.syn.ttl(), 127, "one router on the way");
-    assert!(!v4.is_split());
+    assert_eq!(v4.path(), Path::Forwarded);
 
     let connector = Connector {
         traffic_class: 0x48,
@@ -135,8 +136,14 @@ fn router_reports_the_path_mtu_both_ways() -> Result<()> {
         let router = topology.router.as_ref().context("path_mtu makes a router")?;
         for family in Family::BOTH {
             assert!(transfer.run(&topology.client, server.address(family))?.intact);
-            let reports = too_big_reports(router, family)?;
-            assert!(reports > 0, "{family:?} {transfer:?}: no ICMP error");
+            let reports = match family {
+                Family::V4 => "IcmpOutDestUnreachs",
+                Family::V6 => "Icmp6OutPktTooBigs",
+            };
+            assert!(
+                counters(router)?[reports] > 0,
+                "{family:?} {transfer:?}: no ICMP error"
+            );
         }
     }
     Ok(())
@@ -239,37 +246,4 @@ fn errors_of_iproute2_name_namespace_and_command() -> Result<()> {
         .to_string();
     assert_eq!(error, "alone: sysctl net.ipv4.nosuch=1");
     Ok(())
-}
-
-/// How many packets a router has sent back as too big.
-fn too_big_reports(router: &Namespace, family: Family) -> Result<u64> {
-    match family {
-        Family::V4 => snmp(router, "/proc/thread-self/net/snmp", "Icmp", "OutDestUnreachs"),
-        Family::V6 => snmp6(router, "Icmp6OutPktTooBigs"),
-    }
-}
-
-/// A counter from a table of /proc/net/snmp's form: a line of names, a line of values.
-fn snmp(namespace: &Namespace, path: &str, table: &str, counter: &str) -> Result<u64> {
-    let text = namespace.run(|| std::fs::read_to_string(path))?;
-    let mut lines = text
-        .lines()
-        .filter_map(|line| line.strip_prefix(table)?.strip_prefix(": "));
-    let (names, values) = lines.next().zip(lines.next()).context("two lines a table")?;
-    let (_, value) = names
-        .split(' ')
-        .zip(values.split(' '))
-        .find(|(name, _)| *name == counter)
-        .context("the counter is in the table")?;
-    Ok(value.parse()?)
-}
-
-fn snmp6(namespace: &Namespace, counter: &str) -> Result<u64> {
-    let text = namespace.run(|| std::fs::read_to_string("/proc/thread-self/net/snmp6"))?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(counter))
-        .context("the counter is in the table")?;
-    ensure!(line.starts_with(' '), "{counter} is only a prefix");
-    Ok(line.trim().parse()?)
 }

@@ -1,71 +1,28 @@
 //! Ways of packets: interfaces of every kind, packet sizes, errors from routers, clients and servers side by side.
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use pepsal_tests::{Daemon, Family, Namespace, Server, Topology, Transfer, eventually};
-
-const PATIENCE: Duration = Duration::from_secs(20);
+use anyhow::{Context, Result};
+use pepsal_tests::{
+    Bed, Cancel, Connector, Daemon, Family, LAN, Namespace, PATIENCE, Server, Session, Topology, counters,
+    eventually, splits,
+};
 
 /// Enough for many segments of every size.
 const BYTES: u64 = 2_000_000;
 
 const PACKET_SIZES: [u32; 3] = [1280, 1500, 9000];
 
-/// Both ways between a client and a server, intact and split.
-fn assert_splits(client: &Namespace, server: SocketAddr) -> Result<()> {
-    for transfer in [Transfer::upload(BYTES), Transfer::download(BYTES)] {
-        let outcome = transfer
-            .run(client, server)
-            .with_context(|| format!("{transfer:?} to {server}"))?;
-        ensure!(outcome.intact, "{transfer:?} to {server} is damaged");
-        ensure!(outcome.is_split(), "a flow to {server} is not split");
-        ensure!(outcome.peer == outcome.local, "the server sees {}", outcome.peer);
-    }
-    Ok(())
-}
-
-fn set_mtu(topology: &Topology, lan: u32, sat: u32) -> Result<()> {
-    topology.client.ip(format!("link set eth0 mtu {lan}"))?;
-    topology
-        .gateway
-        .ip(format!("link set lan0 mtu {lan}\nlink set sat0 mtu {sat}"))?;
-    topology.server.ip(format!("link set eth0 mtu {sat}"))
-}
-
-/// How often a host has reassembled a packet or was told of one that is too big, from its counters.
-fn fragments_and_errors(namespace: &Namespace) -> Result<u64> {
-    let nstat = namespace.command("nstat").args(["-asz"]).output()?;
-    let text = String::from_utf8(nstat.stdout)?;
-    let names = [
-        "IpReasmReqds",
-        "Ip6ReasmReqds",
-        "IpFragCreates",
-        "Ip6FragCreates",
-        "IcmpInDestUnreachs",
-        "Icmp6InPktTooBigs",
-    ];
-    let values = text.lines().filter_map(|line| {
-        let mut words = line.split_whitespace();
-        names
-            .contains(&words.next()?)
-            .then(|| words.next()?.parse::<u64>().ok())?
-    });
-    Ok(values.sum())
-}
-
 #[test]
 fn packets_of_every_size_pass_in_every_mixture() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let bed = Bed::start(LAN)?;
+    let topology = &bed.topology;
     for lan in PACKET_SIZES {
         for sat in PACKET_SIZES {
             // The daemon follows, while it runs.
-            set_mtu(&topology, lan, sat)?;
+            set_mtu(topology, lan, sat)?;
             for family in Family::BOTH {
-                assert_splits(&topology.client, server.address(family))
+                splits(&topology.client, bed.server.address(family), BYTES)
                     .with_context(|| format!("{lan} bytes towards the client, {sat} towards the server"))?;
             }
         }
@@ -82,14 +39,10 @@ fn packets_of_every_size_pass_in_every_mixture() -> Result<()> {
 
 #[test]
 fn packet_size_may_change_while_flows_are_open() -> Result<()> {
-    let topology = Topology::new()?;
-    let server = Server::start(&topology.server)?;
-    let _daemon = Daemon::start(&topology.gateway, &["-i", "lan0"])?;
+    let bed = Bed::start(LAN)?;
     for family in Family::BOTH {
-        let address = server.address(family);
-        let connector = pepsal_tests::Connector::default();
-        let session =
-            pepsal_tests::Session::open(&connector, &topology.client, address, &Default::default())?;
+        let (connector, address) = (Connector::default(), bed.server.address(family));
+        let session = Session::open(&connector, &bed.topology.client, address, &Cancel::default())?;
         for (lan, sat) in [
             (1500, 1500),
             (1300, 1500),
@@ -98,7 +51,7 @@ fn packet_size_may_change_while_flows_are_open() -> Result<()> {
             (1280, 1280),
             (1500, 1500),
         ] {
-            set_mtu(&topology, lan, sat)?;
+            set_mtu(&bed.topology, lan, sat)?;
             let (_, is_intact) = session
                 .download(BYTES, 1)
                 .with_context(|| format!("{family:?} {lan} {sat}"))?;
@@ -111,11 +64,11 @@ fn packet_size_may_change_while_flows_are_open() -> Result<()> {
 #[test]
 fn path_mtu_discovery_reaches_the_client_leg() -> Result<()> {
     // The clients are on the far side of the router, for once.
-    let topology = Topology::builder().path_mtu(1400).build()?;
-    let inside = Server::start(&topology.client)?;
-    let _daemon = Daemon::start(&topology.gateway, &["-i", "sat0"])?;
+    let bed = Bed::on(Topology::builder().path_mtu(1400).build()?, &["-i", "sat0"])?;
+    let inside = Server::start(&bed.topology.client)?;
     for family in Family::BOTH {
-        assert_splits(&topology.server, SocketAddr::new(family.client(), inside.port()))?;
+        let address = SocketAddr::new(family.client(), inside.port());
+        splits(&bed.topology.server, address, BYTES)?;
     }
     Ok(())
 }
@@ -175,9 +128,9 @@ fn client_and_server_may_be_behind_one_interface() -> Result<()> {
     let hairpin = Hairpin::new()?;
     let server = Server::start(&hairpin.neighbour)?;
     let addresses: [IpAddr; 2] = ["10.5.0.2".parse()?, "fd05::2".parse()?];
-    let _daemon = Daemon::start(&hairpin.topology.gateway, &["-i", "lan0"])?;
+    let _daemon = Daemon::start(&hairpin.topology.gateway, LAN)?;
     for address in addresses {
-        assert_splits(&hairpin.topology.client, (address, server.port()).into())?;
+        splits(&hairpin.topology.client, (address, server.port()).into(), BYTES)?;
     }
     Ok(())
 }
@@ -191,15 +144,32 @@ fn clients_behind_a_bridge_of_the_gateway_are_served() -> Result<()> {
          link set br0 up
          address add 10.1.0.1/24 dev br0
          address add fd01::1/64 dev br0 nodad")?;
-    let server = Server::start(&topology.server)?;
-    let _daemon = Daemon::start(&topology.gateway, &["-i", "br0"])?;
+    let bed = Bed::on(topology, &["-i", "br0"])?;
     for family in Family::BOTH {
-        eventually(PATIENCE, || {
-            Transfer::upload(1)
-                .run(&topology.client, server.address(family))
-                .is_ok()
-        });
-        assert_splits(&topology.client, server.address(family))?;
+        eventually(PATIENCE, || bed.probe(family).is_ok());
+        splits(&bed.topology.client, bed.server.address(family), BYTES)?;
     }
     Ok(())
+}
+
+fn set_mtu(topology: &Topology, lan: u32, sat: u32) -> Result<()> {
+    topology.client.ip(format!("link set eth0 mtu {lan}"))?;
+    topology
+        .gateway
+        .ip(format!("link set lan0 mtu {lan}\nlink set sat0 mtu {sat}"))?;
+    topology.server.ip(format!("link set eth0 mtu {sat}"))
+}
+
+/// How often a host has reassembled a packet or was told of one that is too big, from its counters.
+fn fragments_and_errors(namespace: &Namespace) -> Result<u64> {
+    let counters = counters(namespace)?;
+    let names = [
+        "IpReasmReqds",
+        "Ip6ReasmReqds",
+        "IpFragCreates",
+        "Ip6FragCreates",
+        "IcmpInDestUnreachs",
+        "Icmp6InPktTooBigs",
+    ];
+    Ok(names.iter().map(|name| counters[*name]).sum())
 }

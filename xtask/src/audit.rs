@@ -4,7 +4,7 @@ use std::process::Command;
 
 use anyhow::Result;
 
-use crate::{build, shell, tool::Tool};
+use crate::{cargo, shell, tool::Tool};
 
 const CARGO_DENY: Tool = Tool {
     name: "cargo-deny",
@@ -19,7 +19,7 @@ pub fn run() -> Result<()> {
         let mut deny = Command::new(&program);
         deny.args(["--manifest-path", workspace, "--config", "deny.toml"])
             .args("--workspace --locked check".split(' '))
-            .current_dir(build::root());
+            .current_dir(cargo::root());
         shell::run(&mut deny)?;
     }
     Ok(())

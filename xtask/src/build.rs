@@ -1,7 +1,6 @@
 //! Building the eBPF object, and the daemon around it.
 
 use std::{
-    env,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -9,6 +8,7 @@ use std::{
 use anyhow::Result;
 
 use crate::{
+    cargo::{cargo, root, target_dir},
     setup::{self, Needs},
     shell,
     toolchain::Toolchain,
@@ -76,22 +76,6 @@ pub fn ebpf_clippy(toolchain: &Toolchain) -> Option<Command> {
     toolchain.program("cargo-clippy").is_file().then_some(clippy)
 }
 
-/// The cargo that runs xtask, working on the host's crates, with arguments that are parted by spaces.
-pub fn cargo(args: &str) -> Command {
-    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(args.split(' ')).current_dir(root());
-    cargo.env("CARGO_TARGET_DIR", target_dir());
-    cargo
-}
-
-/// Where cargo puts what it builds: an absolute path.
-pub fn target_dir() -> PathBuf {
-    match env::var_os("CARGO_TARGET_DIR") {
-        Some(dir) => std::path::absolute(&dir).unwrap_or(dir.into()),
-        None => root().join("target"),
-    }
-}
-
 fn ebpf_cargo(toolchain: &Toolchain, program: &str, subcommand: &str) -> Command {
     let mut cargo = Command::new(toolchain.program(program));
     for name in FOREIGN_VARIABLES {
@@ -119,11 +103,4 @@ fn ebpf_cargo(toolchain: &Toolchain, program: &str, subcommand: &str) -> Command
 
 fn ebpf_target_dir() -> PathBuf {
     target_dir().join("ebpf")
-}
-
-/// The workspace's folder.
-pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("xtask lies inside the workspace")
 }

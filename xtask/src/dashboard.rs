@@ -20,7 +20,7 @@ use pepsal_tests::{Daemon, Family, Link, LinkProfile, Namespace, Server, Topolog
 use serde_json::{Value, json};
 
 use crate::{
-    build,
+    build, cargo,
     setup::{self, Needs},
     shell,
 };
@@ -41,7 +41,7 @@ pub fn run() -> Result<()> {
         shell::is_root(),
         "namespaces need root: run this as root or with sudo"
     );
-    let dashboard = fs::read_to_string(build::root().join(DASHBOARD)).context(DASHBOARD)?;
+    let dashboard = fs::read_to_string(cargo::root().join(DASHBOARD)).context(DASHBOARD)?;
     let dashboard: Value = serde_json::from_str(&dashboard).context(DASHBOARD)?;
     shell::heading(&format!("Grafana's types, of version {SCHEMA}"));
     check_types(&dashboard)?;
@@ -49,7 +49,7 @@ pub fn run() -> Result<()> {
     shell::run(
         Command::new("promtool")
             .args(["check", "rules"])
-            .arg(build::root().join(RULES)),
+            .arg(cargo::root().join(RULES)),
     )
     .context("promtool is Debian's package prometheus")?;
     shell::heading("Each query, asked of a Prometheus that watches a daemon");
@@ -66,7 +66,7 @@ type Given<T> = T extends (infer U)[] ? Given<U>[] : T extends object ? { [K in 
 ";
 
 fn check_types(dashboard: &Value) -> Result<()> {
-    let folder = build::target_dir().join("dashboard");
+    let folder = cargo::target_dir().join("dashboard");
     fs::create_dir_all(&folder)?;
     let write = |name: &str, text: String| {
         fs::write(folder.join(name), text).with_context(|| format!("cannot write {name}"))
@@ -195,11 +195,11 @@ struct Prometheus<'a> {
 
 impl<'a> Prometheus<'a> {
     fn start(namespace: &'a Namespace) -> Result<Self> {
-        let folder = build::target_dir().join("tmp/prometheus");
+        let folder = cargo::target_dir().join("tmp/prometheus");
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         let configuration = folder.join("prometheus.yml");
-        let rules = build::root().join(RULES);
+        let rules = cargo::root().join(RULES);
         let global = "global: {scrape_interval: 1s, evaluation_interval: 1s}";
         fs::write(
             &configuration,

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{build, shell};
+use crate::{build, cargo, shell};
 
 mod life;
 mod root;
@@ -43,11 +43,11 @@ const CARGO_DEB: &str = "3.8.0";
 
 /// cargo-deb, built by the cargo that runs xtask where it is not there yet.
 fn tool() -> Result<PathBuf> {
-    let root = build::target_dir().join(format!("tools/cargo-deb-{CARGO_DEB}"));
+    let root = cargo::target_dir().join(format!("tools/cargo-deb-{CARGO_DEB}"));
     let tool = root.join("bin/cargo-deb");
     if !tool.is_file() {
         shell::heading("Building cargo-deb, which takes some minutes");
-        let mut cargo = build::cargo("install cargo-deb --locked --version");
+        let mut cargo = cargo::cargo("install cargo-deb --locked --version");
         cargo.arg(CARGO_DEB).arg("--root").arg(root);
         shell::run(&mut cargo).context("cargo-deb was not built")?;
     }
@@ -56,11 +56,11 @@ fn tool() -> Result<PathBuf> {
 
 /// Puts manual pages, completions, examples and Debian's changelog below target/packaging.
 fn stage() -> Result<()> {
-    let staged = build::root().join("target/packaging");
+    let staged = cargo::root().join("target/packaging");
     let _ = fs::remove_dir_all(&staged);
-    let mut manual = build::cargo("run --quiet --package pepsal --example manual --");
+    let mut manual = cargo::cargo("run --quiet --package pepsal --example manual --");
     shell::run(manual.arg(&staged)).context("the manual pages were not made")?;
-    let packaging = build::root().join("packaging");
+    let packaging = cargo::root().join("packaging");
     let examples = staged.join("examples");
     fs::create_dir_all(&examples)?;
     fs::copy(packaging.join("pepsal.toml"), examples.join("pepsal.toml"))?;
@@ -84,8 +84,8 @@ fn package(tool: &Path) -> Result<PathBuf> {
     let mut command = Command::new(tool);
     command
         .args("--package pepsal --no-build --locked --strip --output".split(' '))
-        .arg(build::target_dir().join("debian/"))
-        .current_dir(build::root());
+        .arg(cargo::target_dir().join("debian/"))
+        .current_dir(cargo::root());
     let said = shell::output(&mut command).context("the package was not made")?;
     let path = said.lines().last().context("cargo-deb names no package")?;
     Ok(PathBuf::from(path))

@@ -5,9 +5,9 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
+    compiler::{self, Version},
     linker::Linker,
     shell,
-    toolchain::{self, Version},
 };
 
 /// Whether this system has apt.
@@ -18,7 +18,7 @@ pub fn is_here() -> bool {
 /// The packages of the eBPF toolchain, by what apt's lists offer: the compiler, cargo and the library's source of one
 /// version, clippy, and what bpf-linker needs to be built against the compiler's LLVM.
 pub fn toolchain_packages() -> Result<Vec<String>> {
-    let minimum = toolchain::minimum();
+    let minimum = compiler::minimum();
     let policy = apt_cache("policy rustc rustc-web")?;
     let rustc = choose_compiler(&policy, minimum).with_context(|| {
         format!("apt's lists have no rustc {minimum} or newer (`apt-get update` renews them)")

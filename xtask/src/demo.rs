@@ -15,11 +15,16 @@ use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use pepsal_tests::{Direction, Family, LinkProfile};
 
+mod contest;
+mod lane;
 mod progress;
 mod race;
 mod table;
 
-use self::race::{Contest, Placement, Race};
+use self::{
+    contest::{Contest, Placement},
+    race::Race,
+};
 use crate::{
     build, quantity,
     setup::{self, Needs},
@@ -134,7 +139,7 @@ fn introduce(race: &Race) {
     );
     println!(
         "Client and server: stock TCP with {}, marked AF21. pepsal is told what the link is: --link {}.",
-        race::STOCK_CONGESTION,
+        lane::STOCK_CONGESTION,
         race.link_argument("sat0")
     );
     println!(

@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf, process::Command};
 use anyhow::{Context as _, Result};
 use clap::ValueEnum;
 
-use crate::{build, setup, shell, tool::Tool};
+use crate::{cargo, setup, shell, tool::Tool};
 
 const CARGO_FUZZ: Tool = Tool {
     name: "cargo-fuzz",
@@ -97,12 +97,12 @@ pub fn run(options: &Options) -> Result<()> {
 
 /// Where new inputs go.
 fn found(target: &str) -> PathBuf {
-    build::target_dir().join("fuzz/found").join(target)
+    cargo::target_dir().join("fuzz/found").join(target)
 }
 
 /// The inputs in the repository.
 fn corpus(target: &str) -> PathBuf {
-    build::root().join("fuzz/corpus").join(target)
+    cargo::root().join("fuzz/corpus").join(target)
 }
 
 fn cargo_fuzz(program: &PathBuf, address_sanitizer: bool) -> Command {
@@ -111,8 +111,8 @@ fn cargo_fuzz(program: &PathBuf, address_sanitizer: bool) -> Command {
     command.arg(if address_sanitizer { "address" } else { "none" });
     command
         .arg("--target-dir")
-        .arg(build::target_dir().join("fuzz"))
-        .current_dir(build::root().join("fuzz"))
+        .arg(cargo::target_dir().join("fuzz"))
+        .current_dir(cargo::root().join("fuzz"))
         // Unlocks what libFuzzer needs in a stable compiler.
         .env("RUSTC_BOOTSTRAP", "1");
     command

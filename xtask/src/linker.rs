@@ -4,7 +4,7 @@ use std::{env, fs, ops::RangeInclusive, path::PathBuf};
 
 use anyhow::{Context as _, Result};
 
-use crate::{build, shell, toolchain::Compiler};
+use crate::{cargo, compiler::Compiler, shell};
 
 /// The linker that goes with a compiler.
 pub struct Linker {
@@ -31,7 +31,7 @@ impl Linker {
     pub fn build(&self) -> Result<()> {
         shell::heading("Building bpf-linker, which takes a minute or two");
         let (root, scratch) = (self.root(), Self::folder().join("build"));
-        let mut cargo = build::cargo("install bpf-linker --locked --force --no-default-features");
+        let mut cargo = cargo::cargo("install bpf-linker --locked --force --no-default-features");
         cargo.args([
             "--version",
             Self::VERSION,
@@ -51,7 +51,7 @@ impl Linker {
 
     /// The folder of everything that is made for the toolchain.
     pub fn folder() -> PathBuf {
-        build::target_dir().join("bpf-toolchain")
+        cargo::target_dir().join("bpf-toolchain")
     }
 
     /// Names both versions, so that a new one of either makes a new linker.

@@ -8,6 +8,8 @@ use clap::Parser;
 mod audit;
 mod bench;
 mod build;
+mod cargo;
+mod compiler;
 mod dashboard;
 mod deb;
 mod debian;

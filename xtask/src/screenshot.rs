@@ -17,7 +17,7 @@ use pepsal_tests::{
 };
 
 use crate::{
-    build,
+    build, cargo,
     setup::{self, Needs},
     shell,
 };
@@ -37,7 +37,7 @@ pub fn run() -> Result<()> {
     );
     let topology = Topology::builder().link(Link::Tun(LinkProfile::GEO)).build()?;
     let server = Server::start(&topology.server)?;
-    let socket = build::target_dir().join("tmp/screenshot.sock");
+    let socket = cargo::target_dir().join("tmp/screenshot.sock");
     let socket_text = socket.to_str().context("the target folder's name is no text")?;
     let link = "sat0,rate=50mbit,rtt=600ms";
     let arguments = [
@@ -86,7 +86,7 @@ pub fn run() -> Result<()> {
         screen
     })?;
     running.terminate()?;
-    let path = build::root().join("docs/images/top.svg");
+    let path = cargo::root().join("docs/images/top.svg");
     fs::create_dir_all(path.parent().context("a file is in a folder")?)?;
     fs::write(&path, svg(screen.screen()))?;
     println!("Drew {}.", path.display());

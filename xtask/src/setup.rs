@@ -6,12 +6,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use clap::ValueEnum;
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::{
-    debian,
-    linker::Linker,
-    shell,
-    toolchain::{Compiler, Toolchain},
-};
+use crate::{compiler::Compiler, debian, linker::Linker, shell, toolchain::Toolchain};
 
 /// What to prepare for; each needs what the ones before it need.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]

@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use crate::{
     build::{self, OBJECT_VARIABLE},
+    cargo,
     report::{Report, Tally},
     setup::{self, Needs},
     shell, soak,
@@ -51,10 +52,10 @@ pub fn run(options: &Options) -> ExitCode {
     let toolchain = report.step("setup", |_| setup::run(Needs::Test));
     if options.checks() {
         report.step("format", |_| {
-            shell::run(&mut build::cargo("fmt --all -- --check"))
+            shell::run(&mut cargo::cargo("fmt --all -- --check"))
         });
         report.step("clippy", |_| {
-            shell::run(&mut build::cargo(
+            shell::run(&mut cargo::cargo(
                 "clippy --workspace --all-targets --locked -- -D warnings",
             ))
         });
@@ -74,7 +75,7 @@ pub fn run(options: &Options) -> ExitCode {
         .and_then(|object| report.step("build of the daemon", |_| build::daemon_with(object, false)));
     if options.unit() {
         report.step("unit tests", |tally| {
-            let mut cargo = build::cargo("test --workspace --exclude pepsal-tests --no-fail-fast");
+            let mut cargo = cargo::cargo("test --workspace --exclude pepsal-tests --no-fail-fast");
             tally.run(cargo.envs(object.as_ref().map(|object| (OBJECT_VARIABLE, object))))
         });
     }
@@ -95,7 +96,7 @@ pub fn run(options: &Options) -> ExitCode {
 }
 
 fn end_to_end(tally: &mut Tally, variables: [(&str, &Path); 2], filter: &[String]) -> Result<()> {
-    let mut cargo = build::cargo("test --package pepsal-tests --no-fail-fast");
+    let mut cargo = cargo::cargo("test --package pepsal-tests --no-fail-fast");
     cargo.envs(variables);
     if !shell::is_root() {
         // Cargo compiles as the user and runs the tests as root. sudo drops variables, so `env` sets them again.

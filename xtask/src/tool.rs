@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 
-use crate::{build, shell};
+use crate::{cargo, shell};
 
 /// An extension, as crates.io has it.
 pub struct Tool {
@@ -17,12 +17,12 @@ pub struct Tool {
 impl Tool {
     /// Installs it unless it is there, and returns its program.
     pub fn install(&self) -> Result<PathBuf> {
-        let root = build::target_dir().join("tools");
+        let root = cargo::target_dir().join("tools");
         let program = root.join("bin").join(self.name);
         if !program.is_file() {
             shell::heading(&format!("Installing {}", self.name));
             // Not optimised: it takes longer to compile than it ever runs.
-            let mut install = build::cargo("install --quiet --locked --debug --root");
+            let mut install = cargo::cargo("install --quiet --locked --debug --root");
             install
                 .arg(&root)
                 .arg("--target-dir")

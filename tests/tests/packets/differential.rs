@@ -12,11 +12,11 @@ use fastrand::Rng;
 use nix::net::if_::if_nametoindex;
 use pepsal_ebpf::{Counter, EXTENSION_MAX, FlowKey, SynHead, SynRecord};
 use pepsal_tests::Family;
+use pepsal_tests::packet::Tcp;
 
-use crate::gateway::{Gateway, Outcome, STEER, count, ethernet, program, record, test_run};
+use crate::gateway::{Gateway, Outcome, STEER, count, ethernet, key, program, record, test_run};
 use crate::generator::Generator;
 use crate::oracle::{Ends, FragmentOf, Kind, Seen, Segment, see};
-use crate::segment::Tcp;
 
 /// How many packets are compared: `PEPSAL_TEST_PACKETS`, or this.
 const PACKETS: u64 = 50_000;
@@ -140,14 +140,14 @@ impl Comparison<'_> {
         let flows = self.ebpf.map_mut("FLOWS").context("FLOWS")?;
         let mut flows: HashMap<_, FlowKey, SynHead> = flows.try_into()?;
         let known: Vec<FlowKey> = flows.keys().collect::<Result<_, _>>()?;
-        for key in known
+        for stale in known
             .iter()
-            .filter(|key| pending.iter().all(|syn| syn.key() != **key))
+            .filter(|known| pending.iter().all(|syn| key(syn) != **known))
         {
-            flows.remove(key)?;
+            flows.remove(stale)?;
         }
-        for syn in pending.iter().filter(|syn| !known.contains(&syn.key())) {
-            flows.insert(syn.key(), SynRecord::EMPTY.head, 0)?;
+        for syn in pending.iter().filter(|syn| !known.contains(&key(syn))) {
+            flows.insert(key(syn), SynRecord::EMPTY.head, 0)?;
         }
         Ok(())
     }

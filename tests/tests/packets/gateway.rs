@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs::File;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,11 +18,8 @@ use pepsal_ebpf::{
     Counter, DEVICE_MAC, ExtensionHeaders, FILTER_HEADER, FILTER_SLOTS, FlowKey, Interface, NO_LINK,
     PORT_SET_BYTES, PortSet, PrefixKey, SynHead, SynRecord, listener_v4, listener_v6, map_addr,
 };
-use pepsal_tests::{Connector, Family, Listener, Topology};
-
-use crate::segment::{ACK, Tcp};
-
-pub const PATIENCE: Duration = Duration::from_secs(10);
+use pepsal_tests::packet::{ACK, Tcp};
+use pepsal_tests::{Connection, Connector, Family, Listener, Topology};
 
 /// Ingress: what is for client legs, and new connections.
 pub const STEER: &str = "pepsal_steer";
@@ -245,17 +242,17 @@ impl Gateway {
     }
 
     /// A connection of the gateway's own, as a segment that comes in for it names it.
-    pub fn leg(&self, family: Family) -> Result<(Tcp, [TcpStream; 2])> {
+    pub fn leg(&self, family: Family) -> Result<(Tcp, Connection)> {
         let listener = Listener::bind_any(&self.topology.client, family.client())?;
-        let to = SocketAddr::new(family.client(), listener.port());
-        let near = Connector::default().connect(&self.topology.gateway, to)?;
+        let to = listener.at(family.client());
+        let leg = Connection::open(&Connector::default(), &self.topology.gateway, &listener, to)?;
         let tcp = Tcp {
             source: to,
-            destination: near.local_addr()?,
+            destination: leg.client.local_addr()?,
             flags: ACK,
             ..Tcp::syn(family)
         };
-        Ok((tcp, [near, listener.accept(PATIENCE)?.stream]))
+        Ok((tcp, leg))
     }
 }
 
@@ -292,6 +289,11 @@ impl Outcome {
             _ => Self::Passed,
         }
     }
+}
+
+/// The flow that a segment of the client's belongs to.
+pub fn key(tcp: &Tcp) -> FlowKey {
+    FlowKey::between(tcp.source, tcp.destination)
 }
 
 /// What is recorded of a flow's SYN.

@@ -5,7 +5,9 @@ use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use fastrand::Rng;
 use pepsal_tests::Family;
 
-use crate::segment::{AUTHENTICATION, DESTINATION, ESP, FRAGMENT, HOP_BY_HOP, MOBILITY, ROUTING, SYN, Tcp};
+use pepsal_tests::packet::{
+    AUTHENTICATION, DESTINATION, ESP, FRAGMENT, HOP_BY_HOP, MOBILITY, ROUTING, SYN, Tcp,
+};
 
 /// Puts packets together about connections whose ends are given, and about others.
 pub struct Generator {
@@ -79,6 +81,7 @@ impl Generator {
             },
             extensions: if is_v4 { Vec::new() } else { extensions(rng) },
             tcp_options: options(rng, &[2, 3, 4, 8, 19, 29, 30, 34]),
+            ..Tcp::syn(Family::V4)
         }
     }
 
@@ -137,7 +140,7 @@ impl Generator {
 }
 
 fn segment_bytes(tcp: &Tcp, rng: &mut Rng) -> Vec<u8> {
-    [tcp.header(), bytes(rng, 0..40)].concat()
+    [tcp.segment(), bytes(rng, 0..40)].concat()
 }
 
 fn bytes(rng: &mut Rng, len: std::ops::Range<usize>) -> Vec<u8> {

@@ -4,9 +4,9 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
-use pepsal_tests::{Connector, Direction, Family, Link, LinkProfile, Transfer};
+use pepsal_tests::{BOTH, Connector, Direction, Family, LAN, Link, LinkProfile, Transfer};
 
-use crate::scenario::{BOTH, HASTY, Host, LAN, Scenario, filter, mangle};
+use crate::scenario::{HASTY, Host, Scenario, filter, mangle};
 
 /// What a host cannot do without.
 const NEIGHBOUR_DISCOVERY: &str = "meta l4proto { icmp, ipv6-icmp } accept";

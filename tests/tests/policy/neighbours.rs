@@ -3,15 +3,12 @@
 use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use pepsal_tests::{Connector, Family, Listener, Namespace, Topology, Transfer, patience};
+use pepsal_tests::{Connector, Family, LAN, Listener, Namespace, PATIENCE, Topology, Transfer};
 use socket2::SockRef;
 
-use crate::scenario::{Host, LAN, MEGABYTE, Scenario, mangle};
-
-const PATIENCE: Duration = Duration::from_secs(20);
+use crate::scenario::{Host, MEGABYTE, Scenario, mangle};
 
 /// `cargo xtask vm-test 6.12 --files policy -- --ignored` has a kernel for it.
 #[test]
@@ -61,9 +58,7 @@ fn transparent_proxy_of_the_host_gets_its_connections() -> Result<()> {
             let proxy = transparent_listener(&host.topology.gateway, family, PROXY)?;
             let server = SocketAddr::new(family.server(), PORT);
             let client = Connector::default().connect(&host.topology.client, server)?;
-            let accepted = proxy
-                .accept(patience(PATIENCE))
-                .context("the proxy's connection")?;
+            let accepted = proxy.accept(PATIENCE).context("the proxy's connection")?;
             ensure!(
                 (accepted.peer, accepted.stream.local_addr()?) == (client.local_addr()?, server),
                 "the proxy gets {} to {}",

@@ -1,9 +1,9 @@
 //! Policy routing: by interface, by packet mark, by connection mark, by port.
 
 use anyhow::{Result, ensure};
-use pepsal_tests::{Family, Topology};
+use pepsal_tests::{BOTH, Family, Topology};
 
-use crate::scenario::{BOTH, Host, MEGABYTE, Scenario, mangle};
+use crate::scenario::{Host, MEGABYTE, Scenario, mangle};
 
 /// Counts what leaves by each of two links.
 const COUNTERS: &str = "table inet filter {

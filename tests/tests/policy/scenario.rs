@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use pepsal_tests::{
-    Builder, Cancel, Capture, Connector, Daemon, Family, Namespace, Outcome, Server, Session, Topology,
-    Transfer, patience,
+    Builder, Cancel, Capture, Connector, Daemon, Family, LAN, Namespace, Outcome, Path, Server, Session,
+    Topology, Transfer, patience,
 };
 
 /// Payload of a transfer that shows that a connection works.
@@ -16,12 +16,6 @@ pub const MEGABYTE: u64 = 1_000_000;
 /// How long a client waits in vain before a packet filter is said to have dropped its SYN: longer than the first
 /// retransmission takes.
 const SILENCE: Duration = Duration::from_millis(1500);
-
-/// Arguments of a daemon that splits connections from the client's side.
-pub const LAN: &[&str] = &["-i", "lan0"];
-
-/// Arguments of a daemon that splits connections from both sides.
-pub const BOTH: &[&str] = &["-i", "lan0", "-i", "sat0"];
 
 /// Gives up on a silent server soon, so that the reset that the client then gets does not take a minute.
 pub const HASTY: &[&str] = &["--connect-timeout", "1s"];
@@ -112,12 +106,12 @@ impl Scenario {
     /// Sets the gateway up and runs `check`, first without pepsal, then anew with it.
     pub fn holds(mut self, check: impl Fn(&Host) -> Result<()>) -> Result<()> {
         eprintln!("== without pepsal");
-        check(&self.host(false)?).context("without pepsal, where the test itself has to pass")?;
+        check(&self.host(Path::Forwarded)?).context("without pepsal, where the test itself has to pass")?;
         if self.daemons.is_empty() {
             self.daemons.push(LAN.to_vec());
         }
         eprintln!("== with pepsal");
-        let host = self.host(true)?;
+        let host = self.host(Path::Split)?;
         let daemons = self.daemons.iter().map(|arguments| {
             Daemon::start(&host.topology.gateway, arguments).context("start with the host's rules in effect")
         });
@@ -144,14 +138,14 @@ impl Scenario {
         })
     }
 
-    fn host(&self, is_split: bool) -> Result<Host> {
+    fn host(&self, path: Path) -> Result<Host> {
         let topology = self.builder.extra_clients(1).build()?;
         let host = Host {
             open: Server::start(&topology.server)?,
             closed: Server::start(&topology.server)?,
             inside: Server::start(&topology.client)?,
             local: Server::start(&topology.gateway)?,
-            is_split,
+            path,
             topology,
         };
         for prepare in &self.prepare {
@@ -176,15 +170,15 @@ pub struct Host {
     pub inside: Server,
     /// At the gateway.
     pub local: Server,
-    /// Whether a daemon runs.
-    pub is_split: bool,
+    /// Which path connections take: whether a daemon runs.
+    pub path: Path,
 }
 
 impl Host {
     /// A connection from the client to the server.
     pub fn outwards(&self, family: Family, server: &Server) -> Attempt<'_> {
         Attempt {
-            is_split: self.is_split,
+            path: self.path,
             from: &self.topology.client,
             source: (family.client(), 0).into(),
             target: &self.topology.server,
@@ -203,7 +197,7 @@ impl Host {
     /// A connection from the server to the client.
     pub fn inwards(&self, family: Family) -> Attempt<'_> {
         Attempt {
-            is_split: self.is_split,
+            path: self.path,
             from: &self.topology.server,
             source: (family.server(), 0).into(),
             target: &self.topology.client,
@@ -276,7 +270,7 @@ pub struct Count {
 /// A connection to be attempted.
 #[derive(Clone, Copy)]
 pub struct Attempt<'a> {
-    is_split: bool,
+    path: Path,
     from: &'a Namespace,
     source: SocketAddr,
     target: &'a Namespace,
@@ -342,7 +336,7 @@ impl Attempt<'_> {
     /// up.
     pub fn is_dropped(&self) -> Result<()> {
         let seen = Capture::start(self.target, "eth0")?;
-        let (timeout, expected) = if self.is_split {
+        let (timeout, expected) = if self.path == Path::Split {
             (Connector::default().timeout, ErrorKind::ConnectionReset)
         } else {
             (patience(SILENCE), ErrorKind::TimedOut)
@@ -363,7 +357,7 @@ impl Attempt<'_> {
             ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable | ErrorKind::PermissionDenied
         );
         ensure!(
-            is_reset || (is_unreachable && !self.is_split),
+            is_reset || (is_unreachable && self.path == Path::Forwarded),
             "{self}: {kind:?} instead of a reset"
         );
         self.ensure_unseen(&seen)
@@ -378,9 +372,10 @@ impl Attempt<'_> {
             .with_context(|| self.to_string())?;
         ensure!(outcome.intact, "{self}: damaged");
         ensure!(
-            outcome.is_split() == self.is_split,
-            "{self}: TTL {} at the server",
-            outcome.syn.ttl()
+            outcome.path() == self.path,
+            "{self}: {:?} instead of {:?}",
+            outcome.path(),
+            self.path
         );
         Ok(outcome)
     }

@@ -5,13 +5,12 @@
 //! number, with every proxy. What they find becomes cells with medians, each beside the [`floor`] that physics sets.
 
 use std::{
-    fs,
     path::{Path as FilePath, PathBuf},
-    process::{Command, ExitCode},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use clap::Args;
 
 mod bulk;
@@ -36,11 +35,14 @@ use self::{
     peer::Peer,
     place::{PlaceName, Proxy},
     plan::{Matrix, Rounds},
-    report::{Report, Run},
+    report::Run,
     schedule::Schedule,
 };
-use super::{RoundRatios, canvas, goal as goals, machine::Machine, save, statistic};
-use crate::{build, quantity, setup::Needs, shell, signals::Signals};
+use super::{
+    machine::Machine,
+    study::{self, Report},
+};
+use crate::{cargo, quantity, setup::Needs, signals::Signals};
 
 /// By default what pepsal's goals are about, in under three minutes.
 #[derive(Args)]
@@ -127,8 +129,8 @@ Routing and firewall are the namespace's own, and are gone with it:
 
 /// Builds the daemon, measures as root, and prints and writes the results.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let daemon = super::daemon(options.built.as_deref(), Needs::Bench)?;
-    let old_build = options.daemon.as_deref().map(super::existing).transpose()?;
+    let daemon = study::daemon(options.built.as_deref(), Needs::Bench)?;
+    let old_build = options.daemon.as_deref().map(study::existing).transpose()?;
     let start = Instant::now();
     let signals = Signals::block()?;
     let equipment = Equipment {
@@ -184,20 +186,16 @@ impl Options {
     }
 
     fn out_folder(&self) -> PathBuf {
-        let default = || build::target_dir().join("bench/link");
+        let default = || cargo::target_dir().join("bench/link");
         self.out.clone().unwrap_or_else(default)
     }
 
     fn describe(&self, equipment: &Equipment, took: Duration) -> Result<Run> {
-        let version = |daemon: &FilePath| -> Result<String> {
-            let version = shell::output(Command::new(daemon).arg("--version"))?;
-            Ok(version.trim().to_owned())
-        };
         let old_build = equipment.old_build.as_deref();
         Ok(Run {
             machine: Machine::here()?,
-            daemon: version(&equipment.daemon)?,
-            old_build: old_build.map(version).transpose()?,
+            daemon: study::version(&equipment.daemon)?,
+            old_build: old_build.map(study::version).transpose()?,
             daemon_arguments: equipment.arguments.clone(),
             rounds: self.rounds,
             seed: self.seed,
@@ -209,20 +207,7 @@ impl Options {
 
 /// Prints and writes the results; fails when data did not arrive as it was sent.
 fn conclude(run: Run, found: &Observations, folder: &FilePath) -> Result<ExitCode> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let report = Report {
-        run,
-        found,
-        summaries: found.summaries(),
-        comparisons: found.comparisons(),
-        goals: goal::judge(found),
-    };
-    print!("\n{}", report.markdown());
-    report.write(folder)?;
-    let charts = chart::draw(&found.series, folder)?;
-    println!("\n{}", goals::aligned(&report.goals));
-    println!("Results and {charts} charts are in {}.", folder.display());
-
+    Report::new(run, found).conclude(folder)?;
     let mut code = ExitCode::SUCCESS;
     for sample in found.failures() {
         let observation::Cell {

@@ -6,8 +6,8 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    path::PathBuf,
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
@@ -29,6 +29,7 @@ mod machine_use;
 mod observation;
 mod process;
 mod report;
+mod rounds;
 mod steering;
 mod syscalls;
 
@@ -37,10 +38,14 @@ use self::{
     contender::Contender,
     lane::{Equipment, MOST_FLOWS_WITH_FIREWALL},
     observation::Observations,
-    report::{Report, Run},
+    report::Run,
+    rounds::{Amounts, Bench},
 };
-use super::{RoundRatios, canvas, goal as goals, machine, machine::Machine, save, statistic};
-use crate::{build, progress::Progress, setup, setup::Needs, shell, signals::Signals};
+use super::{
+    machine::Machine,
+    study::{self, Report},
+};
+use crate::{cargo, progress::Progress, setup, setup::Needs, signals::Signals};
 
 /// By default what pepsal's goals are about, in under two minutes.
 #[derive(Args)]
@@ -97,36 +102,10 @@ enum Rows {
     Steering,
 }
 
-/// How much is measured.
-struct Amounts {
-    rounds: u32,
-    /// Payload of a bulk transfer.
-    bulk_bytes: u64,
-    /// How long connections are opened.
-    connections: Duration,
-    /// Numbers of open flows; the last is the most that descriptors allow.
-    flows: Vec<usize>,
-    /// Requests over the open flows.
-    exchanges: usize,
-    /// How often a program runs on a packet.
-    packets: u32,
-    /// How many frames are sent through a gateway.
-    frames: u32,
-}
-
-/// What all measurements share.
-struct Bench<'a> {
-    contenders: &'a [Contender],
-    amounts: &'a Amounts,
-    equipment: &'a Equipment<'a>,
-    progress: Progress,
-    found: Observations,
-}
-
 /// Builds the daemon, measures as root, and prints and writes the results.
 pub fn run(options: &Options) -> Result<ExitCode> {
-    let daemon = super::daemon(options.built.as_deref(), Needs::BenchRelay)?;
-    let old_build = options.daemon.as_deref().map(super::existing).transpose()?;
+    let daemon = study::daemon(options.built.as_deref(), Needs::BenchRelay)?;
+    let old_build = options.daemon.as_deref().map(study::existing).transpose()?;
     let start = Instant::now();
     let absent = setup::offer(haproxy::PROGRAMS).err().map(|reason| {
         let line = format!("HAProxy is left out: {reason}");
@@ -162,7 +141,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         progress: Progress::new(),
         found: Observations::default(),
     };
-    let found = match bench.run(options) {
+    let found = match measure(bench, options) {
         // Children meet the signal too, and fail.
         _ if signals.is_pending() => return signals.interrupted(),
         result => result?,
@@ -178,7 +157,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         bulk_bytes: amounts.bulk_bytes,
         minutes: start.elapsed().as_secs_f64() / 60.0,
     };
-    conclude(run, &found, &options.out_folder())
+    Report::new(run, &found).conclude(&options.out_folder())?;
+    Ok(ExitCode::SUCCESS)
 }
 
 impl Options {
@@ -207,45 +187,26 @@ impl Options {
     }
 
     fn out_folder(&self) -> PathBuf {
-        let default = || build::target_dir().join("bench/relay");
+        let default = || cargo::target_dir().join("bench/relay");
         self.out.clone().unwrap_or_else(default)
     }
 }
 
-impl Bench<'_> {
-    fn run(mut self, options: &Options) -> Result<Observations> {
-        for rows in &options.rows {
-            match rows {
-                Rows::Bulk => bulk::measure(&mut self)?,
-                Rows::Connections => connections::measure(&mut self)?,
-                Rows::Flows => flows::measure(&mut self)?,
-                Rows::Steering => steering::measure(&mut self)?,
-            }
+/// Measures what is asked for.
+fn measure(mut bench: Bench<'_>, options: &Options) -> Result<Observations> {
+    for rows in &options.rows {
+        match rows {
+            Rows::Bulk => bulk::measure(&mut bench)?,
+            Rows::Connections => connections::measure(&mut bench)?,
+            Rows::Flows => flows::measure(&mut bench)?,
+            Rows::Steering => steering::measure(&mut bench)?,
         }
-        if options.syscalls {
-            syscalls::measure(&mut self)?;
-        }
-        self.progress.clear();
-        Ok(self.found)
     }
-
-    /// Measures all contenders in every round, each time beginning with another one.
-    fn rounds(
-        &mut self,
-        what: &str,
-        mut measure: impl FnMut(&mut Self, u32, Contender) -> Result<()>,
-    ) -> Result<()> {
-        for round in 1..=self.amounts.rounds {
-            for turn in 0..self.contenders.len() {
-                let contender = self.contenders[(turn + round as usize) % self.contenders.len()];
-                let of = self.amounts.rounds;
-                self.progress
-                    .show(|| format!("{what}, round {round} of {of}: {contender}"));
-                measure(self, round, contender).with_context(|| format!("{what}, {contender}"))?;
-            }
-        }
-        Ok(())
+    if options.syscalls {
+        syscalls::measure(&mut bench)?;
     }
+    bench.progress.clear();
+    Ok(bench.found)
 }
 
 /// What a process may have open leaves room for so many flows of two descriptors, and for the process itself.
@@ -266,31 +227,12 @@ fn own_congestion() -> Result<String> {
 }
 
 fn versions(contenders: &[Contender], equipment: &Equipment<'_>) -> Result<Vec<String>> {
-    let version = |daemon: &Path| shell::output(Command::new(daemon).arg("--version"));
-    let mut versions = vec![version(&equipment.daemon)?];
+    let mut versions = vec![study::version(&equipment.daemon)?];
     if let Some(old_build) = &equipment.old_build {
-        versions.push(format!("old build {}", version(old_build)?));
+        versions.push(format!("old build {}", study::version(old_build)?));
     }
     if contenders.contains(&Contender::Haproxy) {
         versions.push(haproxy::version()?);
     }
-    Ok(versions.iter().map(|version| version.trim().to_owned()).collect())
-}
-
-/// Prints and writes the results.
-fn conclude(run: Run, found: &Observations, folder: &Path) -> Result<ExitCode> {
-    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let report = Report {
-        run,
-        found,
-        summaries: found.summaries(),
-        comparisons: found.comparisons(),
-        goals: goal::judge(found),
-    };
-    print!("\n{}", report.markdown());
-    report.write(folder)?;
-    let charts = chart::draw(found, folder)?;
-    println!("\n{}", goals::aligned(&report.goals));
-    println!("Results and {charts} charts are in {}.", folder.display());
-    Ok(ExitCode::SUCCESS)
+    Ok(versions)
 }

@@ -5,7 +5,7 @@
 use std::{
     fs,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::{self, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -14,12 +14,12 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use pepsal_tests::{
-    Cancel, Connector, Direction, Family, Footprint, Namespace, SavedSyn, Server, Session, Topology,
-    Transfer, eventually,
+    Cancel, Connector, Direction, Family, Footprint, Namespace, Path, Server, Session, Topology, Transfer,
+    eventually,
 };
 
 use super::{root::Root, system::System};
-use crate::{build, shell};
+use crate::{cargo, shell};
 
 /// What the administrator writes.
 const EDIT: &str = "interfaces = [\"lan0\", \"sat0\"]\n\n[link.sat0]\nrate = \"50mbit\"\nrtt = \"600ms\"\n";
@@ -60,7 +60,7 @@ const DEVICE_ADDRESS: &str = "02:70:65:70:00:01";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Goes through all of it.
-pub fn run(suite: &str, package: &Path) -> Result<()> {
+pub fn run(suite: &str, package: &path::Path) -> Result<()> {
     let root = Root::new(suite)?;
     for (path, text) in [
         ("/etc/nftables.conf", FIREWALL),
@@ -100,7 +100,7 @@ struct Life {
 }
 
 impl Life {
-    fn whole(&self, package: &Path) -> Result<()> {
+    fn whole(&self, package: &path::Path) -> Result<()> {
         self.system
             .show("systemctl enable --now nftables systemd-networkd NetworkManager")?;
         let (clean, untouched) = (self.root.files()?, Footprint::of(&self.topology.gateway)?);
@@ -118,7 +118,7 @@ impl Life {
         Ok(())
     }
 
-    fn install(&self, package: &Path) -> Result<()> {
+    fn install(&self, package: &path::Path) -> Result<()> {
         shell::heading("Install");
         let package = self.root.take(package)?;
         self.system.show(&format!("apt-get install --yes {package}"))?;
@@ -206,7 +206,7 @@ impl Life {
         self.system.show("pepsal flows")?;
         ensure!(download.wait()?.success(), "a download through the daemon failed");
         println!("The web server's log: {}", self.web.log()?);
-        self.new_flows_are(Seen::Split)?;
+        self.new_flows_are(Path::Split)?;
         self.system.show("pepsal status")?;
 
         shell::heading("Scrape");
@@ -238,13 +238,13 @@ impl Life {
         let bypass = format!("\n[steering]\nbypass = [\"port={}\"]\n", self.server.port());
         self.edit(&[EDIT, &bypass].concat())?;
         self.reload_until("reloaded: ")?;
-        self.new_flows_are(Seen::Passed)?;
+        self.new_flows_are(Path::Forwarded)?;
         self.edit(&[EDIT, WRONG].concat())?;
         self.reload_until("not reloaded, the running configuration stays")?;
-        self.new_flows_are(Seen::Passed)?;
+        self.new_flows_are(Path::Forwarded)?;
         self.edit(EDIT)?;
         self.reload_until("reloaded: ")?;
-        self.new_flows_are(Seen::Split)?;
+        self.new_flows_are(Path::Split)?;
         let (_, intact) = lasting.download(1_000_000, 1)?;
         ensure!(intact, "a flow was damaged by reloads");
         println!("A flow that was open all the while goes on.");
@@ -333,7 +333,7 @@ impl Life {
             let number = seed + flows;
             let direction = [Direction::Upload, Direction::Download][number as usize % 2];
             let transfer = Transfer::new(direction, 1 << (10 + number % 11)).seed(number);
-            self.transfer(&transfer, self.server.address(family), Seen::Split)
+            self.transfer(&transfer, self.server.address(family), Path::Split)
                 .with_context(|| format!("connection {number} during upgrades"))?;
             flows += 1;
         }
@@ -347,7 +347,7 @@ impl Life {
             self.root.file(CONFIGURATION).exists(),
             "removing took the configuration away"
         );
-        self.new_flows_are(Seen::Passed)?;
+        self.new_flows_are(Path::Forwarded)?;
         self.system.show("apt-get purge --yes pepsal")?;
         let left: Vec<_> = self
             .root
@@ -377,7 +377,7 @@ impl Life {
         )
     }
 
-    fn new_flows_are(&self, seen: Seen) -> Result<()> {
+    fn new_flows_are(&self, seen: Path) -> Result<()> {
         for family in Family::BOTH {
             self.transfer(&Transfer::download(100_000), self.server.address(family), seen)?;
         }
@@ -385,36 +385,19 @@ impl Life {
             "  New connections to port {} are {}.",
             self.server.port(),
             match seen {
-                Seen::Split => "split",
-                Seen::Passed => "passed through untouched",
+                Path::Split => "split",
+                Path::Forwarded => "passed through untouched",
             }
         );
         Ok(())
     }
 
-    fn transfer(&self, transfer: &Transfer, server: SocketAddr, seen: Seen) -> Result<()> {
+    fn transfer(&self, transfer: &Transfer, server: SocketAddr, seen: Path) -> Result<()> {
         let outcome = transfer.run(&self.topology.client, server)?;
         ensure!(outcome.intact, "a flow to {server} is damaged");
-        let was = Seen::of(&outcome.syn);
+        let was = outcome.path();
         ensure!(was == seen, "a flow to {server} was {was:?}, and not {seen:?}");
         Ok(())
-    }
-}
-
-/// How a connection fared on the gateway.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Seen {
-    Split,
-    Passed,
-}
-
-impl Seen {
-    /// By the client's SYN at the server.
-    fn of(syn: &SavedSyn) -> Self {
-        match syn.is_split() {
-            true => Self::Split,
-            false => Self::Passed,
-        }
     }
 }
 
@@ -427,7 +410,7 @@ struct Web {
 impl Web {
     fn start(namespace: &Namespace) -> Result<Self> {
         const BYTES: usize = 20_000_000;
-        let folder = build::target_dir().join("tmp/web");
+        let folder = cargo::target_dir().join("tmp/web");
         fs::create_dir_all(&folder)?;
         fs::write(folder.join("file"), vec![0; BYTES])?;
         let log = fs::File::create(folder.with_extension("log"))?;
@@ -481,8 +464,8 @@ struct Successors {
 }
 
 impl Successors {
-    fn of(package: &Path) -> Result<Self> {
-        let folder = build::target_dir().join("tmp/successor");
+    fn of(package: &path::Path) -> Result<Self> {
+        let folder = cargo::target_dir().join("tmp/successor");
         let _ = fs::remove_dir_all(&folder);
         fs::create_dir_all(&folder)?;
         shell::run(

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::{build, shell};
+use crate::{cargo, shell};
 
 /// The folder, which goes away with this.
 pub struct Root {
@@ -27,7 +27,7 @@ impl Root {
         );
         shell::heading(&format!("Make a clean {suite}"));
         let root = Self {
-            path: build::target_dir().join(format!("tmp/{suite}")),
+            path: cargo::target_dir().join(format!("tmp/{suite}")),
         };
         root.remove();
         fs::create_dir_all(&root.path)?;

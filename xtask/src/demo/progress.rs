@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use pepsal_tests::Outcome;
 
-use super::race::{Contest, Lane, Placement};
+use super::{
+    contest::{Contest, Placement},
+    lane::Lane,
+};
 use crate::progress;
 
 pub struct Progress(progress::Progress);

@@ -1,11 +1,9 @@
 //! Transfers at once, each with namespaces and a link of its own.
 
 use std::{
-    fmt,
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
         mpsc::{self, Receiver},
     },
     thread,
@@ -13,76 +11,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use pepsal_tests::{
-    Connector, Daemon, Direction, Family, Link, LinkProfile, Namespace, Outcome, Server, Topology, Transfer,
+use pepsal_tests::{Daemon, LinkProfile, Outcome};
+
+use super::{
+    contest::{Contest, Finish, Placement},
+    lane::{Gateway, Lane},
+    progress::Progress,
 };
-
-use super::{progress::Progress, quantity};
-use crate::signals::Signals;
-
-/// What the endpoints send with: the default of Linux.
-pub const STOCK_CONGESTION: &str = "cubic";
-/// Assured forwarding, class 2, low drop precedence (RFC 2597): DSCP 18, as a traffic class.
-pub const AF21: u8 = 18 << 2;
-
-/// Where pepsal runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Placement {
-    /// Nowhere: plain forwarding.
-    Nowhere,
-    /// On the gateway between client and link.
-    Gateway,
-    /// There, and on the router between link and server.
-    BothEnds,
-}
-
-impl Placement {
-    pub const ALL: [Self; 3] = [Self::Nowhere, Self::Gateway, Self::BothEnds];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Nowhere => "without pepsal",
-            Self::Gateway => "pepsal at the gateway",
-            Self::BothEnds => "pepsal at both ends",
-        }
-    }
-}
-
-/// One transfer and its surroundings.
-#[derive(Clone, Copy, Debug)]
-pub struct Contest {
-    pub direction: Direction,
-    pub family: Family,
-    pub placement: Placement,
-}
-
-impl Contest {
-    /// What is transferred, wherever pepsal runs.
-    pub fn transfer(&self) -> String {
-        let direction = match self.direction {
-            Direction::Upload => "upload",
-            Direction::Download => "download",
-        };
-        let family = match self.family {
-            Family::V4 => "IPv4",
-            Family::V6 => "IPv6",
-        };
-        format!("{direction} {family}")
-    }
-}
-
-impl fmt::Display for Contest {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}, {}", self.transfer(), self.placement.name())
-    }
-}
-
-/// A contest that has ended well.
-#[derive(Debug)]
-pub struct Finish {
-    pub contest: Contest,
-    pub outcome: Outcome,
-}
+use crate::{quantity, signals::Signals};
 
 /// What all contests have in common.
 pub struct Race {
@@ -174,78 +110,3 @@ impl Race {
 
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(200);
-/// A transfer may stand still for this long: the last bytes of a large file are long under way on a slow link.
-const PATIENCE: Duration = Duration::from_secs(3600);
-
-/// A contest's own client, gateway, link and server.
-pub struct Lane {
-    pub contest: Contest,
-    server: Server,
-    topology: Topology,
-    downloaded: Arc<AtomicU64>,
-}
-
-impl Lane {
-    fn new(contest: Contest, profile: &LinkProfile) -> Result<Self> {
-        // The same losses with pepsal and without, others for the other family.
-        let seed = match contest.family {
-            Family::V4 => profile.seed,
-            Family::V6 => profile.seed + 1,
-        };
-        let builder = Topology::builder().link(Link::Emulated(LinkProfile { seed, ..*profile }));
-        let topology = match contest.placement {
-            Placement::Nowhere | Placement::Gateway => builder.build()?,
-            Placement::BothEnds => builder.router().build()?,
-        };
-        let server = Server::with_congestion(&topology.server, STOCK_CONGESTION)?;
-        Ok(Self {
-            contest,
-            server,
-            topology,
-            downloaded: Arc::default(),
-        })
-    }
-
-    /// Where pepsal is to run.
-    fn gateways(&self) -> impl Iterator<Item = Gateway<'_>> {
-        let near = (self.contest.placement != Placement::Nowhere).then_some(Gateway {
-            namespace: &self.topology.gateway,
-            terrestrial: "lan0",
-            satellite: "sat0",
-        });
-        let far = self.topology.router.as_ref().map(|router| Gateway {
-            namespace: router,
-            terrestrial: "wan0",
-            satellite: "sat1",
-        });
-        near.into_iter().chain(far)
-    }
-
-    fn transfer(&self, bytes: u64) -> Result<Outcome> {
-        let connector = Connector {
-            traffic_class: AF21,
-            congestion: Some(STOCK_CONGESTION.to_owned()),
-            timeout: PATIENCE,
-            ..Connector::default()
-        };
-        Transfer::new(self.contest.direction, bytes)
-            .connector(connector)
-            .progress(Arc::clone(&self.downloaded))
-            .run(&self.topology.client, self.server.address(self.contest.family))
-    }
-
-    /// Bytes of the file that have reached the other end.
-    pub fn arrived(&self) -> u64 {
-        match self.contest.direction {
-            Direction::Upload => self.server.received(),
-            Direction::Download => self.downloaded.load(Ordering::Relaxed),
-        }
-    }
-}
-
-/// A place for pepsal, with the names of its interfaces.
-struct Gateway<'a> {
-    namespace: &'a Namespace,
-    terrestrial: &'static str,
-    satellite: &'static str,
-}

@@ -2,7 +2,10 @@
 
 use pepsal_tests::LinkProfile;
 
-use super::race::{AF21, Finish, Placement};
+use super::{
+    contest::{Finish, Placement},
+    lane::AF21,
+};
 use crate::table::{
     self,
     Align::{self, Left, Right},

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
-use crate::{build, shell};
+use crate::{cargo, shell};
 
 /// A kernel by the Debian release that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -59,7 +59,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Downloads and unpacks the newest kernel of a release, unless that was done before.
 pub fn fetch(release: Release) -> Result<Kernel> {
     let suite = release.suite();
-    let folder = build::target_dir().join("vm/kernels").join(suite);
+    let folder = cargo::target_dir().join("vm/kernels").join(suite);
     if let Some(kernel) = find(&folder)? {
         return Ok(kernel);
     }
@@ -128,7 +128,7 @@ impl Apt {
         if !Path::new(KEYRING).exists() {
             bail!("{KEYRING} is missing: install Debian's package debian-archive-keyring");
         }
-        let folder = build::target_dir().join("vm/apt").join(suite);
+        let folder = cargo::target_dir().join("vm/apt").join(suite);
         for path in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(folder.join(path)).context("cannot make apt's folders")?;
         }

@@ -14,10 +14,7 @@ use nix::{
 };
 
 use super::{kernel::Kernel, matrix::TestResult};
-use crate::{
-    build::{self, OBJECT_VARIABLE},
-    shell,
-};
+use crate::{build::OBJECT_VARIABLE, cargo, shell};
 
 /// How many times as long as usual the tests have patience: software emulation is about so much slower.
 const SLOWNESS: u32 = 10;
@@ -30,7 +27,7 @@ const VIRTME_NG: &str = "virtme-ng==1.42";
 
 /// Installs virtme-ng below the target folder, unless it is there, and returns the folder of its programs.
 pub fn install() -> Result<PathBuf> {
-    let venv = build::target_dir().join("vm/venv");
+    let venv = cargo::target_dir().join("vm/venv");
     let programs = venv.join("bin");
     if !programs.join("vng").is_file() {
         shell::heading("Installing virtme-ng");
@@ -66,7 +63,7 @@ impl Machine<'_> {
     ///
     /// The results come back through a folder that both sides see: the console has the kernel's messages between them.
     pub fn start(&self, name: &str, program: &Path) -> Result<Run> {
-        let folder = build::target_dir().join("vm/results").join(&self.kernel.version);
+        let folder = cargo::target_dir().join("vm/results").join(&self.kernel.version);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let file = |extension: &str| folder.join(format!("{name}.{extension}"));
         let (script, output, status) = (file("sh"), file("txt"), file("status"));

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use anyhow::{Context as _, Result};
 use serde::Deserialize;
 
-use crate::{build, shell};
+use crate::{cargo, shell};
 
 /// Builds them, and returns the name of each file with its program.
 pub fn build() -> Result<Vec<(String, PathBuf)>> {
-    let mut cargo = build::cargo("test --quiet --package pepsal-tests --no-run --message-format=json");
+    let mut cargo = cargo::cargo("test --quiet --package pepsal-tests --no-run --message-format=json");
     let messages = shell::output(&mut cargo)?;
     let mut programs = Vec::new();
     for line in messages.lines() {

@@ -10,11 +10,11 @@ use plotters::{
 };
 
 use super::{
-    canvas::{self, COLOURS, FONT, Picture},
     observation::{Metric, SAMPLE_INTERVAL, Series, Way},
     path::{Loss, Path},
     plan::BULK_BYTES,
 };
+use crate::bench::canvas::{self, COLOURS, FONT, Picture};
 
 /// Of this many intervals a point is the mean: segments arrive in bursts.
 const SMOOTHED: usize = 5;

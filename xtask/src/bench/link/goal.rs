@@ -2,12 +2,12 @@
 
 use super::{
     floor::Connection,
-    goals::{Goal, Verdict},
     observation::{Cell, Metric, Observations, Summary, Way},
     path::{Loss, Path},
     place::{Place, Proxy, Side},
     plan::{BBR, BULK_BYTES, CLEAN_SIZES, CUBIC, ONE_PERCENT},
 };
+use crate::bench::goal::{Goal, Verdict};
 
 /// All goals, judged by medians.
 pub fn judge(found: &Observations) -> Vec<Goal> {

@@ -20,8 +20,8 @@ use super::{
     observation::{Cell, Metric, Observation, Observations, REQUEST_BYTES, Series, State, Way},
     path::{Loss, Path},
     place::Place,
-    statistic,
 };
+use crate::bench::statistic;
 
 /// A lane to be made and measured.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -6,12 +6,11 @@ use pepsal_tests::Direction;
 use serde::{Serialize, Serializer};
 
 use super::{
-    RoundRatios,
     floor::{self, Connection},
     path::{Loss, Path},
     place::{Place, Proxy},
-    statistic,
 };
+use crate::bench::{statistic, study::RoundRatios};
 
 /// Bytes of the answer to a small request.
 pub const REQUEST_BYTES: u64 = 10 << 10;
@@ -185,7 +184,7 @@ pub const SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 pub const LATE_MS: f64 = 2.0;
 
 /// All samples.
-#[derive(Default)]
+#[derive(Default, Serialize)]
 pub struct Observations {
     pub samples: Vec<Observation>,
     pub series: Vec<Series>,

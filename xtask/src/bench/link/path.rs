@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use pepsal_tests::{Direction, Handovers, LinkProfile};
 use serde::{Serialize, Serializer};
 
-use super::place::End;
+use super::{peer::LinkSeen, place::End};
 use crate::quantity;
 
 /// A path between client and server; the terrestrial networks at both ends cost nothing.
@@ -112,16 +112,6 @@ impl Serialize for Path {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
-}
-
-/// A link as one end sees it, in `tc`'s units.
-pub struct LinkSeen {
-    /// What it receives.
-    pub rate: String,
-    /// What it sends.
-    pub up: String,
-    /// The round trip.
-    pub rtt: String,
 }
 
 /// A random loss, in hundredths of a percent.

@@ -14,8 +14,6 @@ use nix::{
 };
 use pepsal_tests::Namespace;
 
-use super::path::LinkSeen;
-
 /// A peer's name and how to run it.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Peer {
@@ -60,6 +58,16 @@ impl Peer {
         }
         command
     }
+}
+
+/// A link as one end sees it, in `tc`'s units.
+pub struct LinkSeen {
+    /// What it receives.
+    pub rate: String,
+    /// What it sends.
+    pub up: String,
+    /// The round trip.
+    pub rtt: String,
 }
 
 /// The names between braces that look like placeholders: the shell's own braces have other things in them.

@@ -6,14 +6,19 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
-    Machine,
-    goals::{self, Goal},
-    observation::{Comparison, LATE_MS, Metric, Observations, Series, State, Summary},
-    save,
+    chart, goal,
+    observation::{Comparison, LATE_MS, Metric, Observation, Observations, State, Summary},
 };
-use crate::table::{
-    self,
-    Align::{self, Left, Right},
+use crate::{
+    bench::{
+        goal::Goal,
+        machine::Machine,
+        study::{Report, Study},
+    },
+    table::{
+        self,
+        Align::{self, Left, Right},
+    },
 };
 
 /// What a run was.
@@ -35,16 +40,6 @@ pub struct Run {
     pub minutes: f64,
 }
 
-/// Everything that is written.
-pub struct Report<'a> {
-    pub run: Run,
-    pub found: &'a Observations,
-    pub summaries: Vec<Summary>,
-    /// Nothing without an old build.
-    pub comparisons: Vec<Comparison>,
-    pub goals: Vec<Goal>,
-}
-
 const CELL_HEADINGS: [&str; 9] = [
     "path",
     "loss",
@@ -58,9 +53,33 @@ const CELL_HEADINGS: [&str; 9] = [
 ];
 const CELL_ALIGNMENT: [Align; 9] = [Left, Right, Left, Left, Right, Right, Right, Right, Right];
 
-impl Report<'_> {
-    /// The whole report.
-    pub fn markdown(&self) -> String {
+impl Study for Observations {
+    type Run = Run;
+    type Summary = Summary;
+    type Comparison = Comparison;
+
+    const NOTES: &str = "\
+Times in seconds from connect to the last byte's receipt, queueing in milliseconds, medians of n samples with the least \
+and the most. `>` is a time limit. The floor is the handshake's and the exchange's round trips (one on a kept connection) \
+and the time that the link takes for payload and headers; without a fast open no TCP beats it.";
+
+    fn summaries(&self) -> Vec<Summary> {
+        self.summaries()
+    }
+
+    fn comparisons(&self) -> Vec<Comparison> {
+        self.comparisons()
+    }
+
+    fn goals(&self) -> Vec<Goal> {
+        goal::judge(self)
+    }
+
+    fn draw(&self, folder: &FilePath) -> Result<usize> {
+        chart::draw(&self.series, folder)
+    }
+
+    fn heading(run: &Run) -> String {
         let Run {
             machine: Machine { kernel, cpus },
             daemon,
@@ -69,7 +88,7 @@ impl Report<'_> {
             seed,
             minutes,
             ..
-        } = &self.run;
+        } = run;
         let seeds = match rounds {
             1 => format!("seed {seed}"),
             _ => format!("seeds {seed} to {}", seed + u64::from(*rounds) - 1),
@@ -78,30 +97,21 @@ impl Report<'_> {
             .as_ref()
             .map(|version| format!("old build {version}, "))
             .unwrap_or_default();
-        let mut text = format!(
-            "{daemon}, {old_build}Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes.\n\n"
-        );
-        if self.goals.iter().any(|goal| goal.met.is_some()) {
-            text += &goals::markdown(&self.goals);
-            text += "\n";
-        }
-        let mut rows = vec![CELL_HEADINGS.map(str::to_owned)];
-        rows.extend(self.summaries.iter().map(cell_row));
-        text += &table::markdown(&rows, CELL_ALIGNMENT);
-        text += &format!("\n{NOTES}\n");
-        if !self.comparisons.is_empty() {
-            text += "\npepsal over the old build, round by round:\n\n";
-            text += &self.round_by_round();
-            text += "\n";
-        }
-        text += &self.lateness();
-        text
+        format!(
+            "{daemon}, {old_build}Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes."
+        )
     }
 
-    fn round_by_round(&self) -> String {
+    fn cells(report: &Report<'_, Self>) -> String {
+        let mut rows = vec![CELL_HEADINGS.map(str::to_owned)];
+        rows.extend(report.summaries.iter().map(cell_row));
+        table::markdown(&rows, CELL_ALIGNMENT)
+    }
+
+    fn round_by_round(report: &Report<'_, Self>) -> String {
         let headings = ["path", "loss", "what", "with", "median (least–most)", "rounds"];
         let mut rows = vec![headings.map(str::to_owned)];
-        rows.extend(self.comparisons.iter().map(|Comparison { cell, ratios }| {
+        rows.extend(report.comparisons.iter().map(|Comparison { cell, ratios }| {
             [
                 cell.path.to_string(),
                 cell.loss.to_string(),
@@ -111,14 +121,19 @@ impl Report<'_> {
                 ratios.listed(),
             ]
         }));
-        table::markdown(&rows, [Left, Right, Left, Left, Right, Left])
+        table::markdown(&rows, [Left, Right, Left, Left, Right, Left]) + "\n"
     }
 
     /// Whether the machine kept up.
-    fn lateness(&self) -> String {
-        let late = self.found.samples.iter().map(|sample| sample.emulator_late_ms);
+    fn remarks(report: &Report<'_, Self>) -> String {
+        let late = report.found.samples.iter().map(|sample| sample.emulator_late_ms);
         let worst = late.fold(0.0, f64::max);
-        match self.summaries.iter().filter(|summary| summary.overloaded).count() {
+        match report
+            .summaries
+            .iter()
+            .filter(|summary| summary.overloaded)
+            .count()
+        {
             0 => format!(
                 "The emulator kept up: 99 % of packets were at most {worst:.1} ms late at any time.\n"
             ),
@@ -129,70 +144,41 @@ impl Report<'_> {
         }
     }
 
-    /// Writes `results.json`, `results.csv` and `results.md`.
-    ///
-    /// # Errors
-    /// When a file cannot be written.
-    pub fn write(&self, folder: &FilePath) -> Result<()> {
-        let json = serde_json::to_string_pretty(&Json {
-            run: &self.run,
-            goals: &self.goals,
-            cells: &self.summaries,
-            comparisons: &self.comparisons,
-            samples: &self.found.samples,
-            series: &self.found.series,
-        })?;
-        save(folder, "results.json", json + "\n")?;
-        save(folder, "results.csv", self.csv())?;
-        save(folder, "results.md", self.markdown())
-    }
-
-    fn csv(&self) -> String {
-        let mut text =
-            "path,loss_percent,with,what,unit,round,seed,value,floor,state,emulator_late_ms\n".to_owned();
-        for sample in &self.found.samples {
-            let cell = &sample.cell;
-            let number = |value: Option<f64>| value.map(|value| format!("{value:.6}")).unwrap_or_default();
-            let state = match &sample.state {
-                State::Done => "done",
-                State::TimedOut => "timed out",
-                State::Damaged => "damaged",
-                State::Failed(_) => "failed",
-            };
-            let fields = [
-                cell.path.to_string(),
-                cell.loss.percent().to_string(),
-                cell.place.to_string(),
-                cell.metric.to_string(),
-                cell.metric.unit().to_owned(),
-                sample.round.to_string(),
-                sample.seed.to_string(),
-                number(sample.value),
-                number(cell.floor()),
-                state.to_owned(),
-                format!("{:.3}", sample.emulator_late_ms),
-            ];
-            text += &fields.map(|field| quoted(&field)).join(",");
-            text += "\n";
-        }
-        text
+    fn files(&self) -> Vec<(&'static str, String)> {
+        vec![("results.csv", csv(&self.samples))]
     }
 }
 
-#[derive(Serialize)]
-struct Json<'a> {
-    run: &'a Run,
-    goals: &'a [Goal],
-    cells: &'a [Summary],
-    comparisons: &'a [Comparison],
-    samples: &'a [super::observation::Observation],
-    series: &'a [Series],
+fn csv(samples: &[Observation]) -> String {
+    let mut text =
+        "path,loss_percent,with,what,unit,round,seed,value,floor,state,emulator_late_ms\n".to_owned();
+    for sample in samples {
+        let cell = &sample.cell;
+        let number = |value: Option<f64>| value.map(|value| format!("{value:.6}")).unwrap_or_default();
+        let state = match &sample.state {
+            State::Done => "done",
+            State::TimedOut => "timed out",
+            State::Damaged => "damaged",
+            State::Failed(_) => "failed",
+        };
+        let fields = [
+            cell.path.to_string(),
+            cell.loss.percent().to_string(),
+            cell.place.to_string(),
+            cell.metric.to_string(),
+            cell.metric.unit().to_owned(),
+            sample.round.to_string(),
+            sample.seed.to_string(),
+            number(sample.value),
+            number(cell.floor()),
+            state.to_owned(),
+            format!("{:.3}", sample.emulator_late_ms),
+        ];
+        text += &fields.map(|field| quoted(&field)).join(",");
+        text += "\n";
+    }
+    text
 }
-
-const NOTES: &str = "\
-Times in seconds from connect to the last byte's receipt, queueing in milliseconds, medians of n samples with the least \
-and the most. `>` is a time limit. The floor is the handshake's and the exchange's round trips (one on a kept connection) \
-and the time that the link takes for payload and headers; without a fast open no TCP beats it.";
 
 /// A field of a CSV file (RFC 4180).
 fn quoted(field: &str) -> String {

@@ -11,10 +11,10 @@ use pepsal_tests::Family;
 use serde::Deserialize;
 
 use super::{
-    Bench,
     lane::Lane,
     machine_use,
     observation::{Bulk, Metric, Way},
+    rounds::Bench,
 };
 
 /// For one transfer: a hundred times what the slowest should take.

@@ -13,10 +13,10 @@ use plotters::{
 };
 
 use super::{
-    canvas::{self, COLOURS, FONT, Picture},
     contender::Contender,
     observation::{Metric, Observations},
 };
+use crate::bench::canvas::{self, COLOURS, FONT, Picture};
 
 /// Draws what there is, each as `.svg` and `.png`, and returns how many charts there are.
 ///

@@ -6,11 +6,11 @@ use anyhow::Result;
 use pepsal_tests::Family;
 
 use super::{
-    Bench,
     end::{Answer, Order},
     lane::Lane,
     machine_use,
-    observation::{Metric, name},
+    observation::Metric,
+    rounds::Bench,
 };
 
 /// Beyond the time that connections are opened.
@@ -28,7 +28,7 @@ pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
         lanes.insert(*contender, lane);
     }
     for family in Family::BOTH {
-        let what = format!("new connections, {}", name(family));
+        let what = format!("new connections, {}", family.name());
         bench.rounds(&what, |bench, round, contender| {
             let lane = lanes.get_mut(&contender).expect("every contender has a lane");
             let before = machine_use::busy()?;

@@ -27,7 +27,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::statistic;
+use crate::bench::statistic;
 
 /// Which end this process is.
 #[derive(Subcommand)]

@@ -8,7 +8,7 @@ use std::{thread, time::Duration};
 use anyhow::Result;
 use pepsal_tests::Family;
 
-use super::{Bench, contender::Contender, end::Order, lane::Lane, machine_use, observation::Metric};
+use super::{contender::Contender, end::Order, lane::Lane, machine_use, observation::Metric, rounds::Bench};
 
 /// Nothing is on its way any more after this, and what is freed in the background has been.
 const SETTLED: Duration = Duration::from_millis(250);

@@ -7,8 +7,6 @@ use std::{
 
 use pepsal_tests::Family;
 
-use super::observation::name;
-
 /// A kind of packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Packet {
@@ -85,7 +83,7 @@ impl fmt::Display for Packet {
             Kind::ForeignAck => "foreign ACK",
             Kind::Udp => "UDP",
         };
-        write!(formatter, "{kind}, {}", name(self.family))
+        write!(formatter, "{kind}, {}", self.family.name())
     }
 }
 

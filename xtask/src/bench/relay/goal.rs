@@ -3,9 +3,9 @@
 use super::{
     contender::Contender::{self, Forwarding, Haproxy, Pepsal},
     frames::{Kind, Packet},
-    goals::{Goal, Verdict},
     observation::{Bulk, Metric, Observations, Programs},
 };
+use crate::bench::goal::{Goal, Verdict};
 
 /// What HAProxy 2.6 was found to take for an idle flow; counts where it is not measured.
 const HAPROXY_MEMORY_KB: f64 = 9.4;

@@ -8,9 +8,10 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use pepsal_tests::{Family, Namespace};
+use pepsal_tests::{Family, Namespace, is_listening};
 
-use super::{lane::is_listening, machine, process, process::Process};
+use super::{process, process::Process};
+use crate::bench::machine;
 use crate::{shell, signals::Signals};
 
 /// What it needs, with the Debian packages.

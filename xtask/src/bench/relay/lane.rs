@@ -1,7 +1,6 @@
 //! Client, gateway with a contender, and server.
 
 use std::{
-    fs,
     io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -12,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use pepsal_tests::{Daemon, Family, Namespace, Topology};
+use pepsal_tests::{Daemon, Family, Namespace, Topology, is_listening};
 
 use super::{
     contender::Contender,
@@ -200,25 +199,6 @@ fn listening(
     Ok(server)
 }
 
-/// Whether a socket of a family listens on a port of a namespace.
-pub fn is_listening(namespace: &Namespace, family: Family, port: u16) -> bool {
-    let file = match family {
-        Family::V4 => "/proc/thread-self/net/tcp",
-        Family::V6 => "/proc/thread-self/net/tcp6",
-    };
-    let sockets = namespace.run(|| fs::read_to_string(file)).unwrap_or_default();
-    listens(&sockets, port)
-}
-
-/// Reads a line's local address and state, which is 0A for one that listens.
-fn listens(sockets: &str, port: u16) -> bool {
-    let port = format!(":{port:04X}");
-    sockets.lines().skip(1).any(|line| {
-        let mut words = line.split_whitespace();
-        words.nth(1).is_some_and(|local| local.ends_with(&port)) && words.nth(1) == Some("0A")
-    })
-}
-
 /// The client's process.
 struct Client<'a> {
     process: Process,
@@ -270,20 +250,5 @@ impl<'a> Client<'a> {
             Some(error) => bail!("client, {line}: {error}"),
             None => Ok(answer),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn listeners_are_told_from_connections() {
-        let sockets = "  sl  local_address rem_address   st tx_queue\n   \
-                       0: 0100007F:1389 00000000:0000 0A 00000000:00000000\n   \
-                       1: 0100007F:1F90 0200007F:9C40 01 00000000:00000000\n";
-        assert!(listens(sockets, 5001));
-        assert!(!listens(sockets, 8080));
-        assert!(!listens(sockets, 9));
     }
 }

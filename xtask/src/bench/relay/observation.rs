@@ -5,7 +5,8 @@ use std::fmt;
 use pepsal_tests::Family;
 use serde::{Serialize, Serializer};
 
-use super::{RoundRatios, contender::Contender, frames::Packet, statistic};
+use super::{contender::Contender, frames::Packet};
+use crate::bench::{statistic, study::RoundRatios};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -84,12 +85,12 @@ impl fmt::Display for Metric {
         match self {
             Self::Rate(bulk) => write!(formatter, "{bulk}"),
             Self::Processor(bulk) => write!(formatter, "processor, {bulk}"),
-            Self::Connections(family) => write!(formatter, "new connections, {}", name(*family)),
+            Self::Connections(family) => write!(formatter, "new connections, {}", family.name()),
             Self::ConnectionTime(family, percentile) => {
-                write!(formatter, "new connections, {}, p{percentile}", name(*family))
+                write!(formatter, "new connections, {}, p{percentile}", family.name())
             }
             Self::ConnectionProcessor(family) => {
-                write!(formatter, "processor of a new connection, {}", name(*family))
+                write!(formatter, "processor of a new connection, {}", family.name())
             }
             Self::Memory(from, to) => write!(formatter, "memory of an idle flow, {from} to {to}"),
             Self::Descriptors(from, to) => write!(formatter, "descriptors of a flow, {from} to {to}"),
@@ -127,15 +128,7 @@ impl fmt::Display for Bulk {
             Way::Up => "up",
             Way::Down => "down",
         };
-        write!(formatter, "{flows} {way}, {}", name(self.family))
-    }
-}
-
-/// As people write it.
-pub fn name(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "IPv4",
-        Family::V6 => "IPv6",
+        write!(formatter, "{flows} {way}, {}", self.family.name())
     }
 }
 
@@ -150,7 +143,7 @@ pub struct Observation {
 }
 
 /// All samples.
-#[derive(Default)]
+#[derive(Default, Serialize)]
 pub struct Observations {
     pub samples: Vec<Observation>,
     /// Calls of each kind for a connection, most frequent first, by contender.

@@ -6,15 +6,21 @@ use anyhow::Result;
 use serde::Serialize;
 
 use super::{
+    chart,
     contender::Contender,
-    goals::{self, Goal},
-    machine::Machine,
-    observation::{Comparison, Metric, Observation, Observations, Summary},
-    save,
+    goal,
+    observation::{Comparison, Metric, Observations, Summary},
 };
-use crate::table::{
-    self,
-    Align::{self, Left, Right},
+use crate::{
+    bench::{
+        goal::Goal,
+        machine::Machine,
+        study::{Report, Study},
+    },
+    table::{
+        self,
+        Align::{self, Left, Right},
+    },
 };
 
 /// What a run was.
@@ -39,16 +45,6 @@ pub struct Run {
     pub minutes: f64,
 }
 
-/// Everything that is written.
-pub struct Report<'a> {
-    pub run: Run,
-    pub found: &'a Observations,
-    pub summaries: Vec<Summary>,
-    /// Nothing without an old build.
-    pub comparisons: Vec<Comparison>,
-    pub goals: Vec<Goal>,
-}
-
 const HEADINGS: [&str; 9] = [
     "what",
     "",
@@ -66,58 +62,56 @@ const WITHOUT_OLD_BUILD: [usize; 7] = [0, 1, 2, 4, 5, 6, 8];
 const WITHOUT_HAPROXY: [usize; 7] = [0, 1, 2, 3, 4, 6, 7];
 const WITHOUT_BOTH: [usize; 5] = [0, 1, 2, 4, 6];
 
-impl Report<'_> {
-    /// The whole report.
-    pub fn markdown(&self) -> String {
+impl Study for Observations {
+    type Run = Run;
+    type Summary = Summary;
+    type Comparison = Comparison;
+
+    const NOTES: &str = "\
+Medians, with the least and the most in parentheses; the last columns are pepsal's median over the others', and over the \
+old build's the median of the ratios of each round. Processor time and memory are the whole machine's, ends included, while nothing else of the benchmark runs.";
+
+    fn summaries(&self) -> Vec<Summary> {
+        self.summaries()
+    }
+
+    fn comparisons(&self) -> Vec<Comparison> {
+        self.comparisons()
+    }
+
+    fn goals(&self) -> Vec<Goal> {
+        goal::judge(self)
+    }
+
+    fn draw(&self, folder: &Path) -> Result<usize> {
+        chart::draw(self, folder)
+    }
+
+    fn heading(run: &Run) -> String {
         let Run {
             machine: Machine { kernel, cpus },
             versions,
-            absent,
             firewall,
             congestion,
             rounds,
             minutes,
             ..
-        } = &self.run;
+        } = run;
         let firewall = if *firewall { "with" } else { "without" };
-        let mut text = format!(
+        format!(
             "{}, Linux {kernel}, {cpus} processors; ends use {congestion}; {firewall} firewall; rounds: {rounds}; \
-             {minutes:.1} minutes.\n\n",
+             {minutes:.1} minutes.",
             versions.join(", ")
-        );
-        if self.goals.iter().any(|goal| goal.met.is_some()) {
-            text += &goals::markdown(&self.goals);
-            text += "\n";
-        }
-        text += &self.cells();
-        text += &format!("\n{NOTES}\n");
-        if !self.comparisons.is_empty() {
-            text += "\npepsal over the old build, round by round:\n\n";
-            text += &self.round_by_round();
-        }
-        if let Some(absent) = absent {
-            text += &format!("{absent}.\n");
-        }
-        for (contender, calls) in &self.found.syscalls {
-            let calls: Vec<_> = calls
-                .iter()
-                .map(|(name, count)| format!("{name} {count:.2}"))
-                .collect();
-            text += &format!(
-                "\nSystem calls of {contender} for each connection: {}.\n",
-                calls.join(", ")
-            );
-        }
-        text
+        )
     }
 
-    fn cells(&self) -> String {
-        let metrics = self.found.metrics();
+    fn cells(report: &Report<'_, Self>) -> String {
+        let metrics = report.found.metrics().into_iter();
         let rows: Vec<_> = [HEADINGS.map(str::to_owned)]
             .into_iter()
-            .chain(metrics.into_iter().flat_map(|metric| self.rows(metric)))
+            .chain(metrics.flat_map(|metric| report.found.rows(metric)))
             .collect();
-        match (self.comparisons.is_empty(), self.run.absent.is_some()) {
+        match (report.comparisons.is_empty(), report.run.absent.is_some()) {
             (false, false) => table::markdown(&rows, ALIGNMENT),
             (true, false) => selected(&rows, WITHOUT_OLD_BUILD),
             (false, true) => selected(&rows, WITHOUT_HAPROXY),
@@ -125,27 +119,38 @@ impl Report<'_> {
         }
     }
 
-    fn round_by_round(&self) -> String {
+    fn round_by_round(report: &Report<'_, Self>) -> String {
         let mut rows = vec![["what", "median (least–most)", "rounds"].map(str::to_owned)];
+        let comparisons = report.comparisons.iter();
         rows.extend(
-            self.comparisons
-                .iter()
+            comparisons
                 .map(|Comparison { metric, ratios }| [metric.to_string(), ratios.spread(), ratios.listed()]),
         );
         table::markdown(&rows, [Left, Right, Left])
     }
 
+    fn remarks(report: &Report<'_, Self>) -> String {
+        let absent = report.run.absent.iter().map(|absent| format!("{absent}.\n"));
+        let syscalls = report.found.syscalls.iter().map(|(contender, calls)| {
+            let calls: Vec<_> = calls
+                .iter()
+                .map(|(name, count)| format!("{name} {count:.2}"))
+                .collect();
+            format!(
+                "\nSystem calls of {contender} for each connection: {}.\n",
+                calls.join(", ")
+            )
+        });
+        absent.chain(syscalls).collect()
+    }
+}
+
+impl Observations {
     /// A metric's row, and another one for what the proxies add to forwarding where it is that which counts.
     fn rows(&self, metric: Metric) -> Vec<[String; 9]> {
-        let cell = |contender| {
-            self.found
-                .summary(metric, contender)
-                .map(spread)
-                .unwrap_or_default()
-        };
+        let cell = |contender| self.summary(metric, contender).map(spread).unwrap_or_default();
         let ratio = |to| {
-            self.found
-                .ratio(metric, to)
+            self.ratio(metric, to)
                 .map(|ratio| format!("{ratio:.2}"))
                 .unwrap_or_default()
         };
@@ -158,8 +163,7 @@ impl Report<'_> {
             pepsal,
             haproxy,
             ratio(Contender::Forwarding),
-            self.found
-                .round_ratios(metric)
+            self.round_ratios(metric)
                 .map(|ratios| ratios.spread())
                 .unwrap_or_default(),
             ratio(Contender::Haproxy),
@@ -168,7 +172,7 @@ impl Report<'_> {
             metric,
             Metric::Memory(..) | Metric::Exchange(_) | Metric::Passing(_)
         ) {
-            let above = |contender| self.found.above_forwarding(metric, contender);
+            let above = |contender| self.above_forwarding(metric, contender);
             let shown = |value: Option<f64>| value.map(|value| number(metric, value)).unwrap_or_default();
             let (old_build, pepsal) = (above(Contender::OldBuild), above(Contender::Pepsal));
             let haproxy = above(Contender::Haproxy);
@@ -189,33 +193,6 @@ impl Report<'_> {
         }
         rows
     }
-
-    /// Writes `results.json` and `results.md`.
-    ///
-    /// # Errors
-    /// When a file cannot be written.
-    pub fn write(&self, folder: &Path) -> Result<()> {
-        let json = serde_json::to_string_pretty(&Json {
-            run: &self.run,
-            goals: &self.goals,
-            cells: &self.summaries,
-            comparisons: &self.comparisons,
-            samples: &self.found.samples,
-            syscalls: &self.found.syscalls,
-        })?;
-        save(folder, "results.json", json + "\n")?;
-        save(folder, "results.md", self.markdown())
-    }
-}
-
-#[derive(Serialize)]
-struct Json<'a> {
-    run: &'a Run,
-    goals: &'a [Goal],
-    cells: &'a [Summary],
-    comparisons: &'a [Comparison],
-    samples: &'a [Observation],
-    syscalls: &'a [(Contender, Vec<(String, f64)>)],
 }
 
 /// Some of the columns.
@@ -226,10 +203,6 @@ fn selected<const N: usize>(rows: &[[String; 9]], columns: [usize; N]) -> String
         .collect();
     table::markdown(&rows, columns.map(|column| ALIGNMENT[column]))
 }
-
-const NOTES: &str = "\
-Medians, with the least and the most in parentheses; the last columns are pepsal's median over the others', and over the \
-old build's the median of the ratios of each round. Processor time and memory are the whole machine's, ends included, while nothing else of the benchmark runs.";
 
 fn spread(summary: Summary) -> String {
     let shown = |value| number(summary.metric, value);
@@ -272,14 +245,7 @@ mod tests {
             bulk_bytes: 1,
             minutes: 1.0,
         };
-        let report = Report {
-            run,
-            found,
-            summaries: found.summaries(),
-            comparisons: found.comparisons(),
-            goals: Vec::new(),
-        };
-        report.markdown()
+        Report::new(run, found).markdown()
     }
 
     #[test]

@@ -25,13 +25,13 @@ use nix::{
 use pepsal_tests::Family;
 
 use super::{
-    Bench,
     contender::Contender,
     end::Order,
     firewall::{DISCARD_PORT, FOREIGN_PORT},
     frames::{Kind, Packet},
     lane::Lane,
     observation::{Metric, Programs},
+    rounds::Bench,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);

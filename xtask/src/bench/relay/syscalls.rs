@@ -16,12 +16,12 @@ use nix::{
 use pepsal_tests::Family;
 
 use super::{
-    Bench,
     contender::Contender,
     end::Order,
     lane::Lane,
     observation::Metric,
     process::{self, Process},
+    rounds::Bench,
 };
 use crate::{setup, shell};
 

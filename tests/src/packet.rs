@@ -1,28 +1,54 @@
-//! TCP segments, and what carries or quotes them, put together byte by byte.
+//! TCP segments, and what carries or quotes them, put together byte by byte, and a raw socket to send them by.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::thread;
 
-use pepsal_ebpf::FlowKey;
-use pepsal_tests::Family;
+use anyhow::Result;
+use etherparse::TcpSlice;
+use nix::libc;
+use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::netns::Namespace;
+use crate::topology::Family;
+
+/// Opens a connection.
 pub const SYN: u8 = 0x02;
+/// Ends both directions.
+pub const RST: u8 = 0x04;
+/// The acknowledgement number counts.
 pub const ACK: u8 = 0x10;
+/// Port of [`Tcp::syn`]'s source.
 pub const CLIENT_PORT: u16 = 40_000;
+/// Port of [`Tcp::syn`]'s destination.
 pub const SERVER_PORT: u16 = 80;
 
 /// A TCP segment to be made.
 #[derive(Clone, Debug)]
 pub struct Tcp {
+    /// Where it says that it comes from.
     pub source: SocketAddr,
+    /// Where it goes to.
     pub destination: SocketAddr,
+    /// The control bits of RFC 9293, section 3.1.
     pub flags: u8,
+    /// Sequence number.
+    pub sequence: u32,
+    /// Acknowledgement number.
+    pub acknowledged: u32,
+    /// IPv4 type of service or IPv6 traffic class.
     pub traffic_class: u8,
+    /// Time to live, or hop limit.
     pub ttl: u8,
+    /// IPv6 flow label.
     pub flow_label: u32,
+    /// IPv4 options with their padding.
     pub ip_options: Vec<u8>,
     /// IPv6 extension headers: protocol number, and all of the header but its next-header byte.
     pub extensions: Vec<(u8, Vec<u8>)>,
+    /// TCP options with their padding.
     pub tcp_options: Vec<u8>,
+    /// What comes after the headers.
+    pub payload: Vec<u8>,
 }
 
 impl Tcp {
@@ -32,15 +58,19 @@ impl Tcp {
             source: (family.client(), CLIENT_PORT).into(),
             destination: (family.server(), SERVER_PORT).into(),
             flags: SYN,
+            sequence: 0,
+            acknowledged: 0,
             traffic_class: 0,
             ttl: 64,
             flow_label: 0,
             ip_options: Vec::new(),
             extensions: Vec::new(),
             tcp_options: Vec::new(),
+            payload: Vec::new(),
         }
     }
 
+    /// The same with other control bits.
     pub fn with_flags(family: Family, flags: u8) -> Self {
         Self {
             flags,
@@ -48,6 +78,7 @@ impl Tcp {
         }
     }
 
+    /// The client's SYN behind IPv6 extension headers.
     pub fn with_extensions(extensions: &[(u8, &[u8])]) -> Self {
         let extensions = extensions
             .iter()
@@ -59,30 +90,28 @@ impl Tcp {
         }
     }
 
-    pub fn key(&self) -> FlowKey {
-        FlowKey::between(self.source, self.destination)
-    }
-
     /// From the IP header on, without checksums, which are not steering's to check.
     pub fn packet(&self) -> Vec<u8> {
-        self.ip(6, &self.header())
+        self.ip(TCP, &self.segment())
     }
 
-    /// The TCP header.
-    pub fn header(&self) -> Vec<u8> {
+    /// TCP header and payload, with a checksum of zero.
+    pub fn segment(&self) -> Vec<u8> {
         let mut tcp = [
             self.source.port().to_be_bytes(),
             self.destination.port().to_be_bytes(),
         ]
         .concat();
-        tcp.extend([0; 8]);
+        tcp.extend(self.sequence.to_be_bytes());
+        tcp.extend(self.acknowledged.to_be_bytes());
         tcp.push((((20 + self.tcp_options.len()) / 4) << 4) as u8);
         tcp.extend([self.flags, 0xff, 0xff, 0, 0, 0, 0]);
         tcp.extend(&self.tcp_options);
+        tcp.extend(&self.payload);
         tcp
     }
 
-    /// The same IP header before another payload.
+    /// Its IP header before another payload.
     pub fn ip(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
@@ -137,6 +166,7 @@ impl Tcp {
         router.ip(icmp_protocol(self.source.ip()), &message)
     }
 
+    /// The same from the other end.
     pub fn swapped(&self) -> Self {
         Self {
             source: self.destination,
@@ -151,20 +181,96 @@ pub fn ip_header_len(tcp: &Tcp) -> usize {
     if tcp.source.is_ipv4() { 20 } else { 40 }
 }
 
+/// ICMP's protocol number of an address's family.
 pub fn icmp_protocol(address: IpAddr) -> u8 {
     if address.is_ipv4() { 1 } else { 58 }
 }
 
+/// Hop-by-hop options (RFC 8200).
 pub const HOP_BY_HOP: u8 = 0;
+/// Routing header.
 pub const ROUTING: u8 = 43;
+/// Fragment header.
 pub const FRAGMENT: u8 = 44;
+/// Encapsulating security payload (RFC 4303).
 pub const ESP: u8 = 50;
+/// Authentication header (RFC 4302).
 pub const AUTHENTICATION: u8 = 51;
+/// Destination options.
 pub const DESTINATION: u8 = 60;
+/// Mobility header (RFC 6275).
 pub const MOBILITY: u8 = 135;
 
 /// Router alert, and padding of the header's rest.
 pub const ROUTER_ALERT: &[u8] = &[0, 5, 2, 0, 0, 1, 0];
+/// Padding alone.
 pub const PADDING: &[u8] = &[0, 1, 4, 0, 0, 0, 0];
 /// Type 4 without segments left.
 pub const ROUTED: &[u8] = &[0, 4, 0, 0, 0, 0, 0];
+
+const TCP: u8 = 6;
+
+/// Sends IPv4 packets from a namespace, whatever they say they come from.
+#[derive(Debug)]
+pub struct Forger(Socket);
+
+impl Forger {
+    /// Opens a raw socket.
+    ///
+    /// # Errors
+    /// Without root.
+    pub fn new(namespace: &Namespace) -> Result<Self> {
+        let raw = Some(Protocol::from(libc::IPPROTO_RAW));
+        Ok(Self(namespace.run(|| Socket::new(Domain::IPV4, Type::RAW, raw))?))
+    }
+
+    /// Sends a segment; the kernel fills in the IP header's checksum.
+    ///
+    /// # Errors
+    /// When it has no route.
+    pub fn send(&self, tcp: &Tcp) -> Result<()> {
+        self.send_packet(tcp.destination, &tcp.ip(TCP, &checked(tcp)))
+    }
+
+    /// Sends a part of a segment, `at` bytes from its beginning, as a fragment of packet `id`.
+    ///
+    /// # Errors
+    /// When it has no route.
+    pub fn send_fragment(
+        &self,
+        tcp: &Tcp,
+        id: u16,
+        part: std::ops::Range<usize>,
+        at: u16,
+        more: bool,
+    ) -> Result<()> {
+        let mut packet = tcp.ip(TCP, &checked(tcp)[part]);
+        packet[4..6].copy_from_slice(&id.to_be_bytes());
+        packet[6..8].copy_from_slice(&((u16::from(more) << 13) | (at / 8)).to_be_bytes());
+        self.send_packet(tcp.destination, &packet)
+    }
+
+    fn send_packet(&self, destination: SocketAddr, packet: &[u8]) -> Result<()> {
+        let to = SocketAddr::new(destination.ip(), 0).into();
+        loop {
+            match self.0.send_to(packet, &to) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => thread::yield_now(),
+                sent => return Ok(sent.map(drop)?),
+            }
+        }
+    }
+}
+
+/// TCP header and payload of a segment between IPv4 addresses, with their checksum.
+fn checked(tcp: &Tcp) -> Vec<u8> {
+    let octets = |address| match address {
+        IpAddr::V4(address) => Ipv4Addr::octets(&address),
+        IpAddr::V6(_) => panic!("{address} is not IPv4"),
+    };
+    let mut segment = tcp.segment();
+    let slice = TcpSlice::from_slice(&segment).expect("the header is whole");
+    let checksum = slice.calc_checksum_ipv4(octets(tcp.source.ip()), octets(tcp.destination.ip()));
+    let checksum = checksum.expect("it is shorter than 64 KiB");
+    segment[16..18].copy_from_slice(&checksum.to_be_bytes());
+    segment
+}

@@ -1,0 +1,54 @@
+//! What all measurements share, and how contenders take turns.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use super::{contender::Contender, lane::Equipment, observation::Observations};
+use crate::progress::Progress;
+
+/// How much is measured.
+pub struct Amounts {
+    pub rounds: u32,
+    /// Payload of a bulk transfer.
+    pub bulk_bytes: u64,
+    /// How long connections are opened.
+    pub connections: Duration,
+    /// Numbers of open flows; the last is the most that descriptors allow.
+    pub flows: Vec<usize>,
+    /// Requests over the open flows.
+    pub exchanges: usize,
+    /// How often a program runs on a packet.
+    pub packets: u32,
+    /// How many frames are sent through a gateway.
+    pub frames: u32,
+}
+
+/// What all measurements share.
+pub struct Bench<'a> {
+    pub contenders: &'a [Contender],
+    pub amounts: &'a Amounts,
+    pub equipment: &'a Equipment<'a>,
+    pub progress: Progress,
+    pub found: Observations,
+}
+
+impl Bench<'_> {
+    /// Measures all contenders in every round, each time beginning with another one.
+    pub fn rounds(
+        &mut self,
+        what: &str,
+        mut measure: impl FnMut(&mut Self, u32, Contender) -> Result<()>,
+    ) -> Result<()> {
+        for round in 1..=self.amounts.rounds {
+            for turn in 0..self.contenders.len() {
+                let contender = self.contenders[(turn + round as usize) % self.contenders.len()];
+                let of = self.amounts.rounds;
+                self.progress
+                    .show(|| format!("{what}, round {round} of {of}: {contender}"));
+                measure(self, round, contender).with_context(|| format!("{what}, {contender}"))?;
+            }
+        }
+        Ok(())
+    }
+}

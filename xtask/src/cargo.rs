@@ -1,0 +1,30 @@
+//! The cargo that runs xtask, and where its workspace and what it builds are.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// The cargo that runs xtask, working on the host's crates, with arguments that are parted by spaces.
+pub fn cargo(args: &str) -> Command {
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.args(args.split(' ')).current_dir(root());
+    cargo.env("CARGO_TARGET_DIR", target_dir());
+    cargo
+}
+
+/// Where cargo puts what it builds: an absolute path.
+pub fn target_dir() -> PathBuf {
+    match env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => std::path::absolute(&dir).unwrap_or(dir.into()),
+        None => root().join("target"),
+    }
+}
+
+/// The workspace's folder.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies inside the workspace")
+}
