@@ -35,7 +35,7 @@ pub struct Options {
     /// What is known of the link behind an interface (repeatable): its rate and round trip, from which follow the windows,
     /// buffers, pacing and timeouts of every leg that leaves through it. Other keys: up (the rate that this gateway sends
     /// at), cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, user-timeout, keepalive, connect-timeout,
-    /// weights=equal|dscp, peer=pepsal
+    /// weights=equal|dscp, share=subscriber|leg, peer=pepsal
     #[arg(long = "link", value_name = "INTERFACE,rate=RATE,rtt=TIME[,KEY=VALUE…]")]
     pub links: Vec<LinkSpec>,
 

@@ -108,13 +108,22 @@ fn links(status: &Status) -> String {
                 link.interface.clone(),
                 link.congestion.clone(),
                 text::round_trip(Some(link.rtt_seconds)),
+                text::rate(link.ceiling_bytes_per_second as f64),
                 text::rate(rate),
                 text::rate(link.used_bytes_per_second),
                 format!("{:.0} %", 100.0 * link.used_bytes_per_second / rate.max(1.0)),
+                format!("{:.0} ms", 1e3 * link.queueing_seconds),
+                link.state.replace('_', " "),
             ]
         })
         .collect();
-    text::table(&["LINK", "CC", "RTT", "RATE", "USED", "SHARE"], &rows, 2)
+    text::table(
+        &[
+            "LINK", "CC", "RTT", "CEILING", "RATE", "USED", "SHARE", "QUEUE", "STATE",
+        ],
+        &rows,
+        2,
+    )
 }
 
 fn or_none(names: &[String]) -> String {

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::Shutdown,
+    net::{IpAddr, Shutdown},
     os::fd::AsFd,
     sync::{
         Arc,
@@ -42,7 +42,7 @@ impl Leg {
     }
 
     /// Lets a leg that has not sent anything yet start at its share of its link's rate.
-    pub fn join(&mut self, link: &Link, traffic_class: u8, congestion: &Congestion) {
+    pub fn join(&mut self, link: &Link, client: IpAddr, traffic_class: u8, congestion: &Congestion) {
         let profile = &link.profile;
         let (weight, window) = (profile.weights.of(traffic_class), profile.initial_window.value);
         if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side)
@@ -50,7 +50,7 @@ impl Leg {
         {
             trace!("send window refused: {error}");
         }
-        self.membership = Some(link.budget.join(self.stream.clone(), weight, congestion, window));
+        self.membership = Some(link.budget.join(&self.stream, client, weight, congestion, window));
     }
 
     /// Which end of the flow it is.
@@ -64,9 +64,9 @@ impl Leg {
     }
 
     /// Notes that bytes were written to the leg.
-    pub(super) fn wrote(&self, bytes: usize) {
+    pub(super) fn wrote(&self) {
         if let Some(membership) = &self.membership {
-            membership.wrote(bytes);
+            membership.wrote();
         }
     }
 

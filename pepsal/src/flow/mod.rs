@@ -161,7 +161,12 @@ impl End {
             Some(link) => {
                 let congestion = legs.congestion_of(leg.side(), Some(link));
                 let derived = &link.profile.congestion.value;
-                leg.join(link, record.traffic_class, congestion.unwrap_or(derived));
+                leg.join(
+                    link,
+                    flow.client.ip(),
+                    record.traffic_class,
+                    congestion.unwrap_or(derived),
+                );
             }
             None => {
                 let handshake = match leg.side() {

@@ -264,7 +264,7 @@ impl Direction<'_> {
         match self.to.stream().try_write(write) {
             Ok(bytes) => {
                 self.progress.add(self.to.side(), bytes);
-                self.to.wrote(bytes);
+                self.to.wrote();
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),

@@ -3,7 +3,7 @@
 use std::{fmt, time::Duration};
 
 use crate::{
-    link::spec::{LinkSpec, Peer, Weights},
+    link::spec::{LinkSpec, Peer, Sharing, Weights},
     tcp::congestion::Congestion,
     units::{Rate, show_size},
 };
@@ -78,6 +78,8 @@ pub struct LinkProfile {
     pub connect_timeout: Derived<Duration>,
     /// How the legs share the rate.
     pub weights: Weights,
+    /// Among whom the rate is divided first.
+    pub sharing: Sharing,
     /// Bytes that the receiver at the other end takes from the first segment on, where they are known.
     pub peer_window: Derived<Option<u64>>,
 }
@@ -167,6 +169,7 @@ impl LinkProfile {
                 "--connect-timeout, at least twenty round trips",
             ),
             weights: spec.weights,
+            sharing: spec.sharing,
             peer_window: match spec.peer {
                 Peer::Unknown => Derived {
                     value: None,

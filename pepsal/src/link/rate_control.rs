@@ -25,6 +25,10 @@ use crate::{
     tcp::congestion::{Congestion, OWN},
 };
 
+/// Microseconds that the window covers beyond the shortest round trip and its quarter: on a low orbit the next satellite may be
+/// so much farther away.
+const SLACK_US: i32 = 50_000;
+
 /// The registration, undone when this is dropped.
 #[derive(Debug)]
 pub struct RateControl {
@@ -158,15 +162,16 @@ impl Kernel {
             shift_right(R9, 3),
             jump_if_at_most_register(R8, R9, 1),
             copy(R8, R9),
-            jump_if_zero(R8, 9),
+            jump_if_zero(R8, 10),
+            copy(R9, R8),
+            shift_right(R9, 2),
+            add_register(R8, R9),
+            add(R8, SLACK_US),
             load_32(R9, R6, self.mss_cache),
             multiply(R7, R8),
             divide(R7, 1_000_000),
             // By zero it is zero.
             divide_by(R7, R9),
-            copy(R8, R7),
-            shift_right(R8, 2),
-            add_register(R7, R8),
             add(R7, 10),
             store_32(R6, self.snd_cwnd, R7),
             set(R0, 0),

@@ -28,6 +28,7 @@ pub struct LinkSpec {
     pub(super) keepalive: Option<Duration>,
     pub(super) connect_timeout: Option<Duration>,
     pub(super) weights: Weights,
+    pub(super) sharing: Sharing,
     pub(super) peer: Peer,
 }
 
@@ -41,7 +42,16 @@ pub enum Peer {
     Pepsal,
 }
 
-/// How the legs of a link share its rate.
+/// Among whom a link's rate is divided first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sharing {
+    /// Subscribers, then the legs of each: who opens many connections gets no more.
+    Subscriber,
+    /// Legs, whosever they are.
+    Leg,
+}
+
+/// How the legs of a link share its rate, or those of a subscriber its part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Weights {
     /// All alike.
@@ -62,7 +72,7 @@ impl Weights {
 }
 
 /// The keys of a link.
-pub const KEYS: [&str; 17] = [
+pub const KEYS: [&str; 18] = [
     "rate",
     "rtt",
     "up",
@@ -79,6 +89,7 @@ pub const KEYS: [&str; 17] = [
     "keepalive",
     "connect-timeout",
     "weights",
+    "share",
     "peer",
 ];
 
@@ -145,6 +156,7 @@ impl Draft {
                 keepalive: None,
                 connect_timeout: None,
                 weights: Weights::Equal,
+                sharing: Sharing::Subscriber,
                 peer: Peer::Unknown,
             },
             rate: None,
@@ -200,6 +212,13 @@ impl Draft {
                     "equal" => Weights::Equal,
                     "dscp" => Weights::Dscp,
                     _ => return Err(format!("weights: '{value}' is neither equal nor dscp")),
+                }
+            }
+            "share" => {
+                spec.sharing = match value {
+                    "subscriber" => Sharing::Subscriber,
+                    "leg" => Sharing::Leg,
+                    _ => return Err(format!("share: '{value}' is neither subscriber nor leg")),
                 }
             }
             "peer" => {
@@ -273,6 +292,10 @@ mod tests {
             (
                 "sat0,rate=50mbit,rtt=600ms,peer=proxy",
                 "peer: 'proxy' is neither pepsal nor unknown",
+            ),
+            (
+                "sat0,rate=50mbit,rtt=600ms,share=flow",
+                "share: 'flow' is neither subscriber nor leg",
             ),
             (
                 "sat0,rate=50mbit,rtt=600ms,weights=size",

@@ -22,6 +22,7 @@ use crate::{
         metrics::Event,
         table::{LegObservation, State},
     },
+    link::{budget::Found, controller::State as LinkState},
     observe::{log, process::Process, view::View},
 };
 
@@ -64,8 +65,7 @@ struct InterfaceFigures {
 /// How much of a link's rate is used, in bytes per second.
 struct LinkFigures {
     interface: String,
-    rate: u64,
-    used: f64,
+    found: Found,
 }
 
 impl Figures {
@@ -97,14 +97,9 @@ impl Figures {
         let (up, down) = metrics.bytes();
         let attached = view.attached.get();
         let is_intercepted = |name: &String| attached.iter().any(|on| on.intercepts && on.interface == *name);
-        let link = |link: &Arc<crate::link::registry::Link>| {
-            let (rate, used) = link.budget.rate();
-            let interface = link.profile.interface.clone();
-            LinkFigures {
-                interface,
-                rate,
-                used,
-            }
+        let link = |link: &Arc<crate::link::registry::Link>| LinkFigures {
+            interface: link.profile.interface.clone(),
+            found: link.budget.found(),
         };
         Self {
             started: view.started,
@@ -379,15 +374,37 @@ impl Figures {
         };
         out.gauge(
             "link_rate_bytes_per_second",
-            "What the legs of a described link share: its rate, in bytes of payload",
+            "What the legs of a described link share: the rate that it was found to carry, in bytes of payload",
             &["interface"],
-            links(|link| link.rate as f64),
+            links(|link| link.found.rate as f64),
+        )?;
+        out.gauge(
+            "link_rate_ceiling_bytes_per_second",
+            "What they share at most, as the link is described",
+            &["interface"],
+            links(|link| link.found.ceiling as f64),
         )?;
         out.gauge(
             "link_rate_used_ratio",
-            "How much of that is acknowledged at present, from 0 to 1",
+            "How much of the rate is acknowledged at present, from 0 to 1",
             &["interface"],
-            links(|link| link.used / link.rate.max(1) as f64),
+            links(|link| link.found.used / link.found.rate.max(1) as f64),
+        )?;
+        out.gauge(
+            "link_queueing_delay_seconds",
+            "How long segments of legs wait in front of the link",
+            &["interface"],
+            links(|link| link.found.queueing.as_secs_f64()),
+        )?;
+        let states = self.links.iter().flat_map(|link| {
+            let value = |state: LinkState| f64::from(u8::from(state == link.found.state));
+            LinkState::ALL.map(|state| ([link.interface.as_str(), state.name()], value(state)))
+        });
+        out.gauge(
+            "link_state",
+            "1 for what was found of the link last, 0 for the others",
+            &["interface", "state"],
+            states,
         )
     }
 }

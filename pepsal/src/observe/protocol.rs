@@ -165,8 +165,14 @@ pub struct LinkStatus {
     pub interface: String,
     /// Its round trip as described, in seconds.
     pub rtt_seconds: f64,
-    /// What its legs share, in bytes of payload a second.
+    /// What its legs share at present, in bytes of payload a second: what it was found to carry.
     pub rate_bytes_per_second: u64,
+    /// What they share at most.
+    pub ceiling_bytes_per_second: u64,
+    /// How long what they send waits in front of it, in seconds.
+    pub queueing_seconds: f64,
+    /// What was found last: `at_ceiling`, `holding`, `growing`, `draining`, `competing` or `outage`.
+    pub state: String,
     /// What they use of that.
     pub used_bytes_per_second: f64,
     /// Their congestion control.

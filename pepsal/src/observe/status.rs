@@ -57,12 +57,15 @@ impl Status {
         }
         let [up, down] = figures.bytes;
         let link = |link: &std::sync::Arc<crate::link::registry::Link>| {
-            let (rate, used) = link.budget.rate();
+            let found = link.budget.found();
             LinkStatus {
                 interface: link.profile.interface.clone(),
                 rtt_seconds: link.profile.rtt.as_secs_f64(),
-                rate_bytes_per_second: rate,
-                used_bytes_per_second: used,
+                rate_bytes_per_second: found.rate,
+                ceiling_bytes_per_second: found.ceiling,
+                queueing_seconds: found.queueing.as_secs_f64(),
+                state: found.state.name().to_owned(),
+                used_bytes_per_second: found.used,
                 congestion: link.profile.congestion.value.to_string(),
             }
         };

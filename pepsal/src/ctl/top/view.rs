@@ -95,11 +95,12 @@ fn share(frame: &mut Frame<'_>, area: Rect, link: &LinkStatus) {
     let rate = link.rate_bytes_per_second as f64;
     let ratio = (link.used_bytes_per_second / rate.max(1.0)).clamp(0.0, 1.0);
     let label = format!(
-        "{}: {} of {}, {:.0} %",
+        "{}: {} of {}, {:.0} %, {}",
         link.interface,
         text::rate(link.used_bytes_per_second),
         text::rate(rate),
-        ratio * 100.0
+        ratio * 100.0,
+        link.state.replace('_', " ")
     );
     let gauge = Gauge::default()
         .ratio(ratio)
