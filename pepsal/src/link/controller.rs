@@ -135,7 +135,8 @@ const MORE_LOSS: f64 = 0.02;
 /// Bytes in the smallest sample of loss: a hundred segments.
 const SAMPLE: u64 = 144_800;
 
-/// Round trips after which more is tried again.
+/// Time, and round trips, after which more is tried again.
+const PAUSE: Duration = Duration::from_millis(300);
 const PATIENCE: u32 = 3;
 
 impl Controller {
@@ -348,7 +349,7 @@ impl Controller {
 
     fn hold(&mut self, rtt: Duration) {
         self.state = State::Holding;
-        self.until = self.now + PATIENCE * rtt;
+        self.until = self.now + (PATIENCE * rtt).max(PAUSE);
         self.set(self.rate as f64);
     }
 

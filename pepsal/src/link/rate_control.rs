@@ -1,10 +1,10 @@
 //! The congestion control of legs whose link's rate is known: send at the share, whatever is lost.
 //!
 //! On a satellite link a lost packet says that it rained, not that somebody else wants to send. Loss-based control slows
-//! down for it; BBR finds the rate again, but takes many round trips of 600 ms each. Here nothing has to be found: the
-//! link's [`budget`](crate::link::budget) divides what the operator said there is, and caps each leg's pacing at its share. So
-//! the window is what the share sends in the shortest round trip seen and a quarter more, from the first segment on; a
-//! standing queue can never grow past that quarter.
+//! down for it; BBR finds the rate again, but takes many round trips of 600 ms each. Here no leg has to find it: the link's
+//! [`budget`](crate::link::budget) divides what the link carries, and caps each leg's pacing at its share. So the window is what
+//! the share sends in the shortest round trip seen, a quarter and 50 ms more, from the first segment on; a standing queue can
+//! never grow past that.
 //!
 //! It is registered with the kernel as a `struct_ops` of four small eBPF programs, which are put together here, since the
 //! places of the members they touch are the running kernel's. They live as long as this process.
