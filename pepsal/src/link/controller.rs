@@ -674,7 +674,7 @@ mod tests {
 
     #[test]
     fn a_longer_path_is_no_queue() {
-        let rtt = |at: f64| if (at / 15.0) as u64 % 2 == 0 { 0.025 } else { 0.06 };
+        let rtt = |at: f64| if ((at / 15.0) as u64).is_multiple_of(2) { 0.025 } else { 0.06 };
         let simulation = Simulation {
             rtt: Box::new(rtt),
             buffer: RATE * 0.06,
