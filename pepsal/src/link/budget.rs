@@ -19,7 +19,7 @@ use tokio::{
     sync::Notify,
     time::{Instant, MissedTickBehavior, interval},
 };
-use tracing::trace;
+use tracing::{debug, trace};
 
 use crate::{
     link::{

@@ -89,13 +89,17 @@ pub struct Controller {
     steps: usize,
     /// Consecutive attempts to drain that have changed nothing.
     vain: u32,
-    /// Queueing when the last attempt to drain began, and when the first of those in vain did.
-    queueing_before: Duration,
-    queueing_at_first: Duration,
-    /// The rate before the first.
+    /// When the last attempt to drain began.
+    drained_from: Duration,
+    /// When something of it could be seen first, and the queueing at that time.
+    drained_seen: Option<(Duration, Duration)>,
+    /// Rate and queueing before the first attempt of those in vain.
     rate_at_first: u64,
-    /// The most that has arrived since then.
+    queueing_at_first: Duration,
+    /// What has arrived while the queue stood.
     carried: u64,
+    /// When something was last known that makes all legs lose.
+    trouble: Option<Duration>,
     /// What happened in about the last round trip.
     recent: VecDeque<Observation>,
     /// Times and queueing, no older than [`MEMORY`].
@@ -150,10 +154,12 @@ impl Controller {
             until: Duration::ZERO,
             steps: 0,
             vain: 0,
-            queueing_before: Duration::ZERO,
-            queueing_at_first: Duration::ZERO,
+            drained_from: Duration::ZERO,
+            drained_seen: None,
             rate_at_first: 0,
+            queueing_at_first: Duration::ZERO,
             carried: 0,
+            trouble: None,
             recent: VecDeque::new(),
             queueings: VecDeque::new(),
             queueing: Duration::ZERO,
@@ -189,14 +195,17 @@ impl Controller {
         self.state
     }
 
-    /// Whether losses of late are the link's, of which no leg is to draw conclusions.
+    /// Whether losses of late may be the link's, of which no leg is to draw conclusions.
     pub fn accounts_for_losses(&self) -> bool {
-        matches!(self.state, State::Draining | State::Outage)
+        self.trouble.is_some_and(|trouble| self.now - trouble < MEMORY)
     }
 
     /// Takes in what was observed in a tick, and decides anew.
     pub fn observe(&mut self, seen: Observation) {
         self.now += seen.elapsed;
+        if matches!(self.state, State::Draining | State::Competing | State::Outage) {
+            self.trouble = Some(self.now);
+        }
         if seen.in_flight && seen.delivered == 0 {
             return self.silent(&seen);
         }
@@ -212,20 +221,12 @@ impl Controller {
         let excess = self.excess(queueing);
         let (delivered, lost) = self.recently();
         match self.state {
-            State::Draining => {
-                self.carried = self.carried.max(delivered);
-                if excess > tolerance(seen.rtt) && self.now < self.until {
-                    self.set(DRAIN * delivered as f64);
-                } else if excess <= tolerance(seen.rtt) || queueing * 10 < self.queueing_before * 7 {
-                    self.settle(&seen);
-                } else {
-                    self.drained_in_vain(&seen, queueing, delivered);
-                }
-            }
+            State::Draining if excess <= tolerance(seen.rtt) => self.settle(&seen),
+            State::Draining => self.go_on_draining(&seen, queueing, delivered),
             State::Competing if self.is_contested(&seen, queueing) => self.compete(&seen, lost),
             _ if excess > tolerance(seen.rtt) || self.has_excess_loss(lost) => {
-                self.carried = delivered;
-                self.drain(&seen, queueing, delivered);
+                (self.rate_at_first, self.queueing_at_first, self.vain) = (self.rate, queueing, 0);
+                self.drain(delivered);
             }
             _ if self.now >= self.until => self.grow(&seen, delivered, lost),
             _ => {}
@@ -330,19 +331,40 @@ impl Controller {
         self.set(factor * self.rate as f64);
     }
 
-    fn drain(&mut self, seen: &Observation, queueing: Duration, delivered: u64) {
-        if self.vain == 0 {
-            (self.rate_at_first, self.queueing_at_first) = (self.rate, queueing);
-        }
+    fn drain(&mut self, delivered: u64) {
         self.state = State::Draining;
         self.steps = 0;
-        self.queueing_before = queueing;
-        self.until = self.now + seen.rtt + queueing;
+        (self.drained_from, self.drained_seen) = (self.now, None);
+        self.send_less(delivered);
+    }
+
+    /// What arrives while a queue stands is what the link carries.
+    fn send_less(&mut self, delivered: u64) {
+        self.carried = delivered;
         self.set((DRAIN * delivered as f64).min(self.rate as f64));
     }
 
+    /// Judges an attempt to drain after a round trip in which it can be seen. What is acknowledged now was sent a round trip
+    /// and the queue ago.
+    fn go_on_draining(&mut self, seen: &Observation, queueing: Duration, delivered: u64) {
+        let Some((since, before)) = self.drained_seen else {
+            match self.now > self.drained_from + seen.rtt + queueing {
+                true => self.drained_seen = Some((self.now, queueing)),
+                // Not yet what is sent now.
+                false => self.send_less(delivered),
+            }
+            return;
+        };
+        if self.now < since + seen.rtt {
+            return;
+        }
+        match queueing + tolerance(seen.rtt) <= before {
+            true => (self.drained_seen, self.vain) = (Some((self.now, queueing)), 0),
+            false => self.drained_in_vain(seen, queueing, delivered),
+        }
+    }
+
     fn settle(&mut self, seen: &Observation) {
-        self.vain = 0;
         self.hold(seen.rtt);
         self.set(SETTLE * self.carried as f64);
     }
@@ -353,13 +375,12 @@ impl Controller {
         self.set(self.rate as f64);
     }
 
-    /// The queue stands whatever is sent: so it is not made here.
+    /// A queue that stands whatever is sent is not made here.
     fn drained_in_vain(&mut self, seen: &Observation, queueing: Duration, delivered: u64) {
         self.vain += 1;
         if self.vain < VAIN {
-            return self.drain(seen, queueing, delivered);
+            return self.drain(delivered);
         }
-        self.vain = 0;
         self.queueings.clear();
         self.hold(seen.rtt);
         self.set(self.rate_at_first as f64);
@@ -674,7 +695,13 @@ mod tests {
 
     #[test]
     fn a_longer_path_is_no_queue() {
-        let rtt = |at: f64| if ((at / 15.0) as u64).is_multiple_of(2) { 0.025 } else { 0.06 };
+        let rtt = |at: f64| {
+            if ((at / 15.0) as u64).is_multiple_of(2) {
+                0.025
+            } else {
+                0.06
+            }
+        };
         let simulation = Simulation {
             rtt: Box::new(rtt),
             buffer: RATE * 0.06,
@@ -693,7 +720,7 @@ mod tests {
         };
         let mut controller = controller(RATE);
         let run = simulation.run(&mut controller, 60.0);
-        during(&run, 42.0, 60.0, 0.9, 0.7, 0.01);
+        during(&run, 42.0, 60.0, 0.85, 0.1, 0.01);
         assert_eq!(controller.rate(), RATE as u64);
     }
 
