@@ -6,6 +6,7 @@ use pepsal_tests::Direction;
 use serde::{Serialize, Serializer};
 
 use super::{
+    schedule::Findings,
     floor::{self, Connection},
     path::{Loss, Path},
     place::{Place, Proxy},
@@ -218,13 +219,14 @@ pub struct Comparison {
     pub ratios: RoundRatios,
 }
 
-impl Observations {
-    /// Adds those of a job.
-    pub fn extend(&mut self, more: Self) {
+impl Findings for Observations {
+    fn extend(&mut self, more: Self) {
         self.samples.extend(more.samples);
         self.series.extend(more.series);
     }
+}
 
+impl Observations {
     /// All cells that have a value, sorted.
     pub fn summaries(&self) -> Vec<Summary> {
         let mut cells: Vec<_> = self.samples.iter().map(|sample| sample.cell).collect();
