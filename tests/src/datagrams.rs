@@ -88,7 +88,8 @@ impl Datagrams {
 
     fn spawn(&mut self, name: &str, work: impl FnOnce() + Send + 'static) {
         let thread = thread::Builder::new().name(name.to_owned()).spawn(work);
-        self.threads.push(thread.expect("threads are far from their limit"));
+        self.threads
+            .push(thread.expect("threads are far from their limit"));
     }
 }
 

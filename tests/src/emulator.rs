@@ -292,13 +292,7 @@ const TX_QUEUE_PACKETS: u32 = 20_000;
 const MAX_PACKET_BYTES: usize = 65_536;
 
 /// One direction, until `stop` is written to or the device is gone.
-fn carry(
-    mut from: &File,
-    mut to: &File,
-    mut shaper: Shaper<Box<[u8]>>,
-    counters: &Counters,
-    stop: &EventFd,
-) {
+fn carry(mut from: &File, mut to: &File, mut shaper: Shaper<Box<[u8]>>, counters: &Counters, stop: &EventFd) {
     // The default slack of 50 us would be four packets' time at 1 Gbit/s. It cannot fail for one's own thread.
     let _ = prctl::set_timerslack(1);
     come_before_programs();

@@ -347,7 +347,10 @@ mod tests {
         (0..5).for_each(|_| assert!(enter(&mut shaper, start)));
         // The second is half sent when the rate falls, and the rest takes 5 ms. Of the fourth 3.5 of 10 ms are over when the
         // rate returns.
-        assert_eq!(arrivals(&mut shaper, start, 100 * MS), [1000, 6500, 16_500, 20_650, 21_650]);
+        assert_eq!(
+            arrivals(&mut shaper, start, 100 * MS),
+            [1000, 6500, 16_500, 20_650, 21_650]
+        );
     }
 
     #[test]
@@ -377,7 +380,10 @@ mod tests {
             (0..6).for_each(|_| assert!(enter(&mut shaper, start)));
             arrivals(&mut shaper, start, 100 * MS)
         };
-        assert_eq!(arrive(Passage::Held), [6000, 11_000, 12_000, 13_000, 14_000, 15_000]);
+        assert_eq!(
+            arrive(Passage::Held),
+            [6000, 11_000, 12_000, 13_000, 14_000, 15_000]
+        );
         assert_eq!(arrive(Passage::Lost), [6000, 11_000]);
     }
 

@@ -70,7 +70,11 @@ impl Task for Job {
     }
 
     fn run(&self, equipment: &Equipment, limits: &Limits<'_>) -> Result<Observations> {
-        let site = Site::new(&Ground::of(self.path, self.loss, self.seed), self.place, equipment)?;
+        let site = Site::new(
+            &Ground::of(self.path, self.loss, self.seed),
+            self.place,
+            equipment,
+        )?;
         let mut run = Run {
             job: self,
             site: &site,

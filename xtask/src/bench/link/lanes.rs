@@ -2,8 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fmt,
-    fs,
+    fmt, fs,
     net::SocketAddr,
     path::Path as FilePath,
     time::{Duration, Instant},
@@ -87,8 +86,7 @@ struct Window {
 
 impl Lane {
     /// All, in the order in which they are shown.
-    pub const ALL: &[Self] = Self::VALUES;
-    const VALUES: &[Self] = &[
+    pub const ALL: &[Self] = &[
         Self::Steady,
         Self::Fade,
         Self::Udp,
@@ -127,7 +125,11 @@ impl Lane {
     }
 
     fn end(self) -> Duration {
-        self.windows().iter().map(|window| window.to).max().unwrap_or_default()
+        self.windows()
+            .iter()
+            .map(|window| window.to)
+            .max()
+            .unwrap_or_default()
     }
 
     fn profile(self, seed: u64) -> LinkProfile {
@@ -329,7 +331,10 @@ impl Task for LaneJob {
         let load = (lane == Lane::Udp)
             .then(|| {
                 let bits = STREAM_BYTES as f64 * 8.0;
-                stream(Duration::from_secs_f64(bits / (0.4 * RATE_BPS as f64)), STREAM_BYTES)
+                stream(
+                    Duration::from_secs_f64(bits / (0.4 * RATE_BPS as f64)),
+                    STREAM_BYTES,
+                )
             })
             .transpose()?;
         let mut marks = Vec::new();
@@ -348,15 +353,31 @@ impl Task for LaneJob {
         // What was sent last is still to arrive.
         limits.sleep(3 * RTT);
         let rows = lane.windows().into_iter().map(|window| {
-            let mark = |time: Duration| marks.iter().find(|mark| mark.at >= time).unwrap_or(&marks[marks.len() - 1]);
+            let mark = |time: Duration| {
+                marks
+                    .iter()
+                    .find(|mark| mark.at >= time)
+                    .unwrap_or(&marks[marks.len() - 1])
+            };
             let (from, to) = (mark(window.from), mark(window.to));
             let sent = |stream: &Datagrams| stream.sent_within(start + from.at, start + to.at);
             let queueing = queueing(&sent(&probe), &course, start);
-            let gained: Vec<f64> = from.received.iter().zip(&to.received).map(|(a, b)| (b - a) as f64).collect();
+            let gained: Vec<f64> = from
+                .received
+                .iter()
+                .zip(&to.received)
+                .map(|(a, b)| (b - a) as f64)
+                .collect();
             let capacity = course.capacity_bytes(Direction::Download, from.at, to.at);
             let rest = if lane == Lane::Udp { 0.6 } else { 1.0 };
-            let (last, others) = gained.split_last().map_or((0.0, &[][..]), |(last, others)| (*last, others));
-            let counted: f64 = if lane == Lane::Cubic { others.iter().sum() } else { gained.iter().sum() };
+            let (last, others) = gained
+                .split_last()
+                .map_or((0.0, &[][..]), |(last, others)| (*last, others));
+            let counted: f64 = if lane == Lane::Cubic {
+                others.iter().sum()
+            } else {
+                gained.iter().sum()
+            };
             let link = to.counters.since(&from.counters).down;
             let percent = |share| statistic::quantile(&queueing, share);
             Row {
@@ -413,7 +434,10 @@ fn queueing(probe: &[Datagram], course: &Course, start: Instant) -> Vec<f64> {
 }
 
 fn lost(stream: &[Datagram]) -> f64 {
-    let lost = stream.iter().filter(|datagram| datagram.arrived.is_none()).count();
+    let lost = stream
+        .iter()
+        .filter(|datagram| datagram.arrived.is_none())
+        .count();
     lost as f64 / (stream.len() as f64).max(1.0)
 }
 
@@ -434,7 +458,10 @@ impl Found {
     fn summaries(&self) -> Vec<Summary> {
         let mut groups: BTreeMap<(Lane, &str, Place), Vec<&Row>> = BTreeMap::new();
         for row in &self.rows {
-            groups.entry((row.lane, row.window, row.place)).or_default().push(row);
+            groups
+                .entry((row.lane, row.window, row.place))
+                .or_default()
+                .push(row);
         }
         let summary = |((_, _, place), rows): ((Lane, &str, Place), Vec<&Row>)| {
             let median = |of: &dyn Fn(&Row) -> Option<f64>| {
@@ -475,26 +502,56 @@ impl Found {
         };
         let bbr = of("leo", Place::NoProxy(Congestion::Bbr)).map_or((0.0, 0.0), |bbr| (bbr.p50, bbr.p95));
         vec![
-            judged("steady", "0.92 of the link, probe p95 +30 ms", &follows(0.92, 30.0, 0.01)),
-            judged("fade, from 8 s on", "0.85, p95 +150 ms, 1 % dropped", &follows(0.85, 150.0, 0.01)),
-            judged("return, from 10 s on", "0.85 of the rate", &follows(0.85, f64::MAX, 1.0)),
-            judged("udp", "0.9 of the rest, stream loses 0.2 %, p95 +150 ms", &|seen| {
-                seen.used >= 0.9 && seen.p95 <= 150.0 && seen.stream_lost.is_some_and(|lost| lost <= 0.002)
-            }),
-            judged("twice", "0.9, p95 +150 ms, 1 % dropped", &follows(0.9, 150.0, 0.01)),
-            judged("cubic", "legs 0.4 or more, the flow beside them 0.1 or more", &|seen| {
-                seen.used >= 0.4 && seen.last_flow.is_some_and(|flow| flow >= 0.1)
-            }),
+            judged(
+                "steady",
+                "0.92 of the link, probe p95 +30 ms",
+                &follows(0.92, 30.0, 0.01),
+            ),
+            judged(
+                "fade, from 8 s on",
+                "0.85, p95 +150 ms, 1 % dropped",
+                &follows(0.85, 150.0, 0.01),
+            ),
+            judged(
+                "return, from 10 s on",
+                "0.85 of the rate",
+                &follows(0.85, f64::MAX, 1.0),
+            ),
+            judged(
+                "udp",
+                "0.9 of the rest, stream loses 0.2 %, p95 +150 ms",
+                &|seen| {
+                    seen.used >= 0.9
+                        && seen.p95 <= 150.0
+                        && seen.stream_lost.is_some_and(|lost| lost <= 0.002)
+                },
+            ),
+            judged(
+                "twice",
+                "0.9, p95 +150 ms, 1 % dropped",
+                &follows(0.9, 150.0, 0.01),
+            ),
+            judged(
+                "cubic",
+                "legs 0.4 or more, the flow beside them 0.1 or more",
+                &|seen| seen.used >= 0.4 && seen.last_flow.is_some_and(|flow| flow >= 0.1),
+            ),
             judged("1 % loss", "0.9", &follows(0.9, f64::MAX, 1.0)),
             judged("3 % loss", "0.88", &follows(0.88, f64::MAX, 1.0)),
             judged("bursts", "0.9", &follows(0.9, f64::MAX, 1.0)),
             judged("leo", "0.9, probe p50 and p95 at most half of BBR's", &|seen| {
                 seen.used >= 0.9 && seen.p50 <= bbr.0 / 2.0 && seen.p95 <= bbr.1 / 2.0
             }),
-            judged("subscriber", "one leg gets what 50 of another get, within 10 %", &|seen| {
-                seen.last_flow.is_some_and(|ratio| (0.9..=1.1).contains(&ratio))
-            }),
-            judged("after the outage", "0.85 from two seconds after it", &follows(0.85, f64::MAX, 1.0)),
+            judged(
+                "subscriber",
+                "one leg gets what 50 of another get, within 10 %",
+                &|seen| seen.last_flow.is_some_and(|ratio| (0.9..=1.1).contains(&ratio)),
+            ),
+            judged(
+                "after the outage",
+                "0.85 from two seconds after it",
+                &follows(0.85, f64::MAX, 1.0),
+            ),
         ]
         .into_iter()
         .filter(|goal| goal.met.is_some())
@@ -510,13 +567,24 @@ impl Found {
         let goals = self.goals(&summaries);
         let mut rows = vec![
             [
-                "link", "with", "of the link", "probe p50", "probe p95", "dropped", "stream lost", "other flow", "seeds",
+                "link",
+                "with",
+                "of the link",
+                "probe p50",
+                "probe p95",
+                "dropped",
+                "stream lost",
+                "other flow",
+                "seeds",
             ]
             .map(str::to_owned),
         ];
         rows.extend(summaries.iter().map(Summary::row));
         use Align::{Left, Right};
-        let markdown = table::markdown(&rows, [Left, Left, Right, Right, Right, Right, Right, Right, Right]);
+        let markdown = table::markdown(
+            &rows,
+            [Left, Left, Right, Right, Right, Right, Right, Right, Right],
+        );
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
         let write = |name: &str, text: String| {
             let file = folder.join(name);

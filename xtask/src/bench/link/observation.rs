@@ -6,10 +6,10 @@ use pepsal_tests::Direction;
 use serde::{Serialize, Serializer};
 
 use super::{
-    schedule::Findings,
     floor::{self, Connection},
     path::{Loss, Path},
     place::{Place, Proxy},
+    schedule::Findings,
 };
 use crate::bench::{statistic, study::RoundRatios};
 

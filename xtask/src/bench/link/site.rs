@@ -2,14 +2,15 @@
 
 use std::{
     net::SocketAddr,
-    path::{Path as FilePath, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
 use pepsal_tests::{
-    Connector, Course, Daemon, Family, Link, LinkCounters, LinkDelays, LinkProfile, Namespace, Server, Topology,
+    Connector, Course, Daemon, Family, Link, LinkCounters, LinkDelays, LinkProfile, Namespace, Server,
+    Topology,
 };
 
 use super::{
@@ -150,7 +151,10 @@ impl Site {
         if ground.is_told {
             arguments.extend(["--link", &told]);
         }
-        let bypass = self.bypass.as_ref().map(|server| format!("port={}", server.port()));
+        let bypass = self
+            .bypass
+            .as_ref()
+            .map(|server| format!("port={}", server.port()));
         if let Some(rule) = &bypass {
             arguments.extend(["--bypass", rule]);
         }
@@ -186,14 +190,6 @@ impl Site {
     /// Where it connects to past pepsal.
     pub fn bypass(&self) -> Option<SocketAddr> {
         self.bypass.as_ref().map(|server| server.address(Family::V4))
-    }
-
-    /// The admin socket of the only pepsal.
-    pub fn admin_socket(&self) -> Option<&FilePath> {
-        match &self.proxies[..] {
-            [Running::Pepsal(Some(daemon))] => Some(daemon.admin_socket()),
-            _ => None,
-        }
     }
 
     /// Begins a course of the link and returns this time.
