@@ -2,15 +2,15 @@
 //!
 //! Each direction has a thread that reads packets from one device, decides what becomes of each, and writes those that arrive
 //! to the other device when their time has come. The deciding is done by a [`Shaper`] on virtual time: a late wake-up delays a
-//! packet by its lateness, and never adds up to a lower rate.
+//! packet by its lateness, and never adds up to a lower rate. A [`Course`] changes the link while it runs.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::prctl;
 use nix::sys::time::TimeSpec;
 
+use crate::course::{Course, RunningCourse};
 use crate::delays::{DelayCounters, Delays};
 use crate::handover::{Handovers, Schedule};
 use crate::netns::Namespace;
+use crate::shaper::{Departure, Shaper};
+use crate::traffic::Direction;
 
 /// What a link does to packets.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,8 +39,10 @@ pub struct LinkProfile {
     pub down_bps: u64,
     /// Round-trip time of an idle link; each direction takes half of it.
     pub rtt: Duration,
-    /// Probability from 0 to 1 that a packet is lost on its way, in each direction and independently of all others.
+    /// Probability from 0 to 1 that a packet is lost on its way, in each direction.
     pub loss: f64,
+    /// Mean length in packets of the bursts in which they are lost (Gilbert's model), where they are not independent.
+    pub burst_packets: Option<f64>,
     /// Bytes that may wait for the transmitter in each direction; what comes on top is dropped.
     pub queue_bytes: u64,
     /// Bytes that may wait towards the server, where that is not `queue_bytes`.
@@ -63,6 +68,7 @@ impl LinkProfile {
             down_bps: rate_bps,
             rtt,
             loss,
+            burst_packets: None,
             queue_bytes: queue_for(rate_bps, rtt),
             up_queue_bytes: None,
             seed: 1,
@@ -131,6 +137,29 @@ pub struct DirectionDelays {
     pub lateness: Delays,
 }
 
+impl LinkCounters {
+    /// What has become of the packets that were counted after `earlier` had been taken. The longest wait stays that of all
+    /// packets; [`LinkDelays::since`] has that of an interval.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            up: self.up.since(&earlier.up),
+            down: self.down.since(&earlier.down),
+        }
+    }
+}
+
+impl DirectionCounters {
+    fn since(&self, earlier: &Self) -> Self {
+        Self {
+            packets: self.packets - earlier.packets,
+            bytes: self.bytes - earlier.bytes,
+            lost: self.lost - earlier.lost,
+            dropped: self.dropped - earlier.dropped,
+            max_queue_delay: self.max_queue_delay,
+        }
+    }
+}
+
 impl LinkDelays {
     /// Those that were counted after `earlier` had been taken.
     pub fn since(&self, earlier: &Self) -> Self {
@@ -155,6 +184,7 @@ impl DirectionDelays {
 pub struct Emulator {
     up: Arc<Counters>,
     down: Arc<Counters>,
+    course: Arc<OnceLock<RunningCourse>>,
     stop: Arc<EventFd>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -181,26 +211,35 @@ impl Emulator {
         let mut emulator = Self {
             up: Arc::default(),
             down: Arc::default(),
+            course: Arc::default(),
             stop: Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?),
             threads: Vec::new(),
         };
 
         let mut rng = Rng::with_seed(profile.seed);
-        let mut up = Shaper::new(profile.up_bps, &profile, rng.fork());
-        let mut down = Shaper::new(profile.down_bps, &profile, rng.fork());
-        let schedule_seed = rng.u64(..);
-        if let Some(bytes) = profile.up_queue_bytes {
-            up.longest_queue = transmission_time(bytes, profile.up_bps);
-        }
+        let (up_rng, down_rng, schedule_seed) = (rng.fork(), rng.fork(), rng.u64(..));
         let origin = Instant::now();
-        for shaper in [&mut up, &mut down] {
-            shaper.schedule = profile
-                .handovers
-                .map(|handovers| Schedule::new(handovers, schedule_seed, origin));
-        }
+        let shaper = |direction, rng| {
+            let handovers = profile.handovers;
+            let schedule = handovers.map(|handovers| Schedule::new(handovers, schedule_seed, origin));
+            Shaper::new(direction, &profile, rng, schedule, Arc::clone(&emulator.course))
+        };
+        let up = shaper(Direction::Upload, up_rng);
+        let down = shaper(Direction::Download, down_rng);
         emulator.carry("up", &near_tun, &far_tun, up, Arc::clone(&emulator.up));
         emulator.carry("down", &far_tun, &near_tun, down, Arc::clone(&emulator.down));
         Ok(emulator)
+    }
+
+    /// Begins a course now and returns this time. Rates and round trip of the profile apply no more.
+    ///
+    /// # Panics
+    /// When a course has begun before.
+    pub fn begin(&self, course: Course) -> Instant {
+        let start = Instant::now();
+        let running = RunningCourse { course, start };
+        self.course.set(running).expect("a link has one course");
+        start
     }
 
     /// What has become of the packets so far.
@@ -224,7 +263,7 @@ impl Emulator {
         name: &str,
         from: &Arc<File>,
         to: &Arc<File>,
-        shaper: Shaper,
+        shaper: Shaper<Box<[u8]>>,
         counters: Arc<Counters>,
     ) {
         let (from, to, stop) = (Arc::clone(from), Arc::clone(to), Arc::clone(&self.stop));
@@ -253,14 +292,22 @@ const TX_QUEUE_PACKETS: u32 = 20_000;
 const MAX_PACKET_BYTES: usize = 65_536;
 
 /// One direction, until `stop` is written to or the device is gone.
-fn carry(mut from: &File, mut to: &File, mut shaper: Shaper, counters: &Counters, stop: &EventFd) {
+fn carry(mut from: &File, mut to: &File, mut shaper: Shaper<Box<[u8]>>, counters: &Counters, stop: &EventFd) {
     // The default slack of 50 us would be four packets' time at 1 Gbit/s. It cannot fail for one's own thread.
     let _ = prctl::set_timerslack(1);
     come_before_programs();
     let mut in_flight = VecDeque::<(Instant, Box<[u8]>)>::new();
+    let send_by = |shaper: &mut Shaper<_>, in_flight: &mut VecDeque<_>, time: Instant| {
+        while let Some(departure) = shaper.depart(time) {
+            counters.count_departure(&departure);
+            let Departure { arrival, packet, .. } = departure;
+            in_flight.extend(arrival.map(|arrival| (arrival, packet)));
+        }
+    };
     let mut buffer = vec![0; MAX_PACKET_BYTES];
     loop {
         let now = Instant::now();
+        send_by(&mut shaper, &mut in_flight, now);
         while in_flight.front().is_some_and(|(arrival, _)| *arrival <= now) {
             let (arrival, packet) = in_flight.pop_front().expect("there is a front");
             counters.lateness.count(now - arrival);
@@ -268,9 +315,11 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper, counters: &Counters
             let _ = to.write(&packet);
         }
 
-        let wait = in_flight
-            .front()
-            .map(|(arrival, _)| TimeSpec::from(arrival.saturating_duration_since(now)));
+        // What waits for the transmitter arrives after all that is in flight.
+        let first_arrival = in_flight.front().map(|(arrival, _)| *arrival);
+        let wait = first_arrival
+            .or_else(|| shaper.next_departure())
+            .map(|time| TimeSpec::from(time.saturating_duration_since(now)));
         let mut ready = [
             PollFd::new(from.as_fd(), PollFlags::POLLIN),
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
@@ -289,100 +338,22 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper, counters: &Counters
         for _ in 0..BATCH {
             // Nothing there, or the device is down.
             let Ok(len) = from.read(&mut buffer) else { break };
-            let fate = shaper.fate(Instant::now(), len);
-            counters.count(len, fate, &shaper);
-            if let Fate::Arrives(at) = fate {
-                in_flight.push_back((at, buffer[..len].into()));
-            }
+            let now = Instant::now();
+            send_by(&mut shaper, &mut in_flight, now);
+            let is_queued = shaper.enter(now, len, buffer[..len].into());
+            counters.count_entry(len, is_queued);
         }
     }
 }
 
 /// A link does not wait for a processor, whatever runs on this machine.
-fn come_before_programs() {
+pub(crate) fn come_before_programs() {
     // SAFETY: `sched_param` is plain data, for which all zeroes are a value.
     let mut parameters: libc::sched_param = unsafe { std::mem::zeroed() };
     parameters.sched_priority = 1;
     // SAFETY: the call reads `parameters` and changes this thread only. Where it is refused, packets may be late, which the
     // counters of lateness show.
     let _ = unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const parameters) };
-}
-
-/// What becomes of a packet.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Fate {
-    /// Reaches the other end at this time.
-    Arrives(Instant),
-    /// Takes its time on the link like any other, but does not arrive.
-    Lost,
-    /// Finds the queue full.
-    Dropped,
-}
-
-/// One direction on virtual time: a queue, a transmitter, a delay and losses behind it.
-struct Shaper {
-    rate_bps: u64,
-    delay: Duration,
-    loss: f64,
-    /// The queue's size as the time that the transmitter needs for it.
-    longest_queue: Duration,
-    rng: Rng,
-    /// When the transmitter has sent all that it has accepted.
-    free_at: Option<Instant>,
-    longest_wait: Duration,
-    /// What the packet before has waited.
-    last_wait: Duration,
-    schedule: Option<Schedule>,
-}
-
-impl Shaper {
-    fn new(rate_bps: u64, profile: &LinkProfile, rng: Rng) -> Self {
-        Self {
-            rate_bps,
-            delay: profile.rtt / 2,
-            loss: profile.loss,
-            longest_queue: transmission_time(profile.queue_bytes, rate_bps),
-            rng,
-            free_at: None,
-            longest_wait: Duration::ZERO,
-            last_wait: Duration::ZERO,
-            schedule: None,
-        }
-    }
-
-    fn fate(&mut self, now: Instant, len: usize) -> Fate {
-        // Drawn for every packet, so that its number alone decides.
-        let is_lost = self.rng.f64() < self.loss;
-        let transmission = transmission_time(len as u64, self.rate_bps);
-        let mut start = self.free_at.map_or(now, |free_at| free_at.max(now));
-        let mut backlog = start - now;
-        let mut delay = self.delay;
-        if let Some(schedule) = &mut self.schedule {
-            let silence = schedule.at(start);
-            start = start.max(silence.end);
-            // The transmitter has nothing to do for what it is silent: that time is no part of the queue.
-            backlog =
-                (start - now).saturating_sub(silence.end.saturating_duration_since(now.max(silence.start)));
-            delay += silence.extra_delay;
-        }
-        if backlog > self.longest_queue {
-            return Fate::Dropped;
-        }
-        self.last_wait = start - now;
-        self.longest_wait = self.longest_wait.max(self.last_wait);
-        let sent = start + transmission;
-        self.free_at = Some(sent);
-        if is_lost {
-            Fate::Lost
-        } else {
-            Fate::Arrives(sent + delay)
-        }
-    }
-}
-
-fn transmission_time(bytes: u64, rate_bps: u64) -> Duration {
-    let nanoseconds = u128::from(bytes) * 8_000_000_000 / u128::from(rate_bps.max(1));
-    Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX))
 }
 
 #[derive(Debug, Default)]
@@ -397,19 +368,21 @@ struct Counters {
 }
 
 impl Counters {
-    fn count(&self, len: usize, fate: Fate, shaper: &Shaper) {
+    fn count_entry(&self, len: usize, is_queued: bool) {
         self.packets.fetch_add(1, Ordering::Relaxed);
         self.bytes.fetch_add(len as u64, Ordering::Relaxed);
-        match fate {
-            Fate::Arrives(_) => {}
-            Fate::Lost => _ = self.lost.fetch_add(1, Ordering::Relaxed),
-            Fate::Dropped => _ = self.dropped.fetch_add(1, Ordering::Relaxed),
+        if !is_queued {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
         }
-        if fate != Fate::Dropped {
-            self.queue.count(shaper.last_wait);
+    }
+
+    fn count_departure<P>(&self, departure: &Departure<P>) {
+        if departure.arrival.is_none() {
+            self.lost.fetch_add(1, Ordering::Relaxed);
         }
+        self.queue.count(departure.waited);
         self.max_queue_delay_ns
-            .store(shaper.longest_wait.as_nanos() as u64, Ordering::Relaxed);
+            .fetch_max(departure.waited.as_nanos() as u64, Ordering::Relaxed);
     }
 
     fn delays(&self) -> DirectionDelays {
@@ -465,108 +438,11 @@ fn open_tun(device: &str) -> Result<File> {
 mod tests {
     use super::*;
 
-    const PACKET_LEN: usize = 1250;
-
-    fn shaper(profile: LinkProfile) -> Shaper {
-        Shaper::new(profile.up_bps, &profile, Rng::with_seed(profile.seed))
-    }
-
-    #[test]
-    fn packets_are_sent_one_after_the_other_and_then_delayed() {
-        let mut shaper = shaper(LinkProfile::symmetric(
-            10_000_000,
-            Duration::from_millis(100),
-            0.0,
-        ));
-        let start = Instant::now();
-        for number in 1..=10 {
-            let arrival = start + Duration::from_millis(number) + Duration::from_millis(50);
-            assert_eq!(shaper.fate(start, PACKET_LEN), Fate::Arrives(arrival));
-        }
-        assert_eq!(shaper.longest_wait, Duration::from_millis(9));
-        let later = start + Duration::from_secs(1);
-        assert_eq!(
-            shaper.fate(later, PACKET_LEN),
-            Fate::Arrives(later + Duration::from_millis(51))
-        );
-    }
-
-    #[test]
-    fn a_full_queue_drops_and_drains_at_the_rate() {
-        let profile = LinkProfile::symmetric(10_000_000, Duration::ZERO, 0.0);
-        let mut shaper = shaper(LinkProfile {
-            queue_bytes: 2 * PACKET_LEN as u64,
-            ..profile
-        });
-        let start = Instant::now();
-        let fates = [(); 5].map(|()| shaper.fate(start, PACKET_LEN));
-        assert!(matches!(
-            fates,
-            [
-                Fate::Arrives(_),
-                Fate::Arrives(_),
-                Fate::Arrives(_),
-                Fate::Dropped,
-                Fate::Dropped
-            ]
-        ));
-        let one_sent = start + Duration::from_millis(1);
-        assert!(matches!(shaper.fate(one_sent, PACKET_LEN), Fate::Arrives(_)));
-        assert_eq!(shaper.fate(one_sent, PACKET_LEN), Fate::Dropped);
-    }
-
-    #[test]
-    fn a_handover_holds_packets_back_and_is_no_part_of_the_queue() {
-        let handovers = Handovers {
-            period: Duration::from_secs(1),
-            shortest_silence: Duration::from_millis(100),
-            longest_silence: Duration::from_millis(100),
-            rtt_step: Duration::ZERO,
-        };
-        let mut shaper = shaper(LinkProfile {
-            queue_bytes: 2 * PACKET_LEN as u64,
-            ..LinkProfile::symmetric(10_000_000, Duration::ZERO, 0.0)
-        });
-        let origin = Instant::now();
-        let silence = Schedule::new(handovers, 1, origin).at(origin + handovers.period);
-        shaper.schedule = Some(Schedule::new(handovers, 1, origin));
-        let sent_at = |n: u64| Fate::Arrives(silence.end + Duration::from_millis(n));
-        // Before it, in it, and after it.
-        let before = silence.start - Duration::from_millis(5);
-        assert_eq!(
-            shaper.fate(before, PACKET_LEN),
-            Fate::Arrives(before + Duration::from_millis(1))
-        );
-        let within = silence.start + Duration::from_millis(50);
-        assert_eq!(shaper.fate(within, PACKET_LEN), sent_at(1));
-        assert_eq!(shaper.fate(within, PACKET_LEN), sent_at(2));
-        assert_eq!(shaper.fate(within, PACKET_LEN), sent_at(3));
-        assert_eq!(shaper.fate(within, PACKET_LEN), Fate::Dropped);
-        assert_eq!(
-            shaper.fate(silence.end + Duration::from_millis(1), PACKET_LEN),
-            sent_at(4)
-        );
-    }
-
     #[test]
     fn each_direction_may_have_a_queue_of_its_own() {
         let profile = LinkProfile::asymmetric(5_000_000, 50_000_000, Duration::from_millis(600), 0.0);
         assert_eq!(profile.queue_bytes, 3_750_000);
         assert_eq!(profile.up_queue_bytes, Some(375_000));
-    }
-
-    #[test]
-    fn losses_repeat_with_the_seed_whatever_the_times() {
-        let profile = LinkProfile::symmetric(u64::MAX, Duration::ZERO, 0.5);
-        let losses = |seed, interval| {
-            let mut shaper = shaper(LinkProfile { seed, ..profile });
-            let start = Instant::now();
-            (0..100)
-                .map(|n| shaper.fate(start + n * interval, PACKET_LEN) == Fate::Lost)
-                .collect::<Vec<_>>()
-        };
-        assert_eq!(losses(1, Duration::ZERO), losses(1, Duration::from_millis(3)));
-        assert_ne!(losses(1, Duration::ZERO), losses(2, Duration::ZERO));
     }
 
     #[test]

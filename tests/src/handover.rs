@@ -75,6 +75,11 @@ impl Schedule {
         self.current
     }
 
+    /// When the handover after the last one that [`Schedule::at`] has returned begins.
+    pub(crate) fn next_start(&self) -> Instant {
+        self.next.start
+    }
+
     fn silence(&mut self, start: Instant) -> Silence {
         let Handovers {
             shortest_silence,

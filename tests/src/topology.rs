@@ -12,9 +12,11 @@
 //! | 10.3.0.0/24, fd03::/64 | gateway .1, router .2 |
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
+use crate::course::Course;
 use crate::emulator::{Emulator, LinkCounters, LinkDelays, LinkProfile};
 use crate::netns::Namespace;
 
@@ -135,6 +137,12 @@ impl Topology {
     /// When it is there.
     pub fn reconnect_client(&self) -> Result<()> {
         connect_client(&self.client, &self.gateway)
+    }
+
+    /// Begins a course on the emulated link and returns the time: see [`Emulator::begin`]. `None` where `sat0` is a veth or netem
+    /// does the work.
+    pub fn begin(&self, course: Course) -> Option<Instant> {
+        self.emulator.as_ref().map(|emulator| emulator.begin(course))
     }
 
     /// What the emulator has carried; none where `sat0` is a veth or netem does the work.

@@ -1,6 +1,6 @@
 //! What pepsal brings on emulated links, wherever it runs.
 //!
-//! A [`job`] has a lane of its own: client, link, server and proxies in namespaces that are made for it. Jobs run at once,
+//! A [`job`] has a site of its own: client, link, server and proxies in namespaces that are made for it. Jobs run at once,
 //! as many as the machine can emulate, rounds interleaved, and a round's seed makes the link lose the same packets, by
 //! number, with every proxy. What they find becomes cells with medians, each beside the [`floor`] that physics sets.
 
@@ -18,7 +18,7 @@ mod chart;
 mod floor;
 mod goal;
 mod job;
-mod lane;
+mod lanes;
 mod limits;
 mod observation;
 mod path;
@@ -27,9 +27,10 @@ mod place;
 mod plan;
 mod report;
 mod schedule;
+mod site;
 
 use self::{
-    lane::Equipment,
+    lanes::Lane,
     observation::Observations,
     path::{Loss, Path},
     peer::Peer,
@@ -37,6 +38,7 @@ use self::{
     plan::{Matrix, Rounds},
     report::Run,
     schedule::Schedule,
+    site::Equipment,
 };
 use super::{
     machine::Machine,
@@ -54,6 +56,16 @@ pub struct Options {
     /// Measure the whole matrix, which takes hours; the options below narrow it
     #[arg(long)]
     full: bool,
+    /// Measure links that change, with four downloads through pepsal at the hub, beside no proxy: all, or these
+    #[arg(
+        long,
+        value_delimiter = ',',
+        num_args = 0..,
+        require_equals = true,
+        conflicts_with = "full",
+        value_name = "LANE"
+    )]
+    lanes: Option<Vec<Lane>>,
     /// Paths of the whole matrix
     #[arg(
         long,
@@ -144,12 +156,17 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         timeout: options.timeout(),
         signals: &signals,
     };
-    let found = match schedule.run(options.jobs()) {
-        Ok(Some(found)) => found,
-        Ok(None) => return signals.interrupted(),
-        // The signal reached what ran just then, too.
-        Err(_) if signals.is_pending() => return signals.interrupted(),
-        Err(error) => return Err(error),
+    if let Some(lanes) = &options.lanes {
+        let lanes = if lanes.is_empty() { Lane::ALL } else { lanes };
+        let jobs = lanes::jobs(lanes, options.rounds, options.seed, &options.proxies());
+        let Some(found) = schedule.all(jobs)? else {
+            return signals.interrupted();
+        };
+        found.conclude(&options.out_folder())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(found) = schedule.all(options.jobs())? else {
+        return signals.interrupted();
     };
     let run = options.describe(&equipment, start.elapsed())?;
     conclude(run, &found, &options.out_folder())
@@ -161,13 +178,7 @@ impl Options {
             count: self.rounds,
             seed: self.seed,
         };
-        let peers = self.peers.iter().map(|peer| Proxy::Peer(peer));
-        let old_build = self.daemon.is_some().then_some(Proxy::OldBuild);
-        let proxies: Vec<_> = old_build
-            .into_iter()
-            .chain([Proxy::Pepsal])
-            .chain(peers)
-            .collect();
+        let proxies = self.proxies();
         if !self.full {
             return plan::quick(&rounds, &proxies);
         }
@@ -178,6 +189,16 @@ impl Options {
             places: self.places.clone(),
         };
         plan::full(&rounds, &matrix, &proxies)
+    }
+
+    fn proxies(&self) -> Vec<Proxy> {
+        let peers = self.peers.iter().map(|peer| Proxy::Peer(peer));
+        let old_build = self.daemon.is_some().then_some(Proxy::OldBuild);
+        old_build
+            .into_iter()
+            .chain([Proxy::Pepsal])
+            .chain(peers)
+            .collect()
     }
 
     fn timeout(&self) -> Duration {

@@ -1,6 +1,7 @@
 //! Flows that fill a link.
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,9 +11,9 @@ use std::{
 };
 
 use anyhow::Result;
-use pepsal_tests::{Cancel, Outcome, Transfer};
+use pepsal_tests::{Cancel, Connector, Outcome, Transfer};
 
-use super::{lane::Lane, observation::State};
+use super::{observation::State, site::Site};
 
 /// More than any path carries while a bulk flow is wanted.
 const ENDLESS_BYTES: u64 = 1 << 40;
@@ -30,16 +31,22 @@ struct Flow {
 
 impl Bulk {
     /// Starts so many; none of them may stand still for longer than `patience`.
-    pub fn start(lane: &Lane, count: usize, patience: Duration) -> Self {
+    pub fn start(site: &Site, count: usize, patience: Duration) -> Self {
+        let (connector, server) = (site.connector(patience), site.server());
+        Self::of(site, vec![(connector, server); count])
+    }
+
+    /// Starts one for each connector and server.
+    pub fn of(site: &Site, ends: Vec<(Connector, SocketAddr)>) -> Self {
         let cancel = Cancel::default();
-        let flows = (0..count).map(|number| {
+        let flows = ends.into_iter().zip(0..).map(|((connector, server), seed)| {
             let received = Arc::<AtomicU64>::default();
             let transfer = Transfer::download(ENDLESS_BYTES)
-                .seed(number as u64)
-                .connector(lane.connector(patience))
+                .seed(seed)
+                .connector(connector)
                 .progress(Arc::clone(&received))
                 .cancelled_by(cancel.clone());
-            let (topology, server) = (lane.topology(), lane.server());
+            let topology = site.topology();
             let thread = thread::spawn(move || transfer.run(&topology.client, server));
             Flow { received, thread }
         });

@@ -1,4 +1,4 @@
-//! One lane, and what is measured on it.
+//! One site, and what is measured on it.
 
 use std::{
     fmt,
@@ -15,15 +15,17 @@ use pepsal_tests::{Cancel, Direction, LinkDelays, Session, Transfer};
 use super::{
     bulk::Bulk,
     floor::{Connection, PAYLOAD_SHARE},
-    lane::{Equipment, Lane},
     limits::{Ended, Limits},
     observation::{Cell, Metric, Observation, Observations, REQUEST_BYTES, Series, State, Way},
     path::{Loss, Path},
     place::Place,
+    plan,
+    schedule::Task,
+    site::{Equipment, Ground, Site},
 };
 use crate::bench::statistic;
 
-/// A lane to be made and measured.
+/// A site to be made and measured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Job {
     pub path: Path,
@@ -34,7 +36,7 @@ pub struct Job {
     pub work: Work,
 }
 
-/// What is measured on a lane, one after the other.
+/// What is measured on a site, one after the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Each of these, so many times. Of a direction, the small ones come first: what is larger than one that took too
@@ -60,18 +62,24 @@ pub enum Work {
 
 const FLOWS: usize = 8;
 
-impl Job {
-    /// Measures.
-    ///
-    /// # Errors
-    /// When the lane cannot be made. Transfers that fail are samples, not errors.
-    pub fn run(&self, equipment: &Equipment, limits: &Limits<'_>) -> Result<Observations> {
-        let lane = Lane::new(self.path, self.loss, self.place, self.seed, equipment)?;
+impl Task for Job {
+    type Found = Observations;
+
+    fn load_bps(&self) -> u64 {
+        plan::load_bps(self)
+    }
+
+    fn run(&self, equipment: &Equipment, limits: &Limits<'_>) -> Result<Observations> {
+        let site = Site::new(
+            &Ground::of(self.path, self.loss, self.seed),
+            self.place,
+            equipment,
+        )?;
         let mut run = Run {
             job: self,
-            lane: &lane,
+            site: &site,
             limits,
-            before: lane.delays(),
+            before: site.delays(),
             found: Observations::default(),
         };
         match &self.work {
@@ -84,7 +92,9 @@ impl Job {
         }
         Ok(run.found)
     }
+}
 
+impl Job {
     fn cell(&self, metric: Metric) -> Cell {
         Cell {
             path: self.path,
@@ -117,9 +127,9 @@ impl fmt::Display for Job {
 /// A job that runs.
 struct Run<'a> {
     job: &'a Job,
-    lane: &'a Lane,
+    site: &'a Site,
     limits: &'a Limits<'a>,
-    /// What the link had seen when the lane was ready.
+    /// What the link had seen when the site was ready.
     before: LinkDelays,
     found: Observations,
 }
@@ -127,16 +137,6 @@ struct Run<'a> {
 impl Run<'_> {
     fn is_stopped(&self) -> bool {
         self.limits.stop.load(Ordering::Relaxed)
-    }
-
-    /// How late the emulator itself has delivered, in milliseconds: 99th percentile of the worse direction.
-    fn late_ms(&self) -> f64 {
-        let delays = self.lane.delays().since(&self.before);
-        [delays.up, delays.down]
-            .iter()
-            .filter_map(|direction| direction.lateness.quantile(0.99))
-            .map(statistic::milliseconds)
-            .fold(0.0, f64::max)
     }
 
     fn add(&mut self, metric: Metric, value: Option<f64>, state: State) {
@@ -149,7 +149,7 @@ impl Run<'_> {
             seed: self.job.seed,
             value,
             state,
-            emulator_late_ms: self.late_ms(),
+            emulator_late_ms: self.site.late_ms(&self.before),
         });
     }
 
@@ -187,19 +187,19 @@ impl Run<'_> {
         let downloaded = Arc::<AtomicU64>::default();
         let transfer = Transfer::new(direction, bytes)
             .seed(seed)
-            .connector(self.lane.connector(self.limits.timeout))
+            .connector(self.site.connector(self.limits.timeout))
             .progress(Arc::clone(&downloaded))
             .cancelled_by(cancel.clone());
-        let received_before = self.lane.received();
+        let received_before = self.site.received();
         let mut arrived = Vec::new();
         let sample = || {
             arrived.push(match direction {
-                Direction::Upload => self.lane.received() - received_before,
+                Direction::Upload => self.site.received() - received_before,
                 Direction::Download => downloaded.load(Ordering::Relaxed),
             });
         };
         let work = || {
-            let outcome = transfer.run(self.lane.client(), self.lane.server())?;
+            let outcome = transfer.run(self.site.client(), self.site.server())?;
             Ok((outcome.elapsed, outcome.intact))
         };
         (self.limits.attend(&cancel, work, sample), arrived)
@@ -216,10 +216,10 @@ impl Run<'_> {
     /// Small requests over fresh connections and over a kept one by turns, while `goes_on` says so.
     fn ask_while(&mut self, goes_on: impl Fn(u32) -> bool, metric: fn(Connection) -> Metric) {
         let cancel = Cancel::default();
-        let connector = self.lane.connector(self.limits.timeout);
+        let connector = self.site.connector(self.limits.timeout);
         let session = self.limits.attend_value(
             &cancel,
-            || Session::open(&connector, self.lane.client(), self.lane.server(), &cancel),
+            || Session::open(&connector, self.site.client(), self.site.server(), &cancel),
             || {},
         );
         let session = match session {
@@ -244,14 +244,14 @@ impl Run<'_> {
     }
 
     fn loaded(&mut self, lead: Duration, window: Duration) {
-        let bulk = Bulk::start(self.lane, 1, self.limits.timeout);
+        let bulk = Bulk::start(self.site, 1, self.limits.timeout);
         if !self.limits.sleep(lead) {
             return;
         }
-        let before = self.lane.delays();
+        let before = self.site.delays();
         let end = Instant::now() + window;
         self.ask_while(|_| Instant::now() < end, Metric::LoadedRequest);
-        let waited = self.lane.delays().since(&before).down.queue;
+        let waited = self.site.delays().since(&before).down.queue;
         for percentile in [50, 95, 99] {
             let wait = waited.quantile(f64::from(percentile) / 100.0);
             self.add(
@@ -263,7 +263,7 @@ impl Run<'_> {
     }
 
     fn flows(&mut self, lead: Duration, window: Duration) {
-        let bulk = Bulk::start(self.lane, FLOWS, self.limits.timeout);
+        let bulk = Bulk::start(self.site, FLOWS, self.limits.timeout);
         if !self.limits.sleep(lead) {
             return;
         }

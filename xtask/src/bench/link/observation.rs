@@ -9,6 +9,7 @@ use super::{
     floor::{self, Connection},
     path::{Loss, Path},
     place::{Place, Proxy},
+    schedule::Findings,
 };
 use crate::bench::{statistic, study::RoundRatios};
 
@@ -218,13 +219,14 @@ pub struct Comparison {
     pub ratios: RoundRatios,
 }
 
-impl Observations {
-    /// Adds those of a job.
-    pub fn extend(&mut self, more: Self) {
+impl Findings for Observations {
+    fn extend(&mut self, more: Self) {
         self.samples.extend(more.samples);
         self.series.extend(more.series);
     }
+}
 
+impl Observations {
     /// All cells that have a value, sorted.
     pub fn summaries(&self) -> Vec<Summary> {
         let mut cells: Vec<_> = self.samples.iter().map(|sample| sample.cell).collect();

@@ -146,25 +146,23 @@ fn works(sizes: &[u64]) -> impl Iterator<Item = Work> {
     .into_iter()
 }
 
-impl Job {
-    /// What it takes of the machine, as the rate that has to be emulated.
-    pub fn load_bps(&self) -> u64 {
-        let rate = self
-            .path
-            .rate_bps(Way::Down.into())
-            .max(self.path.rate_bps(Way::Up.into()));
-        if self.path == Path::Clean {
-            // Its round trip leaves no time for anything else.
-            return rate * 2;
-        }
-        if self.place == CUBIC && self.loss > Loss::NONE {
-            // What Reno is good for (RFC 5348, 3.1, without timeouts), and CUBIC up to four times that.
-            const SEGMENT_BITS: f64 = 1448.0 * 8.0;
-            let reno = SEGMENT_BITS * 1.22 / (self.path.rtt().as_secs_f64() * self.loss.probability().sqrt());
-            return rate.min((reno * 4.0) as u64);
-        }
-        rate
+/// What a job takes of the machine, as the rate that has to be emulated.
+pub fn load_bps(job: &Job) -> u64 {
+    let rate = job
+        .path
+        .rate_bps(Way::Down.into())
+        .max(job.path.rate_bps(Way::Up.into()));
+    if job.path == Path::Clean {
+        // Its round trip leaves no time for anything else.
+        return rate * 2;
     }
+    if job.place == CUBIC && job.loss > Loss::NONE {
+        // What Reno is good for (RFC 5348, 3.1, without timeouts), and CUBIC up to four times that.
+        const SEGMENT_BITS: f64 = 1448.0 * 8.0;
+        let reno = SEGMENT_BITS * 1.22 / (job.path.rtt().as_secs_f64() * job.loss.probability().sqrt());
+        return rate.min((reno * 4.0) as u64);
+    }
+    rate
 }
 
 #[cfg(test)]
@@ -201,6 +199,6 @@ mod tests {
         let [slow, ..] = &quick(&ROUNDS, &[])[..] else {
             panic!("there are jobs")
         };
-        assert!(slow.load_bps() < 2_000_000, "{}", slow.load_bps());
+        assert!(load_bps(slow) < 2_000_000, "{}", load_bps(slow));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    fmt,
     sync::{
         atomic::{AtomicBool, Ordering},
         mpsc,
@@ -12,11 +13,32 @@ use std::{
 
 use anyhow::Result;
 
-use super::{job::Job, lane::Equipment, limits::Limits, observation::Observations};
+use super::{limits::Limits, site::Equipment};
 use crate::{progress::Progress, signals::Signals};
 
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(200);
+
+/// Something to be measured on a site of its own.
+pub trait Task: Clone + PartialEq + fmt::Display + Send {
+    /// What is found.
+    type Found: Findings + Send;
+
+    /// What it takes of the machine, as the rate that has to be emulated.
+    fn load_bps(&self) -> u64;
+
+    /// Measures.
+    ///
+    /// # Errors
+    /// When the site cannot be made. Transfers that fail are samples, not errors.
+    fn run(&self, equipment: &Equipment, limits: &Limits<'_>) -> Result<Self::Found>;
+}
+
+/// What several tasks have found.
+pub trait Findings: Default {
+    /// Adds what another has found.
+    fn extend(&mut self, more: Self);
+}
 
 /// What runs the jobs.
 pub struct Schedule<'a> {
@@ -32,13 +54,13 @@ impl Schedule<'_> {
     /// Runs all jobs, each as soon as there is room for it; returns nothing when a signal came first.
     ///
     /// # Errors
-    /// When a lane cannot be made.
-    pub fn run(&self, jobs: Vec<Job>) -> Result<Option<Observations>> {
+    /// When a site cannot be made.
+    fn run<T: Task>(&self, jobs: Vec<T>) -> Result<Option<T::Found>> {
         let (stop, count) = (AtomicBool::new(false), jobs.len());
         let (sender, ended) = mpsc::channel();
         let mut waiting = VecDeque::from(jobs);
-        let mut running: Vec<Job> = Vec::new();
-        let mut found = Observations::default();
+        let mut running: Vec<T> = Vec::new();
+        let mut found = T::Found::default();
         let mut failure = None;
         let mut is_signalled = false;
         let mut progress = Progress::new();
@@ -89,16 +111,27 @@ impl Schedule<'_> {
         }
     }
 
+    /// The same; nothing either where a job failed because the signal reached it, too.
+    ///
+    /// # Errors
+    /// When a site cannot be made.
+    pub fn all<T: Task>(&self, jobs: Vec<T>) -> Result<Option<T::Found>> {
+        match self.run(jobs) {
+            Err(_) if self.signals.is_pending() => Ok(None),
+            ended => ended,
+        }
+    }
+
     /// The first waiting job that there is room for.
-    fn take(&self, waiting: &mut VecDeque<Job>, running: &[Job]) -> Option<Job> {
-        let load: u64 = running.iter().map(Job::load_bps).sum();
-        let fits = |job: &Job| running.is_empty() || load + job.load_bps() <= self.capacity_bps;
+    fn take<T: Task>(&self, waiting: &mut VecDeque<T>, running: &[T]) -> Option<T> {
+        let load: u64 = running.iter().map(T::load_bps).sum();
+        let fits = |job: &T| running.is_empty() || load + job.load_bps() <= self.capacity_bps;
         let position = waiting.iter().position(fits)?;
         waiting.remove(position)
     }
 }
 
-fn describe(count: usize, waiting: usize, running: &[Job]) -> String {
+fn describe(count: usize, waiting: usize, running: &[impl Task]) -> String {
     let done = count - waiting - running.len();
     let mut text = format!("{done} of {count} done");
     if let Some(first) = running.first() {
