@@ -375,7 +375,7 @@ mod tests {
                 .then(5 * MS, |step| step.passage = Passage::Open)
         };
         let start = Instant::now();
-        let mut arrive = |passage| {
+        let arrive = |passage| {
             let mut shaper = changing(&profile, start, outage(passage));
             (0..6).for_each(|_| assert!(enter(&mut shaper, start)));
             arrivals(&mut shaper, start, 100 * MS)
