@@ -275,8 +275,13 @@ impl Division {
             false
         });
         if !looks.is_empty() {
-            self.controller
-                .observe(observation(&looks, elapsed, settings.rtt));
+            let before = self.controller.state();
+            let seen = observation(&looks, elapsed, settings.rtt);
+            self.controller.observe(seen);
+            let (rate, now) = (self.controller.rate(), self.controller.state());
+            if now != before {
+                debug!(?seen, rate, "link: {} after {}", now.name(), before.name());
+            }
         }
         let appetites: Vec<Appetite> = looks.iter().map(|look| look.appetite).collect();
         let rate = self.controller.rate();
