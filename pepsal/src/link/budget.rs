@@ -36,6 +36,9 @@ use crate::{
 /// How often the rate is divided anew while legs send.
 const INTERVAL: Duration = Duration::from_millis(100);
 
+/// The least that `TCP_RTO_MAX_MS` takes.
+const RTO_MAX_LEAST: Duration = Duration::from_secs(1);
+
 /// A share that grew by this factor makes a leg look for its rate anew: by itself BBR would take a minute.
 const REGROWTH: (u64, u64) = (3, 2);
 
@@ -59,6 +62,7 @@ struct Settings {
     /// Bytes of payload per second.
     ceiling: u64,
     rtt: Duration,
+    rto_max: Duration,
     user_timeout: Duration,
     sharing: Sharing,
 }
@@ -104,8 +108,8 @@ struct Member {
     rate: f64,
     backoff: Backoff,
     silence: Silence,
-    /// TCP_USER_TIMEOUT of the socket; zero for none.
-    user_timeout: Duration,
+    /// Whether its timeouts are those of an outage.
+    bears_outage: bool,
 }
 
 /// A leg's part in its link's budget, given up when the stream is gone.
@@ -211,6 +215,7 @@ impl Settings {
         Self {
             ceiling: (profile.pacing.value.bps() / 8).max(FLOOR),
             rtt: profile.rtt,
+            rto_max: profile.rto_max.value,
             user_timeout: profile.user_timeout.value,
             sharing: profile.sharing,
         }
@@ -222,6 +227,17 @@ struct Division {
     settings: Settings,
     controller: Controller,
     senders: Vec<Arc<Sender>>,
+}
+
+/// What holds for all legs in one tick.
+struct Tick {
+    settings: Settings,
+    now: Instant,
+    elapsed: Duration,
+    /// Whether losses are the link's.
+    excused: bool,
+    /// How long a leg waits in an outage before it tries again.
+    retry: Duration,
 }
 
 /// What is seen of a leg in one tick.
@@ -251,19 +267,32 @@ impl Division {
         }
     }
 
+    /// A round trip, or as soon as the kernel lets it, or so late that all legs together take a tenth of the rate for it.
+    fn retry(&self) -> Duration {
+        let bytes = 10 * FLOOR * self.senders.len() as u64;
+        let of_rate = Duration::from_secs_f64(bytes as f64 / self.controller.rate() as f64);
+        self.settings.rtt.max(RTO_MAX_LEAST).max(of_rate)
+    }
+
     /// Looks at all legs that send, and gives each its share; true when none sends any more.
     fn again(&mut self, budget: &Budget, now: Instant, elapsed: Duration) -> bool {
         for sender in mem::take(&mut *lock(&budget.begun)) {
             lock(&sender.member).active_since = now;
             self.senders.push(sender);
         }
-        let excused = self.controller.accounts_for_losses();
         let settings = self.settings;
+        let tick = Tick {
+            settings,
+            now,
+            elapsed,
+            excused: self.controller.accounts_for_losses(),
+            retry: self.retry(),
+        };
         let mut looks = Vec::with_capacity(self.senders.len());
         let mut used = 0.0;
         self.senders.retain(|sender| {
             let mut member = lock(&sender.member);
-            let look = sender.look(&mut member, &settings, now, elapsed, excused);
+            let look = sender.look(&mut member, &tick);
             let stays = look.filter(|look| !look.is_idle || sender.has_begun_again());
             if let Some(look) = stays {
                 used += member.rate;
@@ -331,7 +360,7 @@ impl Member {
             rate: 0.0,
             backoff: Backoff::new(),
             silence: Silence::default(),
-            user_timeout: Duration::ZERO,
+            bears_outage: false,
         }
     }
 
@@ -343,14 +372,14 @@ impl Member {
 
 impl Sender {
     /// Asks the kernel about the leg; none when it is gone.
-    fn look(
-        &self,
-        member: &mut Member,
-        settings: &Settings,
-        now: Instant,
-        elapsed: Duration,
-        excused: bool,
-    ) -> Option<Look> {
+    fn look(&self, member: &mut Member, tick: &Tick) -> Option<Look> {
+        let Tick {
+            settings,
+            now,
+            elapsed,
+            excused,
+            retry,
+        } = *tick;
         let stream = self.stream.upgrade()?;
         let info = options::tcp_info(&*stream).ok()?;
         let rtt = settings.rtt;
@@ -378,7 +407,7 @@ impl Sender {
             };
             member.backoff.observe(period, rtt);
         }
-        member.apply_user_timeout(&stream, settings.user_timeout, rtt);
+        member.bear_outage(&stream, &settings, retry);
 
         let is_new = now - member.active_since < 4 * rtt;
         let keeps_up = is_new || member.rate * 4.0 > member.share as f64;
@@ -446,22 +475,33 @@ impl Sender {
 }
 
 impl Member {
-    /// Sets the socket's user timeout while its peer is silent, and clears it at other times.
+    /// Sets the socket's user timeout while its peer is silent, and has it try again after `retry` at most; undoes both at other
+    /// times.
     ///
     /// A user timeout that is always set does more than to bound an outage (tcp_timer.c): the kernel gives a connection up
     /// whose peer keeps its window closed for that long, though it answers every probe (RFC 9293, 3.8.6.1); and an idle one
     /// at the first keepalive probe that is lost.
-    fn apply_user_timeout(&mut self, stream: &Stream, timeout: Duration, rtt: Duration) {
-        let wanted = match self.silence.is_outage(rtt) {
-            true => timeout,
-            false => Duration::ZERO,
-        };
-        if wanted != self.user_timeout {
-            if let Err(error) = options::set_user_timeout(stream, wanted) {
-                trace!("user timeout refused: {error}");
-            }
-            self.user_timeout = wanted;
+    fn bear_outage(&mut self, stream: &Stream, settings: &Settings, retry: Duration) {
+        let is_outage = self.silence.is_outage(settings.rtt);
+        if is_outage == self.bears_outage {
+            return;
         }
+        let (user_timeout, rto_max) = match is_outage {
+            true => (settings.user_timeout, settings.rto_max.min(retry)),
+            false => (Duration::ZERO, settings.rto_max),
+        };
+        for (what, result) in [
+            ("user timeout", options::set_user_timeout(stream, user_timeout)),
+            (
+                "longest retransmission timeout",
+                options::set_rto_max(stream, rto_max),
+            ),
+        ] {
+            if let Err(error) = result {
+                trace!("{what} refused: {error}");
+            }
+        }
+        self.bears_outage = is_outage;
     }
 }
 

@@ -305,7 +305,9 @@ impl Controller {
         let of_late = || self.queueings.iter().map(|(_, queueing)| *queueing);
         let (least, most) = (of_late().min(), of_late().max());
         let range = most.unwrap_or_default() - least.unwrap_or_default();
-        queueing > tolerance(seen.rtt) && (self.now < self.until || range > rival(seen.rtt))
+        let is_new = self.now < self.until;
+        let is_old = self.now > self.until + 6 * MEMORY;
+        queueing > tolerance(seen.rtt) && (is_new || range > rival(seen.rtt) && !is_old)
     }
 
     fn set(&mut self, rate: f64) {

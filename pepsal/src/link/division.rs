@@ -137,11 +137,14 @@ fn among_equals(rate: u64, appetites: &[Appetite]) -> Vec<u64> {
         spare,
         &demands(|appetite| if appetite.is_backlogged { u64::MAX } else { 0 }),
     );
-    let eager = appetites.iter().filter(|appetite| appetite.is_eager());
-    let eager: u64 = eager.map(|appetite| appetite.weight).sum();
-    let share = |((appetite, reserved), extra): ((&Appetite, u64), u64)| match appetite.is_eager() {
-        true => reserved + extra,
-        false => (reserved + extra).max(rate * appetite.weight / (eager + appetite.weight)),
+    let backlogged = appetites.iter().filter(|appetite| appetite.is_backlogged);
+    let backlogged: u64 = backlogged.map(|appetite| appetite.weight).sum();
+    let share = |((appetite, reserved), extra): ((&Appetite, u64), u64)| {
+        let others = backlogged - u64::from(appetite.is_backlogged) * appetite.weight;
+        match appetite.is_eager() {
+            true => reserved + extra,
+            false => (reserved + extra).max(rate * appetite.weight / (others + appetite.weight)),
+        }
     };
     appetites.iter().zip(reserved).zip(extra).map(share).collect()
 }
@@ -201,6 +204,8 @@ mod tests {
         let (eager, stalled) = (appetite(u64::MAX, true), appetite(1448, false));
         assert_eq!(shares(1_000_000, &[eager, stalled]), [1_000_000 - 1448, 500_000]);
         assert_eq!(shares(1_000_000, &[stalled]), [1_000_000]);
+        // After an outage all are.
+        assert_eq!(shares(1_000_000, &[stalled; 4]), [250_000; 4]);
         let faded = Appetite {
             ceiling: 30_000,
             ..stalled
