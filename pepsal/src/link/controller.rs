@@ -102,7 +102,9 @@ pub struct Controller {
     trouble: Option<Duration>,
     /// What happened in about the last round trip.
     recent: VecDeque<Observation>,
-    /// Times and queueing, no older than [`MEMORY`].
+    /// Time in which queueing was seen: an outage is none.
+    watched: Duration,
+    /// That time and queueing, no older than [`MEMORY`].
     queueings: VecDeque<(Duration, Duration)>,
     queueing: Duration,
     /// When it last changed the rate while it competes.
@@ -163,6 +165,7 @@ impl Controller {
             carried: 0,
             trouble: None,
             recent: VecDeque::new(),
+            watched: Duration::ZERO,
             queueings: VecDeque::new(),
             queueing: Duration::ZERO,
             changed: Duration::ZERO,
@@ -221,7 +224,7 @@ impl Controller {
         let Some(queueing) = seen.queueing.filter(|_| seen.delivered > 0) else {
             return;
         };
-        let excess = self.excess(queueing);
+        let excess = self.excess(queueing, seen.elapsed);
         let (delivered, lost) = self.recently();
         let is_lossy = self.has_excess_loss(&seen, lost);
         match self.state {
@@ -297,13 +300,14 @@ impl Controller {
     }
 
     /// What of a queueing delay is more than the least of late.
-    fn excess(&mut self, queueing: Duration) -> Duration {
+    fn excess(&mut self, queueing: Duration, elapsed: Duration) -> Duration {
         self.queueing = queueing;
-        self.queueings.push_back((self.now, queueing));
+        self.watched += elapsed;
+        self.queueings.push_back((self.watched, queueing));
         while self
             .queueings
             .front()
-            .is_some_and(|(at, _)| self.now - *at > MEMORY)
+            .is_some_and(|(at, _)| self.watched - *at > MEMORY)
         {
             self.queueings.pop_front();
         }
@@ -733,7 +737,7 @@ mod tests {
         };
         let mut controller = controller(RATE);
         let run = simulation.run(&mut controller, 60.0);
-        during(&run, 44.0, 60.0, 0.85, 0.1, 0.01);
+        during(&run, 42.0, 60.0, 0.85, 0.1, 0.01);
         assert_eq!(controller.rate(), RATE as u64);
     }
 
@@ -758,7 +762,7 @@ mod tests {
                 ..Default::default()
             };
             let run = simulation.run(&mut controller(25e6), 300.0);
-            during(&run, 5.0, 300.0, 0.75, 0.1, 0.02);
+            during(&run, 5.0, 300.0, 0.8, 0.1, 0.02);
         }
 
         #[test]
