@@ -37,6 +37,9 @@ use crate::{
 /// How often the rate is divided anew while legs send.
 const INTERVAL: Duration = Duration::from_millis(100);
 
+/// Segments that have to arrive in a tick for round trips to count.
+const DENSE: u64 = 4;
+
 /// The least that `TCP_RTO_MAX_MS` takes.
 const RTO_MAX_LEAST: Duration = Duration::from_secs(1);
 
@@ -337,15 +340,15 @@ impl Division {
     }
 }
 
-/// The sum of what the legs have seen. Of round trips the median counts: one leg's path may have a queue of its own, and one
-/// that has begun late takes a queue for its path.
+/// The sum of what the legs have seen. Of round trips the lower quartile counts: some legs' paths have queues of their own, and
+/// those that have begun late take a queue for their path.
 fn observation(looks: &[Look], elapsed: Duration, rtt: Duration) -> Observation {
     let sum = |of: fn(&Look) -> u64| looks.iter().map(of).sum();
     let (mut least, mut queueing): (Vec<Duration>, Vec<Duration>) =
         looks.iter().filter_map(|look| look.round_trip).unzip();
-    let middle = |values: &mut Vec<Duration>| {
-        let middle = values.len() / 2;
-        (!values.is_empty()).then(|| *values.select_nth_unstable(middle).1)
+    let quartile = |values: &mut Vec<Duration>| {
+        let position = values.len() / 4;
+        (!values.is_empty()).then(|| *values.select_nth_unstable(position).1)
     };
     Observation {
         elapsed,
@@ -353,8 +356,8 @@ fn observation(looks: &[Look], elapsed: Duration, rtt: Duration) -> Observation 
         lost: sum(|look| look.lost),
         in_flight: looks.iter().any(|look| look.in_flight),
         is_backlogged: looks.iter().any(|look| look.appetite.is_eager()),
-        rtt: middle(&mut least).unwrap_or(rtt),
-        queueing: middle(&mut queueing),
+        rtt: quartile(&mut least).unwrap_or(rtt),
+        queueing: quartile(&mut queueing),
     }
 }
 
@@ -433,8 +436,9 @@ impl Sender {
             ceiling: member.backoff.ceiling,
         };
         let micros = |micros: u32| Duration::from_micros(micros.into());
-        // The least one is all ones before the first sample.
-        let has_round_trip = delivered > 0 && info.tcpi_rtt >= info.tcpi_min_rtt;
+        // The least one is all ones before the first sample. A receiver acknowledges every second segment at once, and single ones
+        // up to 40 ms later: only a leg that sends without pause shows the link's delay.
+        let has_round_trip = delivered >= DENSE * mss && info.tcpi_rtt >= info.tcpi_min_rtt;
         let round_trip = has_round_trip.then(|| {
             (
                 micros(info.tcpi_min_rtt),

@@ -109,6 +109,10 @@ pub struct Controller {
     queueing: Duration,
     /// When it last changed the rate while it competes.
     changed: Duration,
+    /// When legs last used the rate.
+    used_at: Option<Duration>,
+    /// Since when there is more queueing than the least.
+    queued_since: Option<Duration>,
     /// Since when too much is lost.
     lossy_since: Option<Duration>,
     /// The lost part of what was sent, averaged over about [`MEMORY`].
@@ -132,6 +136,14 @@ const SETTLE: f64 = 0.97;
 const YIELD: f64 = 0.85;
 /// The factor by which it grows otherwise, in a round trip.
 const INSIST: f64 = 1.02;
+
+/// How long a queue stands that a burst makes.
+const BURST: Duration = Duration::from_millis(300);
+
+/// The part of the rate that arrives where legs use it, losses aside.
+const USED: f64 = 0.7;
+/// The part of the rate that arrives where the link carries all of it.
+const ARRIVES: f64 = 0.95;
 
 /// Attempts to drain after which the queue is not ours.
 const VAIN: u32 = 3;
@@ -169,6 +181,8 @@ impl Controller {
             queueings: VecDeque::new(),
             queueing: Duration::ZERO,
             changed: Duration::ZERO,
+            used_at: None,
+            queued_since: None,
             lossy_since: None,
             loss: 0.0,
         };
@@ -221,17 +235,20 @@ impl Controller {
             self.hold(seen.rtt);
         }
         self.remember(&seen);
-        let Some(queueing) = seen.queueing.filter(|_| seen.delivered > 0) else {
-            return;
+        // Without a leg that shows it there is no queue to speak of.
+        let queueing = seen.queueing.unwrap_or_default();
+        let excess = match seen.queueing {
+            Some(queueing) => self.excess(queueing, seen.elapsed),
+            None => Duration::ZERO,
         };
-        let excess = self.excess(queueing, seen.elapsed);
         let (delivered, lost) = self.recently();
         let is_lossy = self.has_excess_loss(&seen, lost);
+        let is_queued = self.has_queue(&seen, excess, delivered);
         match self.state {
             State::Draining if excess <= tolerance(seen.rtt) => self.settle(&seen),
             State::Draining => self.go_on_draining(&seen, queueing, delivered),
             State::Competing if self.is_contested(&seen, queueing) => self.compete(&seen, lost),
-            _ if excess > tolerance(seen.rtt) || is_lossy => {
+            _ if is_queued || is_lossy => {
                 (self.rate_at_first, self.queueing_at_first, self.vain) = (self.rate, queueing, 0);
                 self.drain(delivered);
             }
@@ -315,6 +332,29 @@ impl Controller {
         queueing - least.unwrap_or(queueing)
     }
 
+    /// Whether a queue stands for longer than a burst of one leg makes it, where legs use what the link is taken to carry: what
+    /// they do not use says nothing of it.
+    fn has_queue(&mut self, seen: &Observation, excess: Duration, delivered: u64) -> bool {
+        if self.is_used(seen, delivered) {
+            self.used_at = Some(self.now);
+        }
+        if excess <= tolerance(seen.rtt) {
+            self.queued_since = None;
+            return false;
+        }
+        let since = *self.queued_since.get_or_insert(self.now);
+        // After a step up it need not last to be the link's.
+        let lasts = self.state == State::Growing || self.now - since >= BURST;
+        let was_used = self
+            .used_at
+            .is_some_and(|at| self.now - at <= (4 * (seen.rtt + self.queueing)).max(PAUSE * 5));
+        lasts && was_used
+    }
+
+    fn is_used(&self, seen: &Observation, delivered: u64) -> bool {
+        seen.is_backlogged && delivered as f64 >= USED * self.rate as f64 * (1.0 - self.loss)
+    }
+
     /// Whether somebody still fills the queue: it comes and goes, and does not end.
     fn is_contested(&self, seen: &Observation, queueing: Duration) -> bool {
         let of_late = || self.queueings.iter().map(|(_, queueing)| *queueing);
@@ -383,7 +423,12 @@ impl Controller {
 
     fn settle(&mut self, seen: &Observation) {
         self.hold(seen.rtt);
-        self.set(SETTLE * self.carried as f64);
+        // As much arrived as was sent: the link carries it.
+        let carried = match self.carried as f64 >= ARRIVES * self.rate_at_first as f64 * (1.0 - self.loss) {
+            true => self.rate_at_first,
+            false => self.carried,
+        };
+        self.set(SETTLE * carried as f64);
     }
 
     fn hold(&mut self, rtt: Duration) {
@@ -409,8 +454,7 @@ impl Controller {
     }
 
     fn grow(&mut self, seen: &Observation, delivered: u64, lost: f64) {
-        let is_used = seen.is_backlogged && delivered as f64 >= 0.8 * self.rate as f64 * (1.0 - self.loss);
-        if self.rate == *self.range.end() || !is_used || lost > self.loss + MORE_LOSS {
+        if self.rate == *self.range.end() || !self.is_used(seen, delivered) || lost > self.loss + MORE_LOSS {
             self.steps = 0;
             return;
         }
@@ -427,7 +471,7 @@ impl Controller {
 
 /// The queueing delay that is no queue: round trips differ by it for other reasons.
 fn tolerance(rtt: Duration) -> Duration {
-    (rtt / 16).max(Duration::from_millis(5))
+    (rtt / 16).max(Duration::from_millis(10))
 }
 
 /// The change of a queueing delay that somebody else makes.
@@ -762,7 +806,7 @@ mod tests {
                 ..Default::default()
             };
             let run = simulation.run(&mut controller(25e6), 300.0);
-            during(&run, 5.0, 300.0, 0.8, 0.1, 0.02);
+            during(&run, 5.0, 300.0, 0.8, 0.1, 0.08);
         }
 
         #[test]
