@@ -137,6 +137,9 @@ const YIELD: f64 = 0.85;
 /// The factor by which it grows otherwise, in a round trip.
 const INSIST: f64 = 1.02;
 
+/// How long a queue stands that cannot be that of bursts.
+const STANDING: Duration = Duration::from_secs(2);
+
 /// How long a queue stands that a burst makes.
 const BURST: Duration = Duration::from_millis(300);
 
@@ -348,7 +351,9 @@ impl Controller {
         let was_used = self
             .used_at
             .is_some_and(|at| self.now - at <= (4 * (seen.rtt + self.queueing)).max(PAUSE * 5));
-        lasts && was_used
+        // Where it is taken to carry far too much, legs never use all of that.
+        let stands = seen.is_backlogged && self.now - since >= (4 * seen.rtt).max(STANDING);
+        lasts && was_used || stands
     }
 
     fn is_used(&self, seen: &Observation, delivered: u64) -> bool {
