@@ -42,12 +42,17 @@ impl Proxy {
                 self.attachments.attach_device(&mut self.programs, device)?;
             }
         }
-        let interfaces = interfaces::list().await?;
-        follow_mtus(&interfaces, &self.shared, &mut self.clients, &mut self.servers).await?;
+        self.follow(&interfaces::list().await?).await
+    }
+
+    /// Goes by the interfaces that are present: the packet sizes of legs and devices, the kernel's map of interfaces, and the
+    /// attachments, with which new connections are intercepted.
+    pub(super) async fn follow(&mut self, interfaces: &Interfaces) -> Result<()> {
+        follow_mtus(interfaces, &self.shared, &mut self.clients, &mut self.servers).await?;
         let intercepted = &self.intercepted;
         let wanted = |name: &str| intercepted.iter().any(|wanted| wanted == name);
-        self.programs.describe(&interfaces, wanted, &self.shared.links)?;
-        let followed = self.attachments.follow(&mut self.programs, &interfaces, wanted);
+        self.programs.describe(interfaces, wanted, &self.shared.links)?;
+        let followed = self.attachments.follow(&mut self.programs, interfaces, wanted);
         self.observatory.view.attached.set(self.attachments.list());
         followed
     }
@@ -74,7 +79,7 @@ pub fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
 }
 
 /// Lets legs, and both ends' segment sizes, go by the packet sizes of the interfaces.
-pub async fn follow_mtus(
+async fn follow_mtus(
     interfaces: &Interfaces,
     shared: &Shared,
     clients: &mut Device,

@@ -19,7 +19,7 @@ use crate::{
     config::options::Options,
     daemon::{
         keeper::Keeper,
-        network::{check_interfaces, follow_mtus},
+        network::check_interfaces,
         privileges,
         profiles::{announce, link_profiles},
         proxy::Proxy,
@@ -222,18 +222,14 @@ impl Loaded {
     async fn go_live(mut self, options: &Options) -> Result<Live> {
         let changes = Changes::subscribe()?;
         let shared = Arc::new(self.shared(options)?);
-        let interfaces = &self.checked.interfaces;
-        follow_mtus(interfaces, &shared, &mut self.clients, &mut self.servers).await?;
         let mut observatory = Observatory::new(self.view(options, &shared));
         if let Standing::Own(_) = self.checked.standing {
             observatory.open(options.metrics_listen.as_ref(), options.admin_socket.as_deref())?;
         }
         let listeners = self.listeners.pairs.iter().map(|pair| pair.descriptors());
         self.programs.open(listeners, self.clients.namespace())?;
-        let wanted = |name: &str| options.interfaces.iter().any(|wanted| wanted == name);
-        self.programs.describe(interfaces, wanted, &shared.links)?;
-        self.attachments.follow(&mut self.programs, interfaces, wanted)?;
         let Checked {
+            interfaces,
             standing,
             requests,
             rate_control,
@@ -241,7 +237,7 @@ impl Loaded {
             keeper,
             ..
         } = self.checked;
-        let proxy = Proxy {
+        let mut proxy = Proxy {
             observatory,
             attachments: self.attachments,
             programs: self.programs,
@@ -260,6 +256,7 @@ impl Loaded {
             accepting: CancellationToken::new(),
             attendants: JoinSet::new(),
         };
+        proxy.follow(&interfaces).await?;
         Ok(Live { proxy, standing })
     }
 
@@ -309,9 +306,7 @@ impl Live {
             Standing::After(predecessor) => take_over(predecessor, &mut proxy, options).await?,
         };
         proxy.claims = Some(claims);
-        let view = &proxy.observatory.view;
-        view.attached.set(proxy.attachments.list());
-        view.set_ready(true);
+        proxy.observatory.view.set_ready(true);
         // All that may have taken long, on a busy machine, and the first round is still to come.
         proxy.programs.beat()?;
         Ok(proxy)
