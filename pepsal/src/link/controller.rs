@@ -311,12 +311,8 @@ impl Controller {
     /// Whether a fifth is lost for longer than one flight: one that was lost as a whole, in an outage or when an interface was
     /// down, is sent again within a round trip.
     fn has_excess_loss(&mut self, seen: &Observation, lost: f64) -> bool {
-        if lost <= EXCESS_LOSS {
-            self.lossy_since = None;
-            return false;
-        }
-        let since = *self.lossy_since.get_or_insert(self.now);
-        self.now - since > 2 * (seen.rtt + self.queueing)
+        let lasted = lasted(&mut self.lossy_since, self.now, lost > EXCESS_LOSS);
+        lasted.is_some_and(|time| time > 2 * (seen.rtt + self.queueing))
     }
 
     /// What of a queueing delay is more than the least of late.
@@ -341,18 +337,17 @@ impl Controller {
         if self.is_used(seen, delivered) {
             self.used_at = Some(self.now);
         }
-        if excess <= tolerance(seen.rtt) {
-            self.queued_since = None;
+        let is_longer = excess > tolerance(seen.rtt);
+        let Some(lasted) = lasted(&mut self.queued_since, self.now, is_longer) else {
             return false;
-        }
-        let since = *self.queued_since.get_or_insert(self.now);
+        };
         // After a step up it need not last to be the link's.
-        let lasts = self.state == State::Growing || self.now - since >= BURST;
+        let lasts = self.state == State::Growing || lasted >= BURST;
         let was_used = self
             .used_at
             .is_some_and(|at| self.now - at <= (4 * (seen.rtt + self.queueing)).max(PAUSE * 5));
         // Where it is taken to carry far too much, legs never use all of that.
-        let stands = seen.is_backlogged && self.now - since >= (4 * seen.rtt).max(STANDING);
+        let stands = seen.is_backlogged && lasted >= (4 * seen.rtt).max(STANDING);
         lasts && was_used || stands
     }
 
@@ -472,6 +467,12 @@ impl Controller {
         // The first of what is sent now is acknowledged after a round trip, and then a tick has to pass.
         self.until = self.now + seen.rtt + self.queueing + seen.elapsed;
     }
+}
+
+/// How long something has held, where it holds `now`; `since` is kept from one tick to the next.
+fn lasted(since: &mut Option<Duration>, now: Duration, holds: bool) -> Option<Duration> {
+    *since = holds.then(|| since.unwrap_or(now));
+    since.map(|since| now - since)
 }
 
 /// The queueing delay that is no queue: round trips differ by it for other reasons.
