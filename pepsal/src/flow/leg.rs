@@ -21,7 +21,7 @@ use crate::{
 
 /// One end of a flow while it is relayed.
 pub struct Leg {
-    /// Given up before the stream is closed.
+    /// In the budget of the leg's link, where that is described.
     membership: Option<Membership>,
     stream: Arc<Stream>,
     side: Side,

@@ -25,7 +25,8 @@ pub enum Command {
     LinkCreate = 28,
 }
 
-/// Gives a command to the kernel, and returns its answer: a descriptor, or zero. `attributes` is as much of `union bpf_attr` as the command needs; the kernel writes results into it.
+/// Gives a command to the kernel, and returns its answer: a descriptor, or zero. `attributes` is as much of `union bpf_attr` as
+/// the command needs; the kernel writes results into it.
 ///
 /// # Safety
 /// `T` is laid out as the command has it. What pointers in it lead to is there, and as large as the command wants it.

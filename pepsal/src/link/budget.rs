@@ -55,8 +55,7 @@ pub struct Budget {
     woken: Notify,
     /// The weight of all legs that send.
     weight: AtomicU64,
-    /// What was divided last.
-    rate: AtomicU64,
+    /// As of the last division.
     found: Mutex<Found>,
 }
 
@@ -139,7 +138,6 @@ impl Budget {
             begun: Mutex::default(),
             woken: Notify::new(),
             weight: AtomicU64::new(0),
-            rate: AtomicU64::new(settings.ceiling),
             found: Mutex::new(found),
         }
     }
@@ -161,7 +159,7 @@ impl Budget {
         window: u64,
     ) -> Membership {
         let others = self.weight.load(Ordering::Relaxed);
-        let share = (self.rate.load(Ordering::Relaxed) * weight / (others + weight)).max(FLOOR);
+        let share = (self.found().rate * weight / (others + weight)).max(FLOOR);
         let rtt = lock(&self.settings).rtt;
         pace(stream, share);
         set_initial_window(
@@ -328,7 +326,6 @@ impl Division {
         for (sender, share) in self.senders.iter().zip(shares(rate, &appetites)) {
             sender.set_share(share, now);
         }
-        budget.rate.store(rate, Ordering::Relaxed);
         *lock(&budget.found) = Found {
             rate,
             ceiling: settings.ceiling,
@@ -378,6 +375,35 @@ impl Member {
     fn rest(&mut self) {
         self.rate = 0.0;
         self.silence.end();
+    }
+
+    /// Sets the socket's user timeout while its peer is silent, and has it try again after `retry` at most; undoes both at other
+    /// times.
+    ///
+    /// A user timeout that is always set does more than to bound an outage (tcp_timer.c): the kernel gives a connection up
+    /// whose peer keeps its window closed for that long, though it answers every probe (RFC 9293, 3.8.6.1); and an idle one
+    /// at the first keepalive probe that is lost.
+    fn bear_outage(&mut self, stream: &Stream, settings: &Settings, retry: Duration) {
+        let is_outage = self.silence.is_outage(settings.rtt);
+        if is_outage == self.bears_outage {
+            return;
+        }
+        let (user_timeout, rto_max) = match is_outage {
+            true => (settings.user_timeout, settings.rto_max.min(retry)),
+            false => (Duration::ZERO, settings.rto_max),
+        };
+        for (what, result) in [
+            ("user timeout", options::set_user_timeout(stream, user_timeout)),
+            (
+                "longest retransmission timeout",
+                options::set_rto_max(stream, rto_max),
+            ),
+        ] {
+            if let Err(error) = result {
+                trace!("{what} refused: {error}");
+            }
+        }
+        self.bears_outage = is_outage;
     }
 }
 
@@ -483,37 +509,6 @@ impl Sender {
             }
         }
         member.share = share;
-    }
-}
-
-impl Member {
-    /// Sets the socket's user timeout while its peer is silent, and has it try again after `retry` at most; undoes both at other
-    /// times.
-    ///
-    /// A user timeout that is always set does more than to bound an outage (tcp_timer.c): the kernel gives a connection up
-    /// whose peer keeps its window closed for that long, though it answers every probe (RFC 9293, 3.8.6.1); and an idle one
-    /// at the first keepalive probe that is lost.
-    fn bear_outage(&mut self, stream: &Stream, settings: &Settings, retry: Duration) {
-        let is_outage = self.silence.is_outage(settings.rtt);
-        if is_outage == self.bears_outage {
-            return;
-        }
-        let (user_timeout, rto_max) = match is_outage {
-            true => (settings.user_timeout, settings.rto_max.min(retry)),
-            false => (Duration::ZERO, settings.rto_max),
-        };
-        for (what, result) in [
-            ("user timeout", options::set_user_timeout(stream, user_timeout)),
-            (
-                "longest retransmission timeout",
-                options::set_rto_max(stream, rto_max),
-            ),
-        ] {
-            if let Err(error) = result {
-                trace!("{what} refused: {error}");
-            }
-        }
-        self.bears_outage = is_outage;
     }
 }
 
