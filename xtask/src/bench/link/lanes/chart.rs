@@ -13,14 +13,24 @@ use plotters::{
 
 use super::{
     Lane,
+    estimate::Estimate,
     finding::{Moment, Timeline},
 };
-use crate::bench::canvas::{self, COLOURS, FONT, Picture};
+use crate::bench::{
+    canvas::{self, COLOURS, FONT, Picture},
+    link::place::{Place, Proxy},
+};
 
 /// Height of the upper part, in pixels.
-const UPPER: i32 = 340;
+const UPPER: i32 = 350;
+/// Of this many moments a point is the mean: what waits behind a lost segment arrives at once with it.
+const SMOOTHED: usize = 4;
+/// What is shown of the link's highest rate; the legend is above it.
+const HEADROOM: f64 = 1.7;
 /// The link itself.
 const GREY: RGBColor = RGBColor(170, 170, 170);
+/// Not a place's, of which there are fewer.
+const ESTIMATE: RGBColor = COLOURS[COLOURS.len() - 1];
 
 /// Draws `lane-….svg` and `.png`, and returns how many lanes there are.
 ///
@@ -66,8 +76,18 @@ impl Picture for Chart<'_> {
     {
         area.fill(&WHITE)?;
         let (upper, lower) = area.split_vertically(UPPER);
-        panel(&upper, &self.title, "Mbit/s", &self.rates())?;
-        panel(&lower, "", "ms in the queue", &self.queues())?;
+        let rates = self.rates();
+        let link = rates.first().map_or(1.0, |link| highest(&link.points));
+        panel(&upper, &self.title, "Mbit/s", link * HEADROOM, &rates)?;
+        let queues = self.queues();
+        let longest = queues.iter().map(|line| highest(&line.points));
+        panel(
+            &lower,
+            "",
+            "queue, ms",
+            longest.fold(1.0, f64::max) * 1.1,
+            &queues,
+        )?;
         area.present()?;
         Ok(())
     }
@@ -82,33 +102,54 @@ impl Chart<'_> {
             points: points(timeline, |moment| Some(moment.link_mbit)),
         });
         let mut lines: Vec<_> = link.into_iter().collect();
-        lines.extend(self.coloured(2, |moment| Some(moment.goodput_mbit)));
-        let estimates = self.coloured(1, |moment| {
-            moment.estimate.as_ref().map(|estimate| estimate.rate_mbit())
-        });
-        lines.extend(estimates.filter(|line| !line.points.is_empty()).map(|line| Line {
-            label: format!("{}, estimate", line.label),
-            // Beside the goodput's, which it is often close to.
-            colour: COLOURS[COLOURS.len() - 1],
-            ..line
+        lines.extend(self.coloured(goodput));
+        let new_build = self
+            .timelines
+            .iter()
+            .find(|timeline| is_new_build(timeline.place));
+        lines.extend(new_build.map(|timeline| Line {
+            label: "pepsal's estimate".into(),
+            colour: ESTIMATE,
+            width: 1,
+            points: points(timeline, |moment| {
+                moment.estimate.as_ref().map(Estimate::rate_mbit)
+            }),
         }));
         lines
     }
 
     fn queues(&self) -> Vec<Line> {
-        self.coloured(2, |moment| moment.queue_ms).collect()
+        self.coloured(|timeline| points(timeline, |moment| moment.queue_ms))
+            .collect()
     }
 
     /// A line for each place.
-    fn coloured(&self, width: u32, value: fn(&Moment) -> Option<f64>) -> impl Iterator<Item = Line> {
+    fn coloured(&self, points: fn(&Timeline) -> Vec<(f64, f64)>) -> impl Iterator<Item = Line> {
         let timelines = self.timelines.iter().zip(COLOURS.iter().cycle());
         timelines.map(move |(timeline, colour)| Line {
             label: timeline.place.to_string(),
             colour: *colour,
-            width,
-            points: points(timeline, value),
+            width: 2,
+            points: points(timeline),
         })
     }
+}
+
+fn is_new_build(place: Place) -> bool {
+    matches!(place, Place::Proxy(Proxy::Pepsal, _))
+}
+
+fn goodput(timeline: &Timeline) -> Vec<(f64, f64)> {
+    let point = |moments: &[Moment]| {
+        let sum: f64 = moments.iter().map(|moment| moment.goodput_mbit).sum();
+        let last = moments.last().map_or(0.0, |moment| moment.seconds);
+        (last, sum / moments.len() as f64)
+    };
+    timeline.moments.windows(SMOOTHED).map(point).collect()
+}
+
+fn highest(points: &[(f64, f64)]) -> f64 {
+    points.iter().map(|point| point.1).fold(1.0, f64::max)
 }
 
 fn points(timeline: &Timeline, value: fn(&Moment) -> Option<f64>) -> Vec<(f64, f64)> {
@@ -122,21 +163,20 @@ fn panel<'a, B: DrawingBackend + 'a>(
     area: &DrawingArea<B, Shift>,
     title: &str,
     unit: &str,
+    most: f64,
     lines: &[Line],
 ) -> Result<(), Box<dyn Error + 'a>>
 where
     B::ErrorType: 'a,
 {
-    let most = |of: fn(&(f64, f64)) -> f64| {
-        let points = lines.iter().flat_map(|line| &line.points);
-        points.map(of).fold(1.0, f64::max)
-    };
+    let ends = lines.iter().filter_map(|line| line.points.last());
+    let end = ends.map(|point| point.0).fold(1.0, f64::max);
     let mut chart = ChartBuilder::on(area)
         .caption(title, (FONT, 20))
         .margin(10)
         .x_label_area_size(38)
         .y_label_area_size(60)
-        .build_cartesian_2d(0.0..most(|point| point.0), 0.0..most(|point| point.1) * 1.1)?;
+        .build_cartesian_2d(0.0..end, 0.0..most)?;
     chart
         .configure_mesh()
         .label_style((FONT, 14))
@@ -149,7 +189,8 @@ where
         let (colour, width) = (line.colour, line.width);
         chart
             .draw_series(LineSeries::new(
-                line.points.iter().copied(),
+                // What lies outside would be drawn beyond the edge.
+                line.points.iter().map(|(x, y)| (*x, y.min(most))),
                 colour.stroke_width(width),
             ))?
             .label(&line.label)
