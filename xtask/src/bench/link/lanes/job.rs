@@ -68,7 +68,8 @@ impl Task for LaneJob {
             // CUBIC with losses gets next to nothing over such a round trip.
             (Lane::Up, _) if self.place == CUBIC => RATE_BPS / 10,
             (_, Work::Transfers) => RATE_BPS,
-            (Lane::Leo, Work::Flows) => LOW_ORBIT_BPS,
+            // Its rate is seldom the highest.
+            (Lane::Leo, Work::Flows) => LOW_ORBIT_BPS * 3 / 4,
             // The probe and its neighbours are not to wait for a processor.
             (_, Work::Flows) => RATE_BPS + RATE_BPS / 2,
         }
