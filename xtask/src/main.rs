@@ -67,7 +67,7 @@ enum Xtask {
     Screenshot,
     /// Measure what pepsal brings, and print it beside what it has to.
     #[command(subcommand)]
-    Bench(bench::Bench),
+    Bench(Box<bench::Bench>),
     /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
     Test(test::Options),
     /// Check dependencies for known vulnerabilities, licences and sources.

@@ -30,7 +30,7 @@ mod schedule;
 mod site;
 
 use self::{
-    lanes::Lane,
+    lanes::{Extent, Lane, LaneJob},
     observation::Observations,
     path::{Loss, Path},
     peer::Peer,
@@ -50,7 +50,7 @@ use crate::{cargo, quantity, setup::Needs, signals::Signals};
 #[derive(Args)]
 #[command(after_long_help = PEER_HELP)]
 pub struct Options {
-    /// Measure what the goals are about; this is the default
+    /// Measure what the goals are about, which is the default; with --lanes some of them, once
     #[arg(long, conflicts_with = "full")]
     quick: bool,
     /// Measure the whole matrix, which takes hours; the options below narrow it
@@ -96,9 +96,9 @@ pub struct Options {
         default_value = "cubic,bbr,client,server,pair"
     )]
     places: Vec<PlaceName>,
-    /// How often everything is measured; ten rounds tell two builds apart
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    rounds: u32,
+    /// How often everything is measured; ten rounds tell two builds apart [default: 3, with --lanes 5, or 1 if --quick]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: Option<u32>,
     /// Seed of the first round's losses, handovers and payload; the next round has the next
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -121,7 +121,8 @@ pub struct Options {
     /// Run this build as pepsal instead of making one
     #[arg(long, value_name = "FILE")]
     built: Option<PathBuf>,
-    /// Where results.json, results.csv, results.md and the charts go [default: target/bench/link]
+    /// Where results.json, results.csv, results.md and the charts go [default: target/bench/link, with --lanes
+    /// target/bench/lanes]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -156,29 +157,22 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         timeout: options.timeout(),
         signals: &signals,
     };
+    let describe = || options.describe(&equipment, start.elapsed());
     if let Some(lanes) = &options.lanes {
-        let lanes = if lanes.is_empty() { Lane::ALL } else { lanes };
-        let jobs = lanes::jobs(lanes, options.rounds, options.seed, &options.proxies());
-        let Some(found) = schedule.all(jobs)? else {
+        let Some(found) = schedule.all(options.lane_jobs(lanes, &equipment)?)? else {
             return signals.interrupted();
         };
-        found.conclude(&options.out_folder())?;
-        return Ok(ExitCode::SUCCESS);
+        return conclude_lanes(describe()?, &found, &options.out_folder());
     }
     let Some(found) = schedule.all(options.jobs())? else {
         return signals.interrupted();
     };
-    let run = options.describe(&equipment, start.elapsed())?;
-    conclude(run, &found, &options.out_folder())
+    conclude(describe()?, &found, &options.out_folder())
 }
 
 impl Options {
     fn jobs(&self) -> Vec<job::Job> {
-        let rounds = Rounds {
-            count: self.rounds,
-            seed: self.seed,
-        };
-        let proxies = self.proxies();
+        let (rounds, proxies) = (self.seeds(), self.proxies());
         if !self.full {
             return plan::quick(&rounds, &proxies);
         }
@@ -189,6 +183,27 @@ impl Options {
             places: self.places.clone(),
         };
         plan::full(&rounds, &matrix, &proxies)
+    }
+
+    fn lane_jobs(&self, lanes: &[Lane], equipment: &Equipment) -> Result<Vec<LaneJob>> {
+        let extent = self.extent();
+        let lanes = if lanes.is_empty() { extent.lanes() } else { lanes };
+        lanes::jobs(lanes, extent, &self.seeds(), &self.proxies(), equipment)
+    }
+
+    fn extent(&self) -> Extent {
+        if self.quick { Extent::Quick } else { Extent::Whole }
+    }
+
+    fn seeds(&self) -> Rounds {
+        let default = match self.lanes {
+            Some(_) => self.extent().rounds(),
+            None => 3,
+        };
+        Rounds {
+            count: self.rounds.unwrap_or(default),
+            seed: self.seed,
+        }
     }
 
     fn proxies(&self) -> Vec<Proxy> {
@@ -207,7 +222,12 @@ impl Options {
     }
 
     fn out_folder(&self) -> PathBuf {
-        let default = || cargo::target_dir().join("bench/link");
+        let name = if self.lanes.is_some() {
+            "bench/lanes"
+        } else {
+            "bench/link"
+        };
+        let default = || cargo::target_dir().join(name);
         self.out.clone().unwrap_or_else(default)
     }
 
@@ -218,7 +238,7 @@ impl Options {
             daemon: study::version(&equipment.daemon)?,
             old_build: old_build.map(study::version).transpose()?,
             daemon_arguments: equipment.arguments.clone(),
-            rounds: self.rounds,
+            rounds: self.seeds().count,
             seed: self.seed,
             timeout_seconds: self.timeout().as_secs_f64(),
             minutes: took.as_secs_f64() / 60.0,
@@ -240,6 +260,20 @@ fn conclude(run: Run, found: &Observations, folder: &FilePath) -> Result<ExitCod
         eprintln!(
             "error: {metric}, {path}, {loss} loss, {place}, round {}: {}",
             sample.round, sample.state
+        );
+        code = ExitCode::FAILURE;
+    }
+    Ok(code)
+}
+
+/// Prints and writes the results of lanes; fails when a flow has ended or data did not arrive as it was sent.
+fn conclude_lanes(run: Run, found: &lanes::Found, folder: &FilePath) -> Result<ExitCode> {
+    Report::new(run, found).conclude(folder)?;
+    let mut code = ExitCode::SUCCESS;
+    for row in found.failures() {
+        eprintln!(
+            "error: {}, {}, round {}: {}",
+            row.what, row.place, row.round, row.state
         );
         code = ExitCode::FAILURE;
     }

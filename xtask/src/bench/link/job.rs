@@ -135,12 +135,8 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn is_stopped(&self) -> bool {
-        self.limits.stop.load(Ordering::Relaxed)
-    }
-
     fn add(&mut self, metric: Metric, value: Option<f64>, state: State) {
-        if self.is_stopped() {
+        if self.limits.is_stopped() {
             return;
         }
         self.found.samples.push(Observation {
@@ -156,7 +152,7 @@ impl Run<'_> {
     fn transfers(&mut self, transfers: &[(Way, u64)], repetition: u32) {
         let mut too_slow = None;
         for (number, (way, bytes)) in transfers.iter().copied().enumerate() {
-            if self.is_stopped() {
+            if self.limits.is_stopped() {
                 return;
             }
             let metric = Metric::Transfer(way, bytes);
@@ -228,7 +224,7 @@ impl Run<'_> {
             None => return,
         };
         for asked in (0..).take_while(|asked| goes_on(*asked)) {
-            if self.is_stopped() {
+            if self.limits.is_stopped() {
                 return;
             }
             let seed = self.job.seed + u64::from(asked);

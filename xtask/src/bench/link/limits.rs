@@ -86,18 +86,23 @@ impl Limits<'_> {
                 }
                 tick();
                 next += SAMPLE_INTERVAL;
-                if start.elapsed() > self.timeout || self.stop.load(Ordering::Relaxed) {
+                if start.elapsed() > self.timeout || self.is_stopped() {
                     cancel.cancel();
                 }
             }
         })
     }
 
+    /// Whether everything is to end.
+    pub fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
     /// Waits; says whether it was to the end.
     pub fn sleep(&self, time: Duration) -> bool {
         let end = Instant::now() + time;
         while Instant::now() < end {
-            if self.stop.load(Ordering::Relaxed) {
+            if self.is_stopped() {
                 return false;
             }
             thread::sleep(SAMPLE_INTERVAL.min(end.saturating_duration_since(Instant::now())));

@@ -32,18 +32,23 @@ pub struct Rounds {
 }
 
 impl Rounds {
+    /// The number of each round and its seed.
+    pub fn seeds(&self) -> impl Iterator<Item = (u32, u64)> {
+        (1..=self.count).zip(self.seed..)
+    }
+
     fn jobs(&self, cases: &[(Path, Loss, Place, Work)]) -> Vec<Job> {
-        let round_jobs = |round| {
+        let round_jobs = |(round, seed)| {
             cases.iter().map(move |(path, loss, place, work)| Job {
                 path: *path,
                 loss: *loss,
                 place: *place,
                 round,
-                seed: self.seed + u64::from(round) - 1,
+                seed,
                 work: work.clone(),
             })
         };
-        (1..=self.count).flat_map(round_jobs).collect()
+        self.seeds().flat_map(round_jobs).collect()
     }
 }
 

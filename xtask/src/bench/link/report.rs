@@ -40,6 +40,32 @@ pub struct Run {
     pub minutes: f64,
 }
 
+impl Run {
+    /// One line about the run.
+    pub fn heading(&self) -> String {
+        let Run {
+            machine: Machine { kernel, cpus },
+            daemon,
+            old_build,
+            rounds,
+            seed,
+            minutes,
+            ..
+        } = self;
+        let seeds = match rounds {
+            1 => format!("seed {seed}"),
+            _ => format!("seeds {seed} to {}", seed + u64::from(*rounds) - 1),
+        };
+        let old_build = old_build
+            .as_ref()
+            .map(|version| format!("old build {version}, "))
+            .unwrap_or_default();
+        format!(
+            "{daemon}, {old_build}Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes."
+        )
+    }
+}
+
 const CELL_HEADINGS: [&str; 9] = [
     "path",
     "loss",
@@ -80,26 +106,7 @@ and the time that the link takes for payload and headers; without a fast open no
     }
 
     fn heading(run: &Run) -> String {
-        let Run {
-            machine: Machine { kernel, cpus },
-            daemon,
-            old_build,
-            rounds,
-            seed,
-            minutes,
-            ..
-        } = run;
-        let seeds = match rounds {
-            1 => format!("seed {seed}"),
-            _ => format!("seeds {seed} to {}", seed + u64::from(*rounds) - 1),
-        };
-        let old_build = old_build
-            .as_ref()
-            .map(|version| format!("old build {version}, "))
-            .unwrap_or_default();
-        format!(
-            "{daemon}, {old_build}Linux {kernel}, {cpus} processors; rounds: {rounds}, {seeds}; {minutes:.1} minutes."
-        )
+        run.heading()
     }
 
     fn cells(report: &Report<'_, Self>) -> String {

@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path as FilePath, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -190,6 +190,14 @@ impl Site {
     /// Where it connects to past pepsal.
     pub fn bypass(&self) -> Option<SocketAddr> {
         self.bypass.as_ref().map(|server| server.address(Family::V4))
+    }
+
+    /// The admin socket of the only pepsal; none where there is another number of them.
+    pub fn admin_socket(&self) -> Option<&FilePath> {
+        match &self.proxies[..] {
+            [Running::Pepsal(Some(daemon))] => Some(daemon.admin_socket()),
+            _ => None,
+        }
     }
 
     /// Begins a course of the link and returns this time.
