@@ -1,5 +1,5 @@
 //! What a packet is in the eyes of another parser: etherparse reads every header, and what is between them is put together
-//! from the RFCs, without a look at `pepsal-ebpf/src/packet.rs`.
+//! from the RFCs, without a look at `pepsal-ebpf/src/packet`.
 
 use std::net::{IpAddr, SocketAddr};
 
