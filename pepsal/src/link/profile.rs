@@ -88,99 +88,143 @@ impl LinkProfile {
     /// Works out what the operator did not give. `congestion` is what the kernel offers best for links that lose
     /// packets, `connect_timeout` what holds elsewhere.
     pub fn derive(spec: &LinkSpec, congestion: &Congestion, connect_timeout: Duration) -> Self {
-        let rtt = spec.rtt;
-        let send_rate = spec.up.unwrap_or(spec.rate);
-        let pacing = spec.pacing.unwrap_or(Rate::from_bps(send_rate.bps() / 100 * 95));
-        let sent = send_rate.bytes_in(rtt);
-        let received = spec.rate.bytes_in(rtt);
-        let seconds = Duration::from_secs;
+        let send_rate = send_rate(spec);
+        let pacing = pacing(spec, send_rate.value);
         Self {
             interface: spec.interface.clone(),
-            rtt,
+            rtt: spec.rtt,
             receive_rate: Derived {
                 value: spec.rate,
                 origin: Origin::Given,
             },
-            send_rate: Derived::new(spec.up, send_rate, "the rate, as no up is given"),
-            pacing: Derived::new(
-                spec.pacing,
-                pacing,
-                "95 % of the send rate: headers take 3.5 %, the rest lets queues drain",
-            ),
-            congestion: Derived::new(
-                spec.congestion.clone(),
-                congestion.clone(),
-                match congestion {
-                    Congestion::Own(_) => "pepsal's own: sends at the leg's share, whatever is lost",
-                    _ => "the best for lossy links that this kernel has",
-                },
-            ),
-            initial_window: Derived::new(
-                spec.initial_window,
-                pacing.bytes_in(rtt).max(INITIAL_WINDOW_MIN),
-                "what the pacing rate sends in a round trip; a leg gets its share",
-            ),
-            receive_buffer: Derived::new(
-                spec.receive_buffer,
-                (2 * received + SLACK).min(u64::from(u32::MAX / 4)),
-                "two bandwidth-delay products: one in flight, one for a loss to be repaired",
-            ),
-            send_buffer: Derived::new(
-                spec.send_buffer,
-                (2 * sent + SLACK).min(u64::from(u32::MAX / 4)),
-                "two bandwidth-delay products: one in flight, one for a loss to be repaired",
-            ),
-            unsent: Derived::new(
-                spec.unsent,
-                send_rate
-                    .bytes_in(Duration::from_millis(50))
-                    .clamp(32 << 10, 4 << 20),
-                "50 ms at the send rate: enough to keep sending, too little to wait long behind",
-            ),
-            mss: Derived {
-                value: spec.mss,
-                origin: spec.mss.map_or(Origin::Derived("the path's"), |_| Origin::Given),
-            },
-            rto_min: Derived::new(
-                spec.rto_min,
-                Duration::from_millis(200),
-                "the kernel's own, and the most that it allows: it is added to the round trip",
-            ),
-            rto_max: Derived::new(
-                spec.rto_max,
-                (rtt * 10)
-                    .clamp(seconds(5), seconds(60))
-                    .max(spec.rto_min.unwrap_or_default()),
-                "ten round trips: an outage ends, and nobody waits two minutes after it",
-            ),
-            user_timeout: Derived::new(
-                spec.user_timeout,
-                USER_TIMEOUT,
-                "what the kernel's fifteen retransmissions take without a longest timeout",
-            ),
-            keepalive: Derived::new(
-                spec.keepalive,
-                seconds(600).max(rtt * 100),
-                "ten minutes, at least a hundred round trips",
-            ),
-            connect_timeout: Derived::new(
-                spec.connect_timeout,
-                connect_timeout.max(rtt * 20),
-                "--connect-timeout, at least twenty round trips",
-            ),
+            congestion: chosen_congestion(spec, congestion),
+            initial_window: initial_window(spec, pacing.value),
+            receive_buffer: buffer(spec.receive_buffer, spec.rate, spec.rtt),
+            send_buffer: buffer(spec.send_buffer, send_rate.value, spec.rtt),
+            unsent: unsent(spec, send_rate.value),
+            mss: mss(spec),
+            rto_min: rto_min(spec),
+            rto_max: rto_max(spec),
+            user_timeout: user_timeout(spec),
+            keepalive: keepalive(spec),
+            connect_timeout: leg_connect_timeout(spec, connect_timeout),
             weights: spec.weights,
             sharing: spec.sharing,
-            peer_window: match spec.peer {
-                Peer::Unknown => Derived {
-                    value: None,
-                    origin: Origin::Derived("what the peer says"),
-                },
-                Peer::Pepsal => Derived {
-                    value: Some(sent),
-                    origin: Origin::Derived("a bandwidth-delay product, as the peer is a pepsal too"),
-                },
-            },
+            peer_window: peer_window(spec, send_rate.value),
+            send_rate,
+            pacing,
         }
+    }
+}
+
+fn send_rate(spec: &LinkSpec) -> Derived<Rate> {
+    Derived::new(spec.up, spec.rate, "the rate, as no up is given")
+}
+
+fn pacing(spec: &LinkSpec, send_rate: Rate) -> Derived<Rate> {
+    Derived::new(
+        spec.pacing,
+        Rate::from_bps(send_rate.bps() / 100 * 95),
+        "95 % of the send rate: headers take 3.5 %, the rest lets queues drain",
+    )
+}
+
+fn chosen_congestion(spec: &LinkSpec, best: &Congestion) -> Derived<Congestion> {
+    Derived::new(
+        spec.congestion.clone(),
+        best.clone(),
+        match best {
+            Congestion::Own(_) => "pepsal's own: sends at the leg's share, whatever is lost",
+            _ => "the best for lossy links that this kernel has",
+        },
+    )
+}
+
+fn initial_window(spec: &LinkSpec, pacing: Rate) -> Derived<u64> {
+    Derived::new(
+        spec.initial_window,
+        pacing.bytes_in(spec.rtt).max(INITIAL_WINDOW_MIN),
+        "what the pacing rate sends in a round trip; a leg gets its share",
+    )
+}
+
+fn buffer(given: Option<u64>, rate: Rate, rtt: Duration) -> Derived<u64> {
+    Derived::new(
+        given,
+        (2 * rate.bytes_in(rtt) + SLACK).min(u64::from(u32::MAX / 4)),
+        "two bandwidth-delay products: one in flight, one for a loss to be repaired",
+    )
+}
+
+fn unsent(spec: &LinkSpec, send_rate: Rate) -> Derived<u64> {
+    Derived::new(
+        spec.unsent,
+        send_rate
+            .bytes_in(Duration::from_millis(50))
+            .clamp(32 << 10, 4 << 20),
+        "50 ms at the send rate: enough to keep sending, too little to wait long behind",
+    )
+}
+
+fn mss(spec: &LinkSpec) -> Derived<Option<u16>> {
+    Derived {
+        value: spec.mss,
+        origin: spec.mss.map_or(Origin::Derived("the path's"), |_| Origin::Given),
+    }
+}
+
+fn rto_min(spec: &LinkSpec) -> Derived<Duration> {
+    Derived::new(
+        spec.rto_min,
+        Duration::from_millis(200),
+        "the kernel's own, and the most that it allows: it is added to the round trip",
+    )
+}
+
+fn rto_max(spec: &LinkSpec) -> Derived<Duration> {
+    Derived::new(
+        spec.rto_max,
+        (spec.rtt * 10)
+            .clamp(Duration::from_secs(5), Duration::from_secs(60))
+            .max(spec.rto_min.unwrap_or_default()),
+        "ten round trips: an outage ends, and nobody waits two minutes after it",
+    )
+}
+
+fn user_timeout(spec: &LinkSpec) -> Derived<Duration> {
+    Derived::new(
+        spec.user_timeout,
+        USER_TIMEOUT,
+        "what the kernel's fifteen retransmissions take without a longest timeout",
+    )
+}
+
+fn keepalive(spec: &LinkSpec) -> Derived<Duration> {
+    Derived::new(
+        spec.keepalive,
+        Duration::from_secs(600).max(spec.rtt * 100),
+        "ten minutes, at least a hundred round trips",
+    )
+}
+
+fn leg_connect_timeout(spec: &LinkSpec, elsewhere: Duration) -> Derived<Duration> {
+    Derived::new(
+        spec.connect_timeout,
+        elsewhere.max(spec.rtt * 20),
+        "--connect-timeout, at least twenty round trips",
+    )
+}
+
+fn peer_window(spec: &LinkSpec, send_rate: Rate) -> Derived<Option<u64>> {
+    match spec.peer {
+        Peer::Unknown => Derived {
+            value: None,
+            origin: Origin::Derived("what the peer says"),
+        },
+        Peer::Pepsal => Derived {
+            value: Some(send_rate.bytes_in(spec.rtt)),
+            origin: Origin::Derived("a bandwidth-delay product, as the peer is a pepsal too"),
+        },
     }
 }
 
