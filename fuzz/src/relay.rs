@@ -17,7 +17,7 @@ use pepsal::{
         relay::{Limits, relay},
         side::Side,
     },
-    tcp::{options, stream::Stream},
+    tcp::{connection::Connection, options},
 };
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::{
@@ -265,7 +265,7 @@ fn byte(salt: u8, at: u64) -> u8 {
 }
 
 /// A peer's end and a leg. Some options are for small buffers.
-async fn connection(options: u8) -> io::Result<(TcpStream, Stream)> {
+async fn connection(options: u8) -> io::Result<(TcpStream, Connection)> {
     let listener = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None)?;
     let peer = TcpSocket::new_v4()?;
     if options & 2 > 0 {
@@ -290,5 +290,5 @@ async fn connection(options: u8) -> io::Result<(TcpStream, Stream)> {
     }
     // As legs have it until they have ended cleanly.
     options::reset_on_close(leg.as_fd(), true)?;
-    Ok((peer, Stream::register(leg)?))
+    Ok((peer, Connection::register(leg)?))
 }

@@ -21,8 +21,8 @@ use crate::{
     host::namespace::Namespace,
     link::registry::Link,
     tcp::{
+        connection::Connection,
         options::{self, tried},
-        stream::Stream,
     },
 };
 
@@ -59,7 +59,7 @@ impl LegConfig {
         attempt: &Attempt<'_>,
         host: &Namespace,
         metrics: &Metrics,
-    ) -> io::Result<Stream> {
+    ) -> io::Result<Connection> {
         let Attempt {
             client,
             server,
@@ -113,7 +113,7 @@ impl LegConfig {
             socket.bind(&client.into())?;
         }
         begin_connect(&socket, server).await?;
-        let stream = Stream::register(socket)?;
+        let stream = Connection::register(socket)?;
         stream.writable().await?;
         // What there is to know came with the same news.
         match stream.has_error() {
@@ -130,7 +130,7 @@ impl LegConfig {
 ///
 /// # Errors
 /// What `connect` would have said.
-pub async fn open(server: &Stream, client: &Stream) -> io::Result<usize> {
+pub async fn open(server: &Connection, client: &Connection) -> io::Result<usize> {
     if !is_connecting(server)? {
         return Ok(0);
     }
@@ -180,7 +180,7 @@ const SYN_DATA_MAX: usize = 1280 - 40 - 60;
 /// `TCP_SYN_SENT` of the kernel's `net/tcp_states.h`.
 const TCP_SYN_SENT: u8 = 2;
 
-fn is_connecting(stream: &Stream) -> io::Result<bool> {
+fn is_connecting(stream: &Connection) -> io::Result<bool> {
     Ok(options::tcp_info(stream)?.tcpi_state == TCP_SYN_SENT)
 }
 

@@ -16,14 +16,14 @@ use tracing::trace;
 use crate::{
     flow::{close_reason::CloseReason, side::Side},
     link::{budget::Membership, registry::Link},
-    tcp::{congestion::Congestion, options, stream::Stream},
+    tcp::{congestion::Congestion, connection::Connection, options},
 };
 
 /// One end of a flow while it is relayed.
 pub struct Leg {
     /// In the budget of the leg's link, where that is described.
     membership: Option<Membership>,
-    stream: Arc<Stream>,
+    stream: Arc<Connection>,
     side: Side,
     /// Set once the connection is known to be broken. The kernel reports an error only once, and then pretends an
     /// orderly end of stream.
@@ -32,7 +32,7 @@ pub struct Leg {
 
 impl Leg {
     /// Takes over a connected stream, which is reset when it is dropped ([`crate::flow::leg_config::LegConfig::tune`]).
-    pub fn new(stream: Stream, side: Side) -> Self {
+    pub fn new(stream: Connection, side: Side) -> Self {
         Self {
             membership: None,
             stream: Arc::new(stream),
@@ -59,7 +59,7 @@ impl Leg {
     }
 
     /// The leg's stream.
-    pub fn stream(&self) -> &Arc<Stream> {
+    pub fn stream(&self) -> &Arc<Connection> {
         &self.stream
     }
 

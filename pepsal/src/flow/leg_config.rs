@@ -12,8 +12,8 @@ use crate::{
     link::{profile::Origin, registry::Link},
     tcp::{
         congestion::{self, Congestion},
+        connection::Connection,
         options::{self, tried},
-        stream::Stream,
     },
 };
 
@@ -129,7 +129,7 @@ impl LegConfig {
 
     /// Once a leg without a profile is connected: leaves the congestion control to the kernel unless the path is short.
     /// `handshake` is what a round trip took at most.
-    pub fn settle_congestion(&self, side: Side, stream: &Stream, handshake: Duration) {
+    pub fn settle_congestion(&self, side: Side, stream: &Connection, handshake: Duration) {
         let Some(path) = &self.short_path else { return };
         if self.congestion_of(side, None).is_some() {
             return;
@@ -157,7 +157,7 @@ impl LegConfig {
 
     /// Gives the accepted connection the options that it has not inherited from its listener. One that the kernel
     /// refuses is left out: the flow can do without.
-    pub fn tune_client(&self, stream: &Stream, client: SocketAddr, record: &SynRecord) {
+    pub fn tune_client(&self, stream: &Connection, client: SocketAddr, record: &SynRecord) {
         if self.replication.dscp && record.traffic_class != 0 {
             let ipv6 = client.is_ipv6();
             tried(

@@ -57,7 +57,7 @@ use crate::{
         learned::{self, Paths},
         registry::{Link, Links},
     },
-    tcp::stream::Stream,
+    tcp::connection::Connection,
     wire::interfaces::Interfaces,
 };
 
@@ -203,7 +203,7 @@ async fn connect(
 ) -> Result<[End; 2], CloseReason> {
     let legs = &settings.legs;
     let (client, server, progress) = (flow.client, flow.server, &flow.progress);
-    let stream = Stream::register(accepted).map_err(|error| {
+    let stream = Connection::register(accepted).map_err(|error| {
         warn!(%client, %server, "cannot watch a connection: {error}");
         CloseReason::LocalFailure
     })?;
@@ -270,7 +270,7 @@ fn path_mss(record: &SynRecord, ipv6: bool, interfaces: &Interfaces) -> Option<u
 
 /// Whether the client has sent something already, in its SYN or right after the handshake. A reset that has come by then
 /// is an error that the kernel reports here and never again.
-fn has_data(stream: &Stream) -> io::Result<bool> {
+fn has_data(stream: &Connection) -> io::Result<bool> {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     match recv(stream.as_fd().as_raw_fd(), &mut [0], flags) {
         Ok(bytes) => Ok(bytes > 0),

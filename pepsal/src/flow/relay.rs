@@ -33,7 +33,7 @@ use crate::{
         progress::Progress,
         side::Side,
     },
-    tcp::{options, stream::Readable},
+    tcp::{connection::Readable, options},
 };
 
 /// What bounds a relay.

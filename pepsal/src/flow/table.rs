@@ -23,7 +23,7 @@ use crate::{
         side::Side,
     },
     host::clock::monotonic_ns,
-    tcp::{options, stream::Stream},
+    tcp::{connection::Connection, options},
     wire::flow_map::FlowMap,
 };
 
@@ -59,7 +59,7 @@ pub struct Flow {
 /// A leg as its flow looks at it, without keeping it from being closed.
 #[derive(Debug)]
 struct Watched {
-    stream: Weak<Stream>,
+    stream: Weak<Connection>,
     traffic: Option<Arc<Traffic>>,
 }
 
@@ -94,7 +94,7 @@ pub struct Observation {
 #[derive(Debug)]
 pub struct LegObservation {
     /// Its socket.
-    pub stream: Arc<Stream>,
+    pub stream: Arc<Connection>,
     /// The interface that it leaves through, when that is known.
     pub traffic: Option<Arc<Traffic>>,
     /// What the kernel says of it.
@@ -103,7 +103,7 @@ pub struct LegObservation {
 
 impl Flow {
     /// Lets a leg be looked at, whose interface is counted in `traffic`.
-    pub fn watch(&self, side: Side, stream: &Arc<Stream>, traffic: Option<Arc<Traffic>>) {
+    pub fn watch(&self, side: Side, stream: &Arc<Connection>, traffic: Option<Arc<Traffic>>) {
         let watched = Watched {
             stream: Arc::downgrade(stream),
             traffic,

@@ -30,7 +30,7 @@ use crate::{
         profile::LinkProfile,
         spec::Sharing,
     },
-    tcp::{congestion::Congestion, options, stream::Stream},
+    tcp::{congestion::Congestion, connection::Connection, options},
     units::Rate,
 };
 
@@ -89,7 +89,7 @@ pub struct Found {
 #[derive(Debug)]
 struct Sender {
     /// The flow's, which closes it.
-    stream: Weak<Stream>,
+    stream: Weak<Connection>,
     subscriber: Subscriber,
     weight: u64,
     congestion: Congestion,
@@ -152,7 +152,7 @@ impl Budget {
     /// the window for it, but not more than `window` bytes.
     pub fn join(
         self: &Arc<Self>,
-        stream: &Arc<Stream>,
+        stream: &Arc<Connection>,
         client: IpAddr,
         weight: u64,
         congestion: &Congestion,
@@ -383,7 +383,7 @@ impl Member {
     /// A user timeout that is always set does more than to bound an outage (tcp_timer.c): the kernel gives a connection up
     /// whose peer keeps its window closed for that long, though it answers every probe (RFC 9293, 3.8.6.1); and an idle one
     /// at the first keepalive probe that is lost.
-    fn bear_outage(&mut self, stream: &Stream, settings: &Settings, retry: Duration) {
+    fn bear_outage(&mut self, stream: &Connection, settings: &Settings, retry: Duration) {
         let is_outage = self.silence.is_outage(settings.rtt);
         if is_outage == self.bears_outage {
             return;
@@ -512,7 +512,7 @@ impl Sender {
     }
 }
 
-fn set_initial_window(stream: &Stream, bytes: u64, congestion: &Congestion) {
+fn set_initial_window(stream: &Connection, bytes: u64, congestion: &Congestion) {
     if let Congestion::Own(_) = congestion {
         return restart(stream);
     }
@@ -529,13 +529,13 @@ fn set_initial_window(stream: &Stream, bytes: u64, congestion: &Congestion) {
     }
 }
 
-fn restart(stream: &Stream) {
+fn restart(stream: &Connection) {
     if let Err(error) = options::restart_congestion(stream) {
         trace!("cannot restart the congestion control: {error}");
     }
 }
 
-fn pace(stream: &Stream, bytes_per_second: u64) {
+fn pace(stream: &Connection, bytes_per_second: u64) {
     if let Err(error) = options::set_pacing_rate(stream, bytes_per_second) {
         trace!("pacing refused: {error}");
     }

@@ -16,7 +16,7 @@ use pepsal_ebpf::map_addr;
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    tcp::{options, stream::Stream},
+    tcp::{connection::Connection, options},
     units::Rate,
 };
 
@@ -48,7 +48,7 @@ pub struct Paths(Mutex<HashMap<Path, Memory>>);
 
 impl Paths {
     /// Remembers what a leg saw, if it saw enough: what was acknowledged for each second that it had something to send.
-    pub fn learn(&self, ifindex: u32, peer: IpAddr, stream: &Stream) {
+    pub fn learn(&self, ifindex: u32, peer: IpAddr, stream: &Connection) {
         let Ok(info) = options::tcp_info(stream) else {
             return;
         };
@@ -64,7 +64,7 @@ impl Paths {
     }
 
     /// Starts a fresh leg with what is remembered of its path, if anything is.
-    pub fn resume(self: &Arc<Self>, ifindex: u32, peer: IpAddr, stream: &Arc<Stream>) {
+    pub fn resume(self: &Arc<Self>, ifindex: u32, peer: IpAddr, stream: &Arc<Connection>) {
         let path = path(ifindex, peer);
         if !self.lock().contains_key(&path) {
             return;
@@ -95,7 +95,7 @@ impl Paths {
     }
 
     /// Looks how the start went.
-    async fn validate(self: Arc<Self>, path: Path, rtt: Duration, stream: Weak<Stream>) {
+    async fn validate(self: Arc<Self>, path: Path, rtt: Duration, stream: Weak<Connection>) {
         sleep(rtt * 2).await;
         let Some(stream) = stream.upgrade() else { return };
         lift_pacing(&stream);
@@ -134,7 +134,7 @@ impl Paths {
     }
 }
 
-fn lift_pacing(stream: &Stream) {
+fn lift_pacing(stream: &Connection) {
     // All ones stands for no limit; it was accepted a moment ago.
     let _ = options::set_pacing_rate(stream, u64::MAX);
 }

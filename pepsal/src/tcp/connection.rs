@@ -16,12 +16,12 @@ use tokio::io::{
 
 /// A connection, or one that is being made.
 #[derive(Debug)]
-pub struct Stream(AsyncFd<Socket>);
+pub struct Connection(AsyncFd<Socket>);
 
 /// A look at what there is to be read.
 pub struct Readable<'a>(AsyncFdReadyGuard<'a, Socket>);
 
-impl Stream {
+impl Connection {
     /// Registers a socket that does not block with the runtime that this is called in.
     ///
     /// # Errors
@@ -108,7 +108,7 @@ impl Stream {
     }
 }
 
-impl AsFd for Stream {
+impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
@@ -141,16 +141,16 @@ mod tests {
 
     use super::*;
 
-    fn connection() -> (TcpStream, Stream) {
+    fn connection() -> (TcpStream, Connection) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let socket = Socket::from(listener.accept().unwrap().0);
         socket.set_nonblocking(true).unwrap();
         socket.set_out_of_band_inline(true).unwrap();
-        (peer, Stream::register(socket).unwrap())
+        (peer, Connection::register(socket).unwrap())
     }
 
-    fn receive(stream: &Stream) -> usize {
+    fn receive(stream: &Connection) -> usize {
         recv(stream.as_fd().as_raw_fd(), &mut [0; 9], MsgFlags::MSG_DONTWAIT).unwrap()
     }
 
