@@ -163,7 +163,7 @@ pub struct Options {
     #[arg(long, value_name = "WHERE", help_heading = "Observation")]
     pub metrics_listen: Option<Place>,
 
-    /// Socket that the commands status, flows, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
+    /// Socket that the commands status, flows, clients, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
     #[arg(long, value_name = "PATH", help_heading = "Observation")]
     pub admin_socket: Option<PathBuf>,
 

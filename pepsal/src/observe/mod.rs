@@ -12,6 +12,7 @@
 pub(crate) mod view;
 pub(crate) mod protocol;
 mod status;
+mod clients;
 mod exposition;
 mod snapshot;
 pub mod admin;
