@@ -34,6 +34,7 @@ use crate::{
     link::{rate_control::RateControl, registry::Links},
     observe::{
         Observatory,
+        subscribers::Census,
         view::{AttachedNow, View},
     },
     wire::{
@@ -285,6 +286,7 @@ impl Loaded {
             devices: vec![self.clients.name.clone(), self.servers.name.clone()],
             port: options.port.get(),
             limit: self.checked.limit,
+            census: Census::default(),
             started: SystemTime::now(),
             ready: AtomicBool::new(false),
         }

@@ -13,6 +13,7 @@ pub(crate) mod view;
 pub(crate) mod protocol;
 mod status;
 mod clients;
+pub(crate) mod subscribers;
 mod exposition;
 mod snapshot;
 pub mod admin;

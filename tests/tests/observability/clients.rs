@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use pepsal_tests::{Connection, Family, PATIENCE, eventually};
 use serde_json::{Value, json};
 
+use crate::scrape::Scrape;
 use crate::{MIB, Watched};
 
 impl Watched {
@@ -123,6 +124,31 @@ fn clients_are_filtered_sorted_and_limited() -> Result<()> {
         String::from_utf8(wrong.stderr)?,
         "pepsal: interval_ms 11000 is more than 10000\n"
     );
+    Ok(())
+}
+
+#[test]
+fn totals_of_subscribers_are_metrics() -> Result<()> {
+    let bed = Watched::start(&[])?;
+    let flows = [
+        bed.flow(Family::V4)?,
+        bed.flow(Family::V6)?,
+        bed.flow(Family::V6)?,
+    ];
+    let is = |scrape: &Scrape, name: &str, value: f64| scrape.of(&format!("pepsal_{name}"), &[]) == value;
+    bed.eventually_scraped(|scrape| {
+        is(scrape, "subscribers", 2.0)
+            && is(scrape, "subscriber_flows_max", 2.0)
+            && is(scrape, "subscriber_bytes_max_ratio", 0.0)
+    })?;
+    send(&flows[0], 5000)?;
+    bed.eventually_scraped(|scrape| is(scrape, "subscriber_bytes_max_ratio", 1.0))?;
+    drop(flows);
+    bed.eventually_scraped(|scrape| {
+        is(scrape, "subscribers", 0.0)
+            && is(scrape, "subscriber_flows_max", 0.0)
+            && is(scrape, "subscriber_bytes_max_ratio", 0.0)
+    })?;
     Ok(())
 }
 
