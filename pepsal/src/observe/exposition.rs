@@ -33,6 +33,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub(super) struct Figures {
     started: SystemTime,
     limit: u32,
+    limit_per_client: u32,
     pub(super) pending: usize,
     pub(super) open: usize,
     subscribers: Totals,
@@ -108,6 +109,7 @@ impl Figures {
         Self {
             started: view.started,
             limit: view.limit,
+            limit_per_client: view.limit_per_client,
             pending,
             open,
             subscribers: view.census.take(&carried),
@@ -222,6 +224,12 @@ impl Figures {
             "The most flows at once; further connections pass",
             &[],
             single(self.limit as usize),
+        )?;
+        out.gauge(
+            "subscriber_flows_limit",
+            "The most flows of one subscriber at once, 0 for no bound; further connections pass",
+            &[],
+            single(self.limit_per_client as usize),
         )?;
         out.gauge(
             "subscribers",

@@ -264,6 +264,9 @@ pub struct FlowCounts {
     pub pending: usize,
     /// The most at once.
     pub limit: u32,
+    /// The most at once of one subscriber; 0 for no bound.
+    #[serde(default)]
+    pub limit_per_client: u32,
 }
 
 /// Something for each way.

@@ -32,6 +32,8 @@ pub struct View {
     pub port: u16,
     /// Most flows at once.
     pub limit: u32,
+    /// Most flows of one subscriber at once; 0 for no bound.
+    pub limit_per_client: u32,
     /// Counts the subscribers.
     pub census: Census,
     /// When the daemon was started.
