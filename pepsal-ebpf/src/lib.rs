@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod packet;
+pub mod subscriber;
 
 use core::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -499,6 +500,8 @@ counters! {
     Unresponsive = "unresponsive",
     /// Passed: as many flows as allowed are open.
     LimitReached = "limit_reached",
+    /// Passed: as many flows of this subscriber as allowed are open.
+    ClientLimitReached = "client_limit_reached",
     /// Passed: the record could not be stored.
     RecordFailed = "record_failed",
     /// Passed: `sk_lookup` found a flow but could not give it to the listener.
@@ -517,4 +520,6 @@ mod pod {
     unsafe impl aya::Pod for super::PrefixKey {}
     // SAFETY: as above.
     unsafe impl aya::Pod for super::Interface {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::subscriber::Slot {}
 }

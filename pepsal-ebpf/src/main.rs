@@ -16,6 +16,7 @@
 
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 #![expect(
     missing_docs,
     reason = "the macros export each program a second time, without its documentation"
@@ -32,6 +33,7 @@ use crate::{
     skb::{DROP, NEXT, Skb},
 };
 
+mod client_limit;
 mod clients_out;
 mod label;
 mod listener;

@@ -9,6 +9,7 @@ use pepsal_ebpf::{
     Counter, ExtensionHeaders, FILTER_GENERATIONS, FILTER_HEADER, FILTER_SLOTS, FlowKey, FragmentKey,
     Interface, LINKS_MAX, PORT_SETS_MAX, PREFIXES_MAX, PortSet, PrefixKey, SynHead, SynRecord,
     packet::{Segment, TcpOptions},
+    subscriber::Slot,
 };
 
 /// Constants that the loader writes into the object before the kernel sees it.
@@ -49,12 +50,23 @@ settings! {
     HEARTBEAT_BOUND_NS / heartbeat_bound_ns: u64,
     /// Non-zero: every intercepted SYN is logged.
     LOG_SYNS / log_syns: u8,
+    /// Most connections of one subscriber; zero for no bound.
+    CONNS_PER_CLIENT / conns_per_client: u32,
+    /// One less than the slots of [`CONNECTIONS`], whose number is a power of two.
+    CLIENT_SLOTS_MASK / client_slots_mask: u32,
+    /// Number that chooses the hash function of subscribers.
+    CLIENT_SEED / client_seed: u64,
 }
 
 /// Every flow, from its SYN to its end. The daemon sizes the map to its limit of connections and removes a flow that has
 /// ended or was never accepted, so that a full map is what "at the limit" means.
 #[map]
 pub static FLOWS: HashMap<FlowKey, SynHead> = HashMap::with_max_entries(1, BPF_F_NO_PREALLOC);
+
+/// The connections of each subscriber: what is in [`FLOWS`], and what is about to be. The daemon sizes the map, and subtracts a
+/// flow that it removes.
+#[map]
+pub static CONNECTIONS: Array<Slot> = Array::with_max_entries(1, BPF_F_MMAPABLE);
 
 /// What is large in the records of flows, and rare. The daemon takes it when it accepts; of connections that never come so
 /// far the oldest make room.

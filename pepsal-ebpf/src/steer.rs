@@ -18,10 +18,11 @@ use pepsal_ebpf::{
 };
 
 use crate::{
+    client_limit,
     maps::{
         DESTINATIONS, EXTENSIONS, FLOWS, GENERATION, HEARTBEAT, INTERFACES, LINKS, LISTENERS, PORT_SETS,
-        SCRATCH, SOURCES, Scratch, clients_ifindex, heartbeat_bound_ns, instance, log_syns, mark, mark_mask,
-        note_flow, predecessor, servers_ifindex,
+        SCRATCH, SOURCES, Scratch, clients_ifindex, conns_per_client, heartbeat_bound_ns, instance, log_syns,
+        mark, mark_mask, note_flow, predecessor, servers_ifindex,
     },
     route,
     skb::Skb,
@@ -138,12 +139,22 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
     head.egress_ifindex = next_hop.ifindex;
 
     let (flow, head) = (syn.flow(), &*head);
+    // A SYN that comes again has been counted.
+    // SAFETY: the record is not looked into.
+    let is_counted = conns_per_client() != 0 && unsafe { FLOWS.get(flow) }.is_none();
+    if is_counted && !client_limit::take(&flow) {
+        return Err(Counter::ClientLimitReached);
+    }
     if head.has_extensions() {
         // Where it is missing the daemon notices.
         let _ = EXTENSIONS.insert(flow, extensions, 0);
     }
     note_flow(&flow);
-    match FLOWS.insert(flow, head, BPF_NOEXIST) {
+    let inserted = FLOWS.insert(flow, head, BPF_NOEXIST);
+    if is_counted && inserted.is_err() {
+        client_limit::give_back(&flow);
+    }
+    match inserted {
         Ok(()) => {}
         // The port is used again, or SYN cookies are on: the newest SYN counts, and the flow has its place already. Where
         // it has ended meanwhile, the client sends its SYN again.

@@ -47,6 +47,8 @@ pub enum Command {
     Status(ctl::status::Arguments),
     /// List the flows of the running daemon
     Flows(ctl::flows::Arguments),
+    /// List the clients that have flows of the running daemon, each with the sums over its flows
+    Clients(ctl::clients::Arguments),
     /// Watch the flows of the running daemon live
     Top(ctl::top::Arguments),
     /// Reset flows of the running daemon

@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         Some(Command::Check { file }) => Ok(config::check(&file)),
         Some(Command::Status(arguments)) => ctl::status::run(&arguments),
         Some(Command::Flows(arguments)) => ctl::flows::run(&arguments),
+        Some(Command::Clients(arguments)) => ctl::clients::run(&arguments),
         Some(Command::Top(arguments)) => ctl::top::run(&arguments),
         Some(Command::Close(arguments)) => ctl::close::run(&arguments),
         Some(Command::Doctor(arguments)) => ctl::doctor::run(&arguments),

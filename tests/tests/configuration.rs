@@ -56,6 +56,10 @@ fn bad_files_are_refused_with_the_place_before_anything_is_touched() -> Result<(
             ":2:18: metrics.listen: '9300' is no place to listen: give ADDRESS:PORT like 127.0.0.1:9300",
         ),
         (
+            "interfaces = [\"lan0\"]\nproxy.conns-per-client = -1\n",
+            ":2:26: proxy.conns-per-client: '-1' is no number of connections: give 1 to 1000000, or 0 for no bound",
+        ),
+        (
             "interfaces = [\"lan0\"]\nproxy.connect-timeout = 0\n",
             ":2:25: proxy.connect-timeout: '0' is no time to wait",
         ),

@@ -48,6 +48,10 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
             "invalid value '0' for '--conns <MAXCONN>'",
         ),
         (
+            &["-i", "lan0", "--conns-per-client", "many"],
+            "'many' is no number of connections: give 1 to 1000000, or 0 for no bound",
+        ),
+        (
             &["-i", "lan0", "-p", "0"],
             "invalid value '0' for '--port <PORT>'",
         ),

@@ -37,6 +37,7 @@ pub const KEYS: &[Key] = &[
     key("log.level", "log_level", Live),
     key("proxy.port", "port", AtStart),
     key("proxy.conns", "max_connections", AtStart),
+    key("proxy.conns-per-client", "max_connections_per_client", AtStart),
     key("proxy.threads", "threads", AtStart),
     key("proxy.logfile", "logfile", AtStart),
     key("proxy.monitoring-pid", "monitoring_pid", AtStart),

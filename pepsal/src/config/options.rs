@@ -87,6 +87,17 @@ pub struct Options {
     )]
     pub max_connections: u32,
 
+    /// Most connections of one client at once, by its IPv4 address or the /64 of its IPv6 address; further ones pass through
+    /// untouched; 0 for no bound
+    #[arg(
+        long = "conns-per-client",
+        value_name = "N",
+        default_value_t = 0,
+        value_parser = connections_per_client,
+        help_heading = "Proxy"
+    )]
+    pub max_connections_per_client: u32,
+
     /// Append a table of the flows to this file every five minutes
     #[arg(short = 'l', long, value_name = "LOGFILE", help_heading = "Proxy")]
     pub logfile: Option<PathBuf>,
@@ -163,7 +174,7 @@ pub struct Options {
     #[arg(long, value_name = "WHERE", help_heading = "Observation")]
     pub metrics_listen: Option<Place>,
 
-    /// Socket that the commands status, flows, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
+    /// Socket that the commands status, flows, clients, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
     #[arg(long, value_name = "PATH", help_heading = "Observation")]
     pub admin_socket: Option<PathBuf>,
 
@@ -315,6 +326,13 @@ pub struct TcpArgs {
 fn port(text: &str) -> Result<NonZeroU16, String> {
     text.parse()
         .map_err(|_| format!("'{text}' is not a port: give a number from 1 to 65535"))
+}
+
+fn connections_per_client(text: &str) -> Result<u32, String> {
+    let number = text.parse().ok();
+    number
+        .filter(|number| *number <= 1_000_000)
+        .ok_or_else(|| format!("'{text}' is no number of connections: give 1 to 1000000, or 0 for no bound"))
 }
 
 /// The reason why there is no routing table to choose.

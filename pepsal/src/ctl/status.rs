@@ -59,10 +59,14 @@ fn show(status: &Status) -> String {
             or_none(&status.devices)
         ),
         format!(
-            "flows      {} open, {} pending, at most {}; {} up, {} down",
+            "flows      {} open, {} pending, at most {}{}; {} up, {} down",
             status.flows.open,
             status.flows.pending,
             status.flows.limit,
+            match status.flows.limit_per_client {
+                0 => String::new(),
+                limit => format!(", {limit} of a client"),
+            },
             text::bytes(status.bytes.up),
             text::bytes(status.bytes.down)
         ),

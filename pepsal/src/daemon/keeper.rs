@@ -138,7 +138,9 @@ impl Keeper {
         };
         // At a high limit it takes longer than a round may.
         let shared = shared.clone();
-        self.expiry = Some(spawn_blocking(move || shared.table.expire(age)));
+        self.expiry = Some(spawn_blocking(move || {
+            shared.table.expire(age, HANDSHAKE_WHEN_FULL)
+        }));
     }
 
     fn watch_limit(&mut self, refused: u64, open: u64) {

@@ -34,6 +34,7 @@ use crate::{
     link::{rate_control::RateControl, registry::Links},
     observe::{
         Observatory,
+        subscribers::Census,
         view::{AttachedNow, View},
     },
     wire::{
@@ -192,6 +193,7 @@ impl Checked {
             predecessor: self.standing.predecessor(),
             devices,
             limit: self.limit,
+            limit_per_client: options.max_connections_per_client,
             selection: &Selection::new(&steering.only, &steering.bypass),
             log_syns: steering.log_syns,
         })
@@ -285,6 +287,8 @@ impl Loaded {
             devices: vec![self.clients.name.clone(), self.servers.name.clone()],
             port: options.port.get(),
             limit: self.checked.limit,
+            limit_per_client: options.max_connections_per_client,
+            census: Census::default(),
             started: SystemTime::now(),
             ready: AtomicBool::new(false),
         }

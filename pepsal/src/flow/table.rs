@@ -277,11 +277,17 @@ impl FlowTable {
     }
 
     /// Frees the places of connections whose handshake was not completed within `age`, and returns how many there were
-    /// and how many are younger. A handshake that is completed later is accepted all the same.
-    pub fn expire(&self, age: Duration) -> (u64, u64) {
-        let oldest = monotonic_ns().saturating_sub(age.as_nanos() as u64);
+    /// and how many are younger. A handshake that is completed later is accepted all the same. Where a client's further
+    /// connections pass because of the bound for each client, its handshakes have `age_at_client_limit`.
+    pub fn expire(&self, age: Duration, age_at_client_limit: Duration) -> (u64, u64) {
+        let now = monotonic_ns();
+        let oldest = |age: Duration| now.saturating_sub(age.as_nanos() as u64);
         let (mut expired, mut young) = (0, 0);
         for (key, head) in self.kernel.all() {
+            let oldest = oldest(match self.kernel.is_at_client_limit(&key) {
+                true => age_at_client_limit,
+                false => age,
+            });
             let open = self.lock();
             if open.contains_key(&key) {
                 continue;

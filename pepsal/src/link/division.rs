@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    fmt,
     net::{IpAddr, Ipv6Addr},
 };
 
@@ -45,6 +46,16 @@ impl Subscriber {
             IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
             address => address,
         })
+    }
+}
+
+impl fmt::Display for Subscriber {
+    /// Writes the address, or the prefix of an IPv6 one.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            IpAddr::V4(address) => address.fmt(f),
+            IpAddr::V6(prefix) => write!(f, "{prefix}/64"),
+        }
     }
 }
 

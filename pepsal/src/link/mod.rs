@@ -5,7 +5,7 @@
 mod backoff;
 pub(crate) mod budget;
 pub(crate) mod controller;
-mod division;
+pub mod division;
 pub(crate) mod learned;
 pub(crate) mod profile;
 pub(crate) mod rate_control;

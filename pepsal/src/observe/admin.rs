@@ -24,8 +24,8 @@ use crate::{
     observe::{
         connections::{self, Listener, Stream},
         protocol::{
-            Answer, Ends, FlowState, FlowStatus, Flows, FlowsQuestion, Question, Reply, Request, Status,
-            VERSION, Ways,
+            Answer, Clients, ClientsQuestion, Ends, FlowState, FlowStatus, Flows, FlowsQuestion, Question,
+            Reply, Request, Status, VERSION, Ways,
         },
         snapshot::Snapshots,
         socket_file::SocketFile,
@@ -149,6 +149,7 @@ async fn answer(line: &[u8], snapshots: &Snapshots) -> Answer {
         Err(refusal) => Err(refusal),
         Ok(Asked::Status) => status(snapshots).await.map(Answer::Status),
         Ok(Asked::Flows(question, filter)) => flows(question, filter, view).await.map(Answer::Flows),
+        Ok(Asked::Clients(question, filter)) => clients(question, filter, view).await.map(Answer::Clients),
         Ok(Asked::Close(target)) => close(&target, view).map(Answer::Closed),
     };
     answered.unwrap_or_else(Answer::Error)
@@ -161,6 +162,8 @@ pub enum Asked {
     Status,
     /// The flows that a filter takes.
     Flows(FlowsQuestion, Filter),
+    /// The subscribers with flows that a filter takes.
+    Clients(ClientsQuestion, Filter),
     /// The end of some.
     Close(Target),
 }
@@ -187,12 +190,12 @@ impl Asked {
         Ok(match request.question {
             Question::Status => Self::Status,
             Question::Flows(question) => {
-                let (ms, most) = (question.interval_ms, INTERVAL_MAX.as_millis());
-                if u128::from(ms) > most {
-                    return Err(format!("interval_ms {ms} is more than {most}"));
-                }
                 let filter = Filter::parse(&question)?;
                 Self::Flows(question, filter)
+            }
+            Question::Clients(question) => {
+                let filter = Filter::parse(&question.flows())?;
+                Self::Clients(question, filter)
             }
             Question::Close { flow } => Self::Close(Target::parse(&flow)?),
         })
@@ -220,6 +223,11 @@ async fn flows(question: FlowsQuestion, filter: Filter, view: &Arc<View>) -> Res
     spawn_blocking(look)
         .await
         .map_err(|_| "cannot look at the flows".to_owned())
+}
+
+async fn clients(question: ClientsQuestion, filter: Filter, view: &Arc<View>) -> Result<Clients, String> {
+    let flows = flows(question.flows(), filter, view).await?;
+    Ok(Clients::of(&flows.list, question.sort, question.limit))
 }
 
 /// What flows had carried when a measurement of rates began, by their numbers.
@@ -273,7 +281,12 @@ pub struct Filter {
 }
 
 impl Filter {
+    /// Returns the filter of a question whose interval is one that may be asked for.
     fn parse(question: &FlowsQuestion) -> Result<Self, String> {
+        let (ms, most) = (question.interval_ms, INTERVAL_MAX.as_millis());
+        if u128::from(ms) > most {
+            return Err(format!("interval_ms {ms} is more than {most}"));
+        }
         Ok(Self {
             client: question.client.as_deref().map(prefix).transpose()?,
             server: question.server.as_deref().map(prefix).transpose()?,

@@ -23,7 +23,7 @@ use crate::{
         table::{LegObservation, State},
     },
     link::{budget::Found, controller::State as LinkState},
-    observe::{log, process::Process, view::View},
+    observe::{log, process::Process, subscribers::Totals, view::View},
 };
 
 /// The content type of what [`Figures::render`] makes.
@@ -33,8 +33,10 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub(super) struct Figures {
     started: SystemTime,
     limit: u32,
+    limit_per_client: u32,
     pub(super) pending: usize,
     pub(super) open: usize,
+    subscribers: Totals,
     map_entries: u64,
     process: Process,
     lines_suppressed: u64,
@@ -75,13 +77,16 @@ impl Figures {
         let metrics = &shared.metrics;
         let (mut pending, mut open) = (0, 0);
         let mut interfaces = BTreeMap::<String, InterfaceFigures>::new();
+        let mut carried = Vec::new();
         for flow in shared.table.snapshot() {
             match flow.state() {
                 State::Pending => pending += 1,
                 State::Open => open += 1,
             }
+            let seen = flow.observe(metrics);
+            carried.push((flow.id, flow.client.ip(), seen.up + seen.down));
             // Leg by leg, so that none is kept open for the time that all take.
-            for leg in flow.observe(metrics).legs.into_iter().flatten() {
+            for leg in seen.legs.into_iter().flatten() {
                 if let Some(traffic) = &leg.traffic {
                     interfaces.entry(traffic.interface.clone()).or_default().add(&leg);
                 }
@@ -104,8 +109,10 @@ impl Figures {
         Self {
             started: view.started,
             limit: view.limit,
+            limit_per_client: view.limit_per_client,
             pending,
             open,
+            subscribers: view.census.take(&carried),
             map_entries: shared.table.entries() as u64,
             process: Process::now(),
             lines_suppressed: log::suppressed(),
@@ -217,6 +224,30 @@ impl Figures {
             "The most flows at once; further connections pass",
             &[],
             single(self.limit as usize),
+        )?;
+        out.gauge(
+            "subscriber_flows_limit",
+            "The most flows of one subscriber at once, 0 for no bound; further connections pass",
+            &[],
+            single(self.limit_per_client as usize),
+        )?;
+        out.gauge(
+            "subscribers",
+            "Subscribers (IPv4 addresses, IPv6 /64 prefixes) that have flows",
+            &[],
+            single(self.subscribers.subscribers),
+        )?;
+        out.gauge(
+            "subscriber_flows_max",
+            "Flows of the subscriber that has most",
+            &[],
+            single(self.subscribers.flows_max),
+        )?;
+        out.gauge(
+            "subscriber_bytes_max_ratio",
+            "Largest part of a subscriber in what was relayed since the look before, from 0 to 1",
+            &[],
+            [([], self.subscribers.bytes_max_ratio)],
         )?;
         let closed = self.closed.iter().map(|(reason, n)| ([reason.as_str()], *n));
         out.counter(

@@ -12,6 +12,8 @@
 pub(crate) mod view;
 pub(crate) mod protocol;
 mod status;
+mod clients;
+pub(crate) mod subscribers;
 mod exposition;
 mod snapshot;
 pub mod admin;

@@ -28,6 +28,8 @@ pub enum Question {
     Status,
     /// The flows at present.
     Flows(FlowsQuestion),
+    /// The subscribers that have flows at present.
+    Clients(ClientsQuestion),
     /// Ends flows.
     Close {
         /// Which: an id, a client's address, or its address and port.
@@ -88,6 +90,78 @@ impl Sort {
     }
 }
 
+/// Which subscribers are asked for, and which of their flows count.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ClientsQuestion {
+    /// Only flows whose client is in this prefix.
+    pub client: Option<String>,
+    /// Only flows whose server is in this prefix.
+    pub server: Option<String>,
+    /// Only flows to this port of the server.
+    pub port: Option<u16>,
+    /// Only flows that have a leg behind this interface.
+    pub interface: Option<String>,
+    /// Only flows in this state.
+    pub state: Option<FlowState>,
+    /// Order of the list.
+    pub sort: ClientSort,
+    /// Maximum number of subscribers in the list; 0 for all.
+    pub limit: usize,
+    /// Time over which rates are measured, and which the answer takes, in milliseconds; 0 is each flow's life so far.
+    pub interval_ms: u64,
+}
+
+impl ClientsQuestion {
+    /// Returns the question for the flows that count.
+    pub fn flows(&self) -> FlowsQuestion {
+        FlowsQuestion {
+            client: self.client.clone(),
+            server: self.server.clone(),
+            port: self.port,
+            interface: self.interface.clone(),
+            state: self.state,
+            sort: Sort::Age,
+            limit: 0,
+            interval_ms: self.interval_ms,
+        }
+    }
+}
+
+/// An order of subscribers: descending by this.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum ClientSort {
+    /// Rate both ways
+    #[default]
+    Rate,
+    /// Flows, pending ones included
+    Flows,
+    /// Bytes both ways
+    Bytes,
+    /// Longer of the two sides' mean smoothed round trips
+    Rtt,
+    /// Segments that legs of either side sent again
+    Retransmits,
+}
+
+impl ClientSort {
+    /// Returns the figure that a subscriber is sorted by.
+    pub fn key(self, client: &ClientStatus) -> f64 {
+        let sides = [&client.legs.client, &client.legs.server];
+        match self {
+            Self::Rate => client.bytes_per_second.up + client.bytes_per_second.down,
+            Self::Flows => (client.flows.open + client.flows.pending) as f64,
+            Self::Bytes => (client.bytes.up + client.bytes.down) as f64,
+            Self::Rtt => sides
+                .iter()
+                .filter_map(|side| side.rtt_seconds)
+                .fold(0.0, f64::max),
+            Self::Retransmits => sides.iter().map(|side| side.retransmitted_segments as f64).sum(),
+        }
+    }
+}
+
 /// A line from the daemon.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Reply {
@@ -106,6 +180,8 @@ pub enum Answer {
     Status(Box<Status>),
     /// To [`Question::Flows`].
     Flows(Flows),
+    /// To [`Question::Clients`].
+    Clients(Clients),
     /// To [`Question::Close`]: those that were told to end.
     Closed(Vec<Ends>),
     /// One line: what is wrong with the request.
@@ -188,6 +264,9 @@ pub struct FlowCounts {
     pub pending: usize,
     /// The most at once.
     pub limit: u32,
+    /// The most at once of one subscriber; 0 for no bound.
+    #[serde(default)]
+    pub limit_per_client: u32,
 }
 
 /// Something for each way.
@@ -328,6 +407,63 @@ pub struct LegStatus {
     pub receiver_limited_seconds: f64,
     /// Of that, time limited by this host's send buffer.
     pub send_buffer_limited_seconds: f64,
+}
+
+/// Subscribers.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Clients {
+    /// How many have flows that count.
+    pub total: usize,
+    /// Those that were asked for.
+    pub list: Vec<ClientStatus>,
+}
+
+/// A subscriber: the sums over its flows that are open or pending at present.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ClientStatus {
+    /// The client's IPv4 address, or the /64 of its IPv6 address.
+    pub client: String,
+    /// Its flows.
+    pub flows: ClientFlows,
+    /// Bytes that these have carried.
+    pub bytes: Ways<u64>,
+    /// Their rate, over the time that was asked for.
+    pub bytes_per_second: Ways<f64>,
+    /// Their legs.
+    pub legs: ClientLegs,
+}
+
+/// A subscriber's flows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientFlows {
+    /// Both legs are connected.
+    pub open: usize,
+    /// The server has not answered yet.
+    pub pending: usize,
+}
+
+/// A subscriber's legs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ClientLegs {
+    /// The accepted ones.
+    pub client: SideStatus,
+    /// The connected ones.
+    pub server: SideStatus,
+}
+
+/// A subscriber's legs of one side.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SideStatus {
+    /// How many there are.
+    pub open: usize,
+    /// Mean of their smoothed round trips; none before a measurement.
+    pub rtt_seconds: Option<f64>,
+    /// Shortest round trip of any of them; none before a measurement.
+    pub rtt_min_seconds: Option<f64>,
+    /// Segments with data that they sent, retransmissions included.
+    pub sent_segments: u64,
+    /// Segments that they sent again.
+    pub retransmitted_segments: u64,
 }
 
 /// The two ends of a flow.

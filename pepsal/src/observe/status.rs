@@ -87,6 +87,7 @@ impl Status {
                 open: figures.open,
                 pending: figures.pending,
                 limit: view.limit,
+                limit_per_client: view.limit_per_client,
             },
             bytes: Ways { up, down },
             closed: figures.closed.iter().cloned().collect(),

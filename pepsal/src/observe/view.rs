@@ -10,6 +10,7 @@ use std::{
 
 use crate::{
     flow::Shared,
+    observe::subscribers::Census,
     wire::{attachment::Attached, counters::Counters, mark::Mark},
 };
 
@@ -31,6 +32,10 @@ pub struct View {
     pub port: u16,
     /// Most flows at once.
     pub limit: u32,
+    /// Most flows of one subscriber at once; 0 for no bound.
+    pub limit_per_client: u32,
+    /// Counts the subscribers.
+    pub census: Census,
     /// When the daemon was started.
     pub started: SystemTime,
     /// Whether new connections are taken: not yet at the start, and no more at the end.

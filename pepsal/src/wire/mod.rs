@@ -6,7 +6,7 @@
 //! host sees them, and give the host what server legs send, by the interface of the client's SYN. So the host's routing,
 //! firewall, address translation and accounting see the server leg's connection as the client's own.
 //!
-//! [`flow_map`] contains a record of each flow's SYN, [`counters`] a count of each verdict, [`selection`] the rules for new
+//! [`flow_map`] contains a record of each flow's SYN, [`connection_counts`] those of each subscriber, [`counters`] a count of each verdict, [`selection`] the rules for new
 //! connections, which [`selection_maps`] writes into the kernel's maps. [`batch`] reads a map by few system calls.
 //! [`claims`] keep two instances from intercepting one interface.
 
@@ -18,6 +18,7 @@ pub(crate) mod device;
 pub(crate) mod side;
 pub(crate) mod mark;
 pub(crate) mod flow_map;
+pub(crate) mod connection_counts;
 pub(crate) mod batch;
 pub(crate) mod filter;
 pub(crate) mod counters;

@@ -23,6 +23,7 @@ use crate::{
     host::{cgroup::OwnCgroup, clock, namespace::Namespace},
     link::registry::Links,
     wire::{
+        connection_counts::{ClientLimit, ConnectionCounts},
         counters::Counters,
         device::Device,
         filter::Filter,
@@ -48,6 +49,8 @@ pub struct Config<'a> {
     pub devices: [&'a Device; 2],
     /// Limit of flows: the size of the kernel's map of flows.
     pub limit: u32,
+    /// Most flows of one subscriber; 0 for no bound.
+    pub limit_per_client: u32,
     /// The rules for new connections.
     pub selection: &'a Selection,
     /// Whether every intercepted SYN is logged.
@@ -93,6 +96,7 @@ impl Programs {
         let predecessor = config.predecessor.map_or(0, instance_number);
         let bound_ns = HEARTBEAT_BOUND.as_nanos() as u64;
         let log_syns = u8::from(config.log_syns);
+        let client_limit = ClientLimit::new(config.limit_per_client, config.limit);
         let mut ebpf = EbpfLoader::new()
             .override_global("MARK", &mark, true)
             .override_global("MARK_MASK", &mask, true)
@@ -104,7 +108,11 @@ impl Programs {
             .override_global("SERVERS_NETNS", &servers.netns_id, true)
             .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
             .override_global("LOG_SYNS", &log_syns, true)
+            .override_global("CONNS_PER_CLIENT", &client_limit.connections, true)
+            .override_global("CLIENT_SLOTS_MASK", &client_limit.mask(), true)
+            .override_global("CLIENT_SEED", &client_limit.seed, true)
             .map_max_entries("FLOWS", config.limit)
+            .map_max_entries("CONNECTIONS", client_limit.slots)
             .load(OBJECT)
             .context("the kernel refuses the eBPF maps")?;
         for name in TC_PROGRAMS {
@@ -119,10 +127,16 @@ impl Programs {
         if config.log_syns {
             forward_log(&mut ebpf)?;
         }
+        let connections = take_map(&mut ebpf, "CONNECTIONS")?;
+        let counts = match client_limit.connections {
+            0 => None,
+            _ => Some(ConnectionCounts::new(connections, client_limit)?),
+        };
         Ok(Self {
             flows: Arc::new(FlowMap::new(
                 take_map(&mut ebpf, "FLOWS")?,
                 take_map(&mut ebpf, "EXTENSIONS")?,
+                counts,
             )?),
             filter: Arc::new(Filter::new(take_map(&mut ebpf, "FILTER")?)?),
             counters: Arc::new(Counters(PerCpuArray::try_from(take_map(&mut ebpf, "COUNTERS")?)?)),

@@ -169,7 +169,7 @@ fn closed_flow_is_reset_at_both_ends() -> Result<()> {
 #[test]
 fn commands_say_when_there_is_no_daemon() -> Result<()> {
     let nowhere = Namespace::new("nowhere")?;
-    for command in [&["status"][..], &["flows"], &["close", "1"]] {
+    for command in [&["status"][..], &["flows"], &["clients"], &["close", "1"]] {
         let arguments = [command, &["--admin-socket", "/nonexistent/pepsal.sock"]].concat();
         let output = Daemon::command(&nowhere, &arguments)?.output()?;
         assert!(!output.status.success());

@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use scrape::Scrape;
 
+mod clients;
 mod dashboard;
 mod doctor;
 mod flows;

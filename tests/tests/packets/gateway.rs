@@ -17,6 +17,7 @@ use nix::time::{ClockId, clock_gettime};
 use pepsal_ebpf::{
     Counter, DEVICE_MAC, ExtensionHeaders, FILTER_HEADER, FILTER_SLOTS, FlowKey, Interface, NO_LINK,
     PORT_SET_BYTES, PortSet, PrefixKey, SynHead, SynRecord, listener_v4, listener_v6, map_addr,
+    subscriber::{SLOTS, Slot, slots},
 };
 use pepsal_tests::packet::{ACK, Tcp};
 use pepsal_tests::{Connection, Connector, Family, Listener, Topology};
@@ -68,6 +69,15 @@ impl Gateway {
     }
 
     pub fn with_heartbeat_bound(bound: Duration) -> Result<Self> {
+        Self::load(bound, 0)
+    }
+
+    /// One that takes so many connections of a subscriber.
+    pub fn with_conns_per_client(bound: u32) -> Result<Self> {
+        Self::load(HEARTBEAT_BOUND, bound)
+    }
+
+    fn load(bound: Duration, conns_per_client: u32) -> Result<Self> {
         let topology = Topology::new()?;
         topology.gateway.ip("link set lan0 address 02:00:00:00:00:01")?;
         let bound_ns = bound.as_nanos() as u64;
@@ -80,7 +90,10 @@ impl Gateway {
             .override_global("CLIENTS_NETNS", &CURRENT_NETNS, true)
             .override_global("SERVERS_NETNS", &CURRENT_NETNS, true)
             .override_global("HEARTBEAT_BOUND_NS", &bound_ns, true)
+            .override_global("CONNS_PER_CLIENT", &conns_per_client, true)
+            .override_global("CLIENT_SLOTS_MASK", &(slots(LIMIT) - 1), true)
             .map_max_entries("FLOWS", LIMIT)
+            .map_max_entries("CONNECTIONS", slots(LIMIT))
             .load_file(object()?)?;
         for name in [STEER, REPLIES] {
             program(&mut ebpf, name)?.load()?;
@@ -186,6 +199,18 @@ impl Gateway {
                     .and_then(|key| Ok((key, record(&self.ebpf, &key)?)))
             })
             .collect()
+    }
+
+    /// How many connections are counted of all subscribers.
+    pub fn connections(&self) -> Result<u64> {
+        let map = self.ebpf.map("CONNECTIONS").context("CONNECTIONS")?;
+        let map: Array<_, Slot> = map.try_into()?;
+        let mut sum = 0;
+        for slot in map.iter() {
+            sum += slot?.connections();
+        }
+        ensure!(sum % u64::from(SLOTS) == 0, "{sum} is not in every slot");
+        Ok(sum / u64::from(SLOTS))
     }
 
     pub fn forget_flows(&mut self) -> Result<()> {

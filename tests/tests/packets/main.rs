@@ -14,6 +14,7 @@ mod icmp;
 mod malformed;
 mod oracle;
 mod rules;
+mod subscriber;
 mod syn;
 
 const MSS_AND_MORE: [u8; 20] = [2, 4, 5, 180, 4, 2, 8, 10, 0, 0, 0, 1, 0, 0, 0, 0, 1, 3, 3, 7];
