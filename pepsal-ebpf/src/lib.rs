@@ -443,7 +443,7 @@ counters! {
     /// A segment from a client was given to its client leg.
     Steered = "steered",
     /// A segment without a socket was given to the clients' side because its flow is being set up (SYN cookies).
-    Pending = "pending",
+    Pending = "handshake",
     /// An ICMP error was given to the leg that it is about.
     IcmpError = "icmp_error",
     /// `sk_lookup` gave a new connection to the listener.
@@ -455,7 +455,7 @@ counters! {
     /// A client leg's segment left for the client.
     Sent = "sent",
     /// Dropped: the host's ICMP redirect about a flow, by which client or server would go past the gateway.
-    Redirect = "redirect",
+    Redirect = "icmp_redirect",
     /// Dropped: a leg's packet that names no interface, or that there is no route for.
     Undeliverable = "undeliverable",
 
@@ -468,15 +468,15 @@ counters! {
     /// Passed: a fragment without ports whose packet's first fragment was not a leg's, or has not come before it.
     Fragment = "fragment",
     /// Passed: source-routed, so its destination is a waypoint and not the server.
-    Waypoint = "waypoint",
+    Waypoint = "source_route",
     /// Passed: signed with a key that only the two ends have (TCP-MD5, TCP-AO).
-    Signed = "signed",
+    Signed = "tcp_auth",
     /// Passed: joins a connection of several paths (MP_JOIN of RFC 8684) that is the two ends' own.
-    Joining = "joining",
+    Joining = "mp_join",
     /// Passed: headers that are cut short or contradict themselves.
     Malformed = "malformed",
     /// Passed: a segment of a connection that is not pepsal's.
-    Foreign = "foreign",
+    Foreign = "no_flow",
     /// Passed: a SYN on an interface that is not intercepted any more.
     NotIntercepted = "not_intercepted",
     /// Passed: a SYN that was sent to another host's link-layer address.
@@ -484,11 +484,11 @@ counters! {
     /// Passed: a SYN from a link-local address, which no router forwards.
     LinkLocal = "link_local",
     /// Passed: a SYN whose TTL or hop limit ends here.
-    Expiring = "expiring",
+    Expiring = "ttl_exceeded",
     /// Passed: a SYN whose server is about to open the same connection from its side.
-    Simultaneous = "simultaneous",
+    Simultaneous = "simultaneous_open",
     /// Passed: a SYN that the selection leaves alone.
-    Unselected = "unselected",
+    Unselected = "not_selected",
     /// Passed: a SYN that the gateway would not forward: to one of its own addresses, or to where it has no route.
     NotForwarded = "not_forwarded",
     /// Passed: no listener, so no daemon.
@@ -496,7 +496,7 @@ counters! {
     /// Passed: one of pepsal's devices is missing.
     NoDevice = "no_device",
     /// Passed: the daemon's heartbeat is too old.
-    Unresponsive = "unresponsive",
+    Unresponsive = "heartbeat_expired",
     /// Passed: as many flows as allowed are open.
     LimitReached = "limit_reached",
     /// Passed: the record could not be stored.

@@ -262,10 +262,9 @@ fn reload_of_a_bad_file_keeps_the_running_configuration() -> Result<()> {
 #[test]
 fn reload_names_what_needs_a_restart_each_time() -> Result<()> {
     let scene = Scene::new("interfaces = [\"lan0\"]\n", &["--drain-timeout", "7s"])?;
-    let other =
-        "interfaces = [\"lan0\", \"sat0\"]\n[proxy]\nport = 5001\nconns = 9\ndrain-timeout = \"9s\"\n";
+    let other = "interfaces = [\"lan0\", \"sat0\"]\n[proxy]\nport = 5001\nmax-connections = 9\ndrain-timeout = \"9s\"\n";
     for _ in 0..2 {
-        let said = scene.reload(other, "proxy.conns: needs a restart, still 2112")?;
+        let said = scene.reload(other, "proxy.max-connections: needs a restart, still 2112")?;
         assert!(said.contains("interfaces: needs a restart, still lan0"), "{said}");
         assert!(said.contains("proxy.port: needs a restart, still 5000"), "{said}");
         assert!(

@@ -45,7 +45,7 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
         ),
         (
             &["-i", "lan0", "-c", "0"],
-            "invalid value '0' for '--conns <MAXCONN>'",
+            "invalid value '0' for '--max-connections <N>'",
         ),
         (
             &["-i", "lan0", "-p", "0"],

@@ -411,8 +411,8 @@ mod tests {
                 "p.toml:1:14: proxy.port: '70000' is not a port: give a number from 1",
             ),
             (
-                "proxy.conns = 0",
-                "p.toml:1:15: proxy.conns: 0 is not in 1..=1000000",
+                "proxy.max-connections = 0",
+                "p.toml:1:25: proxy.max-connections: 0 is not in 1..=1000000",
             ),
             (
                 "proxy.threads = \"x\"",

@@ -320,7 +320,7 @@ mod tests {
 
     #[test]
     fn the_command_line_wins_over_the_file_and_its_lists_replace() {
-        let file = "interfaces = [\"a\", \"b\"]\nproxy.port = 1\nproxy.conns = 7\ntcp.cork = true\nlog.level = \"warn\"\n\
+        let file = "interfaces = [\"a\", \"b\"]\nproxy.port = 1\nproxy.max-connections = 7\ntcp.cork = true\nlog.level = \"warn\"\n\
                     steering.only = [\"10.0.0.0/8\"]\n[link.a]\nrate = \"5mbit\"\nrtt = \"1s\"";
         let directory = Directory::new("precedence", &[("p.toml", file)]);
         let options = directory.load(&[]).unwrap().options;
@@ -398,7 +398,7 @@ mod tests {
         let running = directory.load(&["-p", "1"]).unwrap();
         assert_eq!(running.changes_to(&running.reload().unwrap()), []);
 
-        let now = "interfaces = [\"a\"]\nproxy.conns = 9\nproxy.port = 3\nsteering.only-from = [\"l\"]\n\
+        let now = "interfaces = [\"a\"]\nproxy.max-connections = 9\nproxy.port = 3\nsteering.only-from = [\"l\"]\n\
                    link.a = { rate = \"9mbit\", rtt = \"1s\" }";
         fs::write(directory.0.join("p.toml"), now).unwrap();
         fs::write(directory.0.join("l"), "11.0.0.0/8").unwrap();
@@ -407,7 +407,7 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "proxy.conns: needs a restart, still 2112",
+                "proxy.max-connections: needs a restart, still 2112",
                 "proxy.idle-timeout 1h -> 1day",
                 "steering.only-from (other rules)",
                 "link.a rate=5mbit,rtt=1s -> rate=9mbit,rtt=1s",

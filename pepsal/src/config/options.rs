@@ -79,8 +79,9 @@ pub struct Options {
     /// Most connections to handle at once; further ones pass through untouched
     #[arg(
         short = 'c',
-        long = "conns",
-        value_name = "MAXCONN",
+        long = "max-connections",
+        alias = "conns",
+        value_name = "N",
         default_value_t = 2112,
         value_parser = clap::value_parser!(u32).range(1..=1_000_000),
         help_heading = "Proxy"
@@ -106,8 +107,9 @@ pub struct Options {
     /// Lifetime of a pending connection: one that was accepted, but not by the server (seconds, or with a unit)
     #[arg(
         short = 't',
-        long = "plifetime",
-        value_name = "LIFETIME",
+        long = "pending-timeout",
+        alias = "plifetime",
+        value_name = "DURATION",
         default_value = "5h",
         value_parser = duration,
         help_heading = "Proxy"
@@ -124,7 +126,7 @@ pub struct Options {
     )]
     pub threads: Option<u16>,
 
-    /// Tell this process when 99 % of MAXCONN are in use (SIGUSR1) and when 95 % are again (SIGUSR2)
+    /// Tell this process when 99 % of -c connections are in use (SIGUSR1) and when 95 % are again (SIGUSR2)
     #[arg(
         short = 'M',
         long = "monitoring-pid",
@@ -160,11 +162,11 @@ pub struct Options {
     pub drain_timeout: Duration,
 
     /// Where metrics are served: ADDRESS:PORT, unix:/PATH, or none [default: 127.0.0.1:9300]
-    #[arg(long, value_name = "WHERE", help_heading = "Observation")]
+    #[arg(long, value_name = "WHERE", help_heading = "Observability")]
     pub metrics_listen: Option<Place>,
 
     /// Socket that the commands status, flows, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
-    #[arg(long, value_name = "PATH", help_heading = "Observation")]
+    #[arg(long, value_name = "PATH", help_heading = "Observability")]
     pub admin_socket: Option<PathBuf>,
 
     /// Selection, steering and what is carried over to the server leg.

@@ -33,7 +33,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         true => println!("{}", serde_json::to_string(&status)?),
         false => print!("{}", show(&status)),
     }
-    Ok(match status.missing.is_empty() {
+    Ok(match status.problems.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
@@ -43,10 +43,10 @@ fn show(status: &Status) -> String {
     let mut lines = vec![
         format!(
             "pepsal {}, process {}, up {}, {}",
-            status.pepsal,
+            status.version,
             status.pid,
             text::age(status.uptime_seconds),
-            if status.missing.is_empty() {
+            if status.problems.is_empty() {
                 "ready"
             } else {
                 "NOT READY"
@@ -89,10 +89,10 @@ fn show(status: &Status) -> String {
         shown.push('\n');
         shown.push_str(&links(status));
     }
-    for what in &status.missing {
-        shown.push_str(&format!("\nmissing: {what}"));
+    for problem in &status.problems {
+        shown.push_str(&format!("\nproblem: {problem}"));
     }
-    if !status.missing.is_empty() {
+    if !status.problems.is_empty() {
         shown.push('\n');
     }
     shown
@@ -110,9 +110,12 @@ fn links(status: &Status) -> String {
                 text::round_trip(Some(link.rtt_seconds)),
                 text::rate(link.ceiling_bytes_per_second as f64),
                 text::rate(rate),
-                text::rate(link.used_bytes_per_second),
-                format!("{:.0} %", 100.0 * link.used_bytes_per_second / rate.max(1.0)),
-                format!("{:.0} ms", 1e3 * link.queueing_seconds),
+                text::rate(link.throughput_bytes_per_second),
+                format!(
+                    "{:.0} %",
+                    100.0 * link.throughput_bytes_per_second / rate.max(1.0)
+                ),
+                format!("{:.0} ms", 1e3 * link.queueing_delay_seconds),
                 link.state.replace('_', " "),
             ]
         })

@@ -32,8 +32,8 @@ pub enum CloseReason {
     #[error("connect timeout")]
     ConnectTimeout,
     /// The connection stayed pending past its lifetime.
-    #[error("pending too long")]
-    PendingTooLong,
+    #[error("pending timeout")]
+    PendingTimeout,
     /// The server leg could not be made here.
     #[error("local failure")]
     LocalFailure,
@@ -62,7 +62,7 @@ impl CloseReason {
         Self::Refused,
         Self::Unreachable,
         Self::ConnectTimeout,
-        Self::PendingTooLong,
+        Self::PendingTimeout,
         Self::LocalFailure,
         Self::Panicked,
         Self::IdleTimeout,

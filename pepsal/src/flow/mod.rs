@@ -240,7 +240,7 @@ async fn connect(
     let connected = tokio::select! {
         connected = timeout(patience, connect) => connected.map_err(|_| CloseReason::ConnectTimeout)?,
         reason = client_leg.abandoned() => return Err(reason),
-        () = sleep_until(settings.collector.due(progress.started())) => return Err(CloseReason::PendingTooLong),
+        () = sleep_until(settings.collector.due(progress.started())) => return Err(CloseReason::PendingTimeout),
         () = flow.stop.cancelled() => return Err(CloseReason::Shutdown),
     };
     let stream = connected.map_err(|error| {

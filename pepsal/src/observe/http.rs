@@ -167,12 +167,12 @@ async fn readiness(snapshots: &Snapshots) -> Response<Full<Bytes>> {
         Ok(snapshot) => snapshot,
         Err(error) => return failure(&error),
     };
-    let missing = &snapshot.status.missing;
-    match missing.is_empty() {
+    let problems = &snapshot.status.problems;
+    match problems.is_empty() {
         true => text(StatusCode::OK, "ready\n".into()),
         false => text(
             StatusCode::SERVICE_UNAVAILABLE,
-            missing.iter().map(|what| format!("{what}\n")).collect(),
+            problems.iter().map(|problem| format!("{problem}\n")).collect(),
         ),
     }
 }

@@ -8,7 +8,7 @@ use nix::{
 };
 
 /// The process at one moment; nothing where `/proc` does not say.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Process {
     /// Memory that it occupies. What the kernel holds for its sockets is not in it.
     pub memory_bytes: Option<u64>,

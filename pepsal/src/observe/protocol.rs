@@ -115,16 +115,15 @@ pub enum Answer {
 /// How the daemon is.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
-    /// Its version.
-    pub pepsal: String,
+    pub version: String,
     /// Its process.
     pub pid: u32,
     /// Seconds since it was started.
     pub uptime_seconds: f64,
     /// Whether it takes new connections; not when it is stopping.
     pub ready: bool,
-    /// What keeps it from intercepting all that it should, a line each.
-    pub missing: Vec<String>,
+    /// Reasons why connections are not intercepted, one line each.
+    pub problems: Vec<String>,
     /// Port of the listeners.
     pub port: u16,
     /// The mark of server legs' packets on their way into an interface's ingress, as value/mask.
@@ -170,11 +169,11 @@ pub struct LinkStatus {
     /// What they share at most.
     pub ceiling_bytes_per_second: u64,
     /// How long what they send waits in front of it, in seconds.
-    pub queueing_seconds: f64,
+    pub queueing_delay_seconds: f64,
     /// What was found last: `at_ceiling`, `holding`, `growing`, `draining`, `competing` or `outage`.
     pub state: String,
     /// What they use of that.
-    pub used_bytes_per_second: f64,
+    pub throughput_bytes_per_second: f64,
     /// Their congestion control.
     pub congestion: String,
 }

@@ -31,9 +31,9 @@ impl Status {
     /// The daemon, and what the kernel has of it: `attached`.
     pub(super) fn of(view: &View, is_ready: bool, attached: &[Attached], figures: &Figures) -> Self {
         let shared = &view.shared;
-        let mut missing = Vec::new();
+        let mut problems = Vec::new();
         if !is_ready {
-            missing.push("it is starting or stopping: new connections pass".to_owned());
+            problems.push("the daemon is starting or stopping: new connections pass".to_owned());
         }
         let interfaces: Vec<Interface> = attached
             .iter()
@@ -45,14 +45,14 @@ impl Status {
             .collect();
         for name in &view.intercepted {
             if !interfaces.iter().any(|on| on.intercepts && on.name == *name) {
-                missing.push(format!(
+                problems.push(format!(
                     "interface {name} is not there: nothing is intercepted on it"
                 ));
             }
         }
         for device in &view.devices {
             if if_nametoindex(device.as_str()).is_err() {
-                missing.push(format!("device {device} is not there: new connections pass"));
+                problems.push(format!("device {device} is not there: new connections pass"));
             }
         }
         let [up, down] = figures.bytes;
@@ -63,21 +63,21 @@ impl Status {
                 rtt_seconds: link.profile.rtt.as_secs_f64(),
                 rate_bytes_per_second: found.rate,
                 ceiling_bytes_per_second: found.ceiling,
-                queueing_seconds: found.queueing.as_secs_f64(),
+                queueing_delay_seconds: found.queueing.as_secs_f64(),
                 state: found.state.name().to_owned(),
-                used_bytes_per_second: found.used,
+                throughput_bytes_per_second: found.used,
                 congestion: link.profile.congestion.value.to_string(),
             }
         };
         Self {
-            pepsal: env!("CARGO_PKG_VERSION").to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: process::id(),
             uptime_seconds: SystemTime::now()
                 .duration_since(view.started)
                 .unwrap_or_default()
                 .as_secs_f64(),
             ready: is_ready,
-            missing,
+            problems,
             port: view.port,
             mark: view.mark.to_string(),
             devices: view.devices.clone(),

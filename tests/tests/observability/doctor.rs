@@ -17,7 +17,7 @@ fn doctor_finds_what_keeps_pepsal_from_working() -> Result<()> {
         let bad = |finding: &&Value| finding["severity"] == "error" || finding["severity"] == "warning";
         let shown = |finding: &Value| {
             let text = |key: &str| finding[key].as_str().unwrap_or_default().to_owned();
-            format!("{}: {}: {}", text("severity"), text("check"), text("what"))
+            format!("{}: {}: {}", text("severity"), text("check"), text("message"))
         };
         let bad = findings.iter().filter(bad).map(shown).collect();
         Ok((output.status.success(), bad))

@@ -24,19 +24,19 @@ pub struct Finding {
     /// How bad it is.
     pub severity: Severity,
     /// What is so, and what that means.
-    pub what: String,
+    pub message: String,
     /// The command that mends it, or what else there is to do.
-    pub mend: Option<String>,
+    pub fix: Option<String>,
 }
 
 impl Finding {
     /// A check that passed.
-    pub fn ok(check: &'static str, what: impl Into<String>) -> Self {
+    pub fn ok(check: &'static str, message: impl Into<String>) -> Self {
         Self {
             check,
             severity: Severity::Ok,
-            what: what.into(),
-            mend: None,
+            message: message.into(),
+            fix: None,
         }
     }
 
@@ -44,14 +44,14 @@ impl Finding {
     pub fn new(
         check: &'static str,
         severity: Severity,
-        what: impl Into<String>,
-        mend: impl Into<Option<String>>,
+        message: impl Into<String>,
+        fix: impl Into<Option<String>>,
     ) -> Self {
         Self {
             check,
             severity,
-            what: what.into(),
-            mend: mend.into(),
+            message: message.into(),
+            fix: fix.into(),
         }
     }
 

@@ -27,14 +27,20 @@ pub struct Arguments {
     interfaces: Vec<String>,
 
     /// Most connections at once
-    #[arg(short = 'c', long = "conns", value_name = "MAXCONN", default_value_t = 2112)]
+    #[arg(
+        short = 'c',
+        long = "max-connections",
+        alias = "conns",
+        value_name = "N",
+        default_value_t = 2112
+    )]
     max_connections: u32,
 
     /// TCP fast open is going to be used
     #[arg(short = 'f', long)]
     fastopen: bool,
 
-    /// Print a list of {"check","severity","what","mend"}
+    /// Print a list of {"check","severity","message","fix"}
     #[arg(long)]
     json: bool,
 }
@@ -84,8 +90,8 @@ fn show(finding: &Finding) {
         Severity::Note => "note",
         Severity::Ok => "ok",
     };
-    println!("{severity:<8} {:<13} {}", finding.check, finding.what);
-    if let Some(mend) = &finding.mend {
-        println!("{:<22} mend: {mend}", "");
+    println!("{severity:<8} {:<13} {}", finding.check, finding.message);
+    if let Some(fix) = &finding.fix {
+        println!("{:<22} fix: {fix}", "");
     }
 }

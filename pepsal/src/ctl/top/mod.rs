@@ -179,11 +179,11 @@ mod tests {
     fn picture() -> Picture {
         Picture {
             status: serde_json::from_value(serde_json::json!({
-                "pepsal": "0.1.0", "pid": 7, "uptime_seconds": 61.0, "ready": true, "missing": [],
+                "version": "0.1.0", "pid": 7, "uptime_seconds": 61.0, "ready": true, "problems": [],
                 "port": 5000, "mark": "0x1/0x1", "devices": ["pepsal-c0", "pepsal-s0"], "interfaces": [],
                 "links": [{"interface": "sat0", "rtt_seconds": 0.6, "rate_bytes_per_second": 1000,
-                           "ceiling_bytes_per_second": 2000, "queueing_seconds": 0.0, "state": "holding",
-                           "used_bytes_per_second": 500.0, "congestion": "pepsal"}],
+                           "ceiling_bytes_per_second": 2000, "queueing_delay_seconds": 0.0, "state": "holding",
+                           "throughput_bytes_per_second": 500.0, "congestion": "pepsal"}],
                 "flows": {"open": 2, "pending": 0, "limit": 2112}, "bytes": {"up": 20, "down": 40},
                 "closed": {}, "events": {}, "packets": {}
             }))
