@@ -98,7 +98,7 @@ enum Background {
 /// Forks twice. The first process ends when the last is ready, or has failed and has said why. The one between ends at
 /// once: so the last belongs to init from the start, and a service manager can watch over it.
 fn background() -> Result<Background> {
-    let (ready, told) = pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
+    let (ready, told) = pipe2(OFlag::O_CLOEXEC).context("cannot create a pipe")?;
     if fork_off()? {
         drop(told);
         let said = File::from(ready).read(&mut [0]).unwrap_or(0);
@@ -107,7 +107,7 @@ fn background() -> Result<Background> {
             _ => ExitCode::FAILURE,
         }));
     }
-    setsid().context("cannot leave the terminal's session")?;
+    setsid().context("cannot create a session")?;
     if fork_off()? {
         process::exit(0);
     }
@@ -117,7 +117,7 @@ fn background() -> Result<Background> {
 /// Whether this is the parent still.
 fn fork_off() -> Result<bool> {
     // SAFETY: there is only one thread yet.
-    let forked = unsafe { fork() }.context("cannot go to the background")?;
+    let forked = unsafe { fork() }.context("cannot fork")?;
     Ok(matches!(forked, ForkResult::Parent { .. }))
 }
 

@@ -49,7 +49,7 @@ pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
         let span = error.span().unwrap_or_default();
         let what = match error.message() {
             "duplicate key" => format!(
-                "'{}' is there twice",
+                "'{}' is given twice",
                 content.get(span.clone()).unwrap_or_default()
             ),
             message => format!("not TOML: {message}"),
@@ -145,7 +145,7 @@ impl Reader<'_> {
             (ArgAction::SetTrue, DeValue::Boolean(false)) => return Some(Vec::new()),
             (ArgAction::SetTrue, _) => "true or false is expected",
             (ArgAction::Append, DeValue::Array(array)) if array.is_empty() && has_default => {
-                "the list is empty: write what it is to have, or leave the key out"
+                "the list is empty: give a value, or leave the key out"
             }
             (ArgAction::Append, DeValue::Array(array)) => {
                 return Some(self.list(key, &long, array).into_iter().map(typed).collect());
@@ -183,7 +183,7 @@ impl Reader<'_> {
             let kind = kind(value.get_ref());
             self.problem(
                 at,
-                &format!("{}: {kind} where a text or a number is expected", key.name),
+                &format!("{}: {kind} where a string or a number is expected", key.name),
             );
             return None;
         };
@@ -254,7 +254,7 @@ impl Reader<'_> {
                 let kind = kind(value.get_ref());
                 self.problem(
                     value_at,
-                    &format!("link.{interface}.{key}: {kind} where a text or a number is expected"),
+                    &format!("link.{interface}.{key}: {kind} where a string or a number is expected"),
                 );
                 continue;
             };
@@ -319,9 +319,9 @@ fn scalar(value: &DeValue<'_>) -> Option<String> {
 
 fn kind(value: &DeValue<'_>) -> &'static str {
     match value {
-        DeValue::String(_) => "a text",
-        DeValue::Integer(_) => "a whole number",
-        DeValue::Float(_) => "a fraction",
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "an integer",
+        DeValue::Float(_) => "a float",
         DeValue::Boolean(_) => "true or false",
         DeValue::Datetime(_) => "a date",
         DeValue::Array(_) => "a list",
@@ -334,14 +334,14 @@ fn complaint(error: &clap::Error, value: &str) -> String {
     let source = std::error::Error::source(error);
     match (error.kind(), source) {
         (ErrorKind::ValueValidation, Some(source)) if source.is::<std::num::ParseIntError>() => {
-            format!("'{value}' is not a whole number that fits")
+            format!("'{value}' is not an integer in range")
         }
         (ErrorKind::ValueValidation, Some(source)) => source.to_string(),
         (ErrorKind::InvalidValue, _) => {
             use clap::error::{ContextKind, ContextValue};
             match error.get(ContextKind::ValidValue) {
-                Some(ContextValue::Strings(valid)) => format!("'{value}' is none of {}", valid.join(", ")),
-                _ => format!("'{value}' is not a value that it takes"),
+                Some(ContextValue::Strings(valid)) => format!("'{value}' is not one of {}", valid.join(", ")),
+                _ => format!("'{value}' is not a valid value"),
             }
         }
         _ => error.to_string().lines().next().unwrap_or_default().to_owned(),
@@ -396,7 +396,7 @@ mod tests {
             ),
             (
                 "interfaces = [1.5]",
-                "p.toml:1:15: interfaces: a fraction where a text or a number is expected",
+                "p.toml:1:15: interfaces: a float where a string or a number is expected",
             ),
             (
                 "interfaces = [\"a\", \"a\"]",
@@ -404,7 +404,7 @@ mod tests {
             ),
             (
                 "proxy.port = [1]",
-                "p.toml:1:14: proxy.port: a list where a text or a number is expected",
+                "p.toml:1:14: proxy.port: a list where a string or a number is expected",
             ),
             (
                 "proxy.port = 70000",
@@ -416,7 +416,7 @@ mod tests {
             ),
             (
                 "proxy.threads = \"x\"",
-                "p.toml:1:17: proxy.threads: 'x' is not a whole number that fits",
+                "p.toml:1:17: proxy.threads: 'x' is not an integer in range",
             ),
             (
                 "proxy.idle-timeout = \"3 weeeks\"",
@@ -428,7 +428,7 @@ mod tests {
             ),
             (
                 "steering.source = \"me\"",
-                "p.toml:1:19: steering.source: 'me' is none of client, gateway",
+                "p.toml:1:19: steering.source: 'me' is not one of client, gateway",
             ),
             (
                 "steering.replicate = []",
@@ -456,7 +456,7 @@ mod tests {
             ),
             (
                 "[link.sat0]\nrate = 5.5\nrtt = \"1s\"",
-                "p.toml:2:8: link.sat0.rate: a fraction where a text",
+                "p.toml:2:8: link.sat0.rate: a float where a string",
             ),
             (
                 "[link.sat0]\nrate = \"5mbit\"",
@@ -472,7 +472,7 @@ mod tests {
             ),
             (
                 "[link.s]\nrate = \"5mbit\"\nrtt = \"1s\"\n[link.s]\nrate = \"9mbit\"",
-                "p.toml:4:7: 's' is there twice",
+                "p.toml:4:7: 's' is given twice",
             ),
         ] {
             let found = problems(content);

@@ -92,7 +92,7 @@ impl Configuration {
         })?;
         let mut options = Options::from_arg_matches(&matches).expect("clap made both");
         if let (Some(file), true, false) = (&file, options.interfaces.is_empty(), options.explain) {
-            let what = "interfaces is missing: name those whose new connections are to be intercepted, like \
+            let what = "interfaces is missing: name the interfaces to intercept, like \
                         interfaces = [\"lan0\", \"sat0\"]";
             return Err(vec![Problem::of_file(file, what)]);
         }

@@ -43,7 +43,7 @@ impl Socket {
                 anyhow!("no daemon listens at {shown}: is it running, and with this --admin-socket?")
             }
             io::ErrorKind::PermissionDenied => {
-                anyhow!("no permission for {shown}: be root, or in the socket's group")
+                anyhow!("no permission for {shown}: run as root, or as a member of the socket's group")
             }
             _ => anyhow!("cannot connect to {shown}: {error}"),
         })?;
@@ -69,16 +69,17 @@ impl Client {
         self.stream
             .get_mut()
             .write_all(&line)
-            .context("cannot ask the daemon")?;
+            .context("cannot send the request to the daemon")?;
         let mut answer = String::new();
         self.stream
             .read_line(&mut answer)
-            .context("the daemon does not answer")?;
+            .context("cannot read the reply of the daemon")?;
         if answer.is_empty() {
-            bail!("the daemon has closed the connection without an answer");
+            bail!("the daemon closed the connection without a reply");
         }
-        let reply: Reply = serde_json::from_str(&answer)
-            .context("the daemon's answer cannot be read: is it of another version than this command?")?;
+        let reply: Reply = serde_json::from_str(&answer).context(
+            "cannot parse the reply of the daemon: is its version another than that of this command?",
+        )?;
         match reply.answer {
             Answer::Error(error) => bail!(error),
             answer => Ok(answer),

@@ -19,10 +19,10 @@ use nix::{
     unistd::Pid,
 };
 
-/// Which daemon.
+/// Options of `pepsal reload`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Its process
+    /// Process id of the daemon
     #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     process: i32,
 }
@@ -37,7 +37,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let process = arguments.process;
     let folder = format!("/proc/{process}");
     let folder = Path::new(&folder);
-    let unknown = || format!("process {process}: there is none that this user may look at");
+    let unknown = || format!("process {process}: no such process, or no permission to read /proc/{process}");
     if is_same(&folder.join("exe")).with_context(unknown)? {
         kill(Pid::from_raw(process), Signal::SIGHUP)
             .with_context(|| format!("cannot signal process {process}"))?;
@@ -46,7 +46,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let line = fs::read(folder.join("cmdline")).with_context(unknown)?;
     let mut line = words(&line);
     let name = line.next().unwrap_or_else(|| "pepsal".into());
-    let mut successor = Command::new(env::current_exe().context("cannot tell this program's file")?);
+    let mut successor =
+        Command::new(env::current_exe().context("cannot find the executable of this program")?);
     successor.arg0(name).args(successor_arguments(line));
     Err(successor.exec()).context("cannot start the successor")
 }

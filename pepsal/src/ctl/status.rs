@@ -1,4 +1,4 @@
-//! `pepsal status`: what the daemon is attached to, how it is used, and what is missing.
+//! `pepsal status`: attachments, counters, links and problems of the daemon.
 
 use std::{collections::BTreeMap, process::ExitCode};
 
@@ -10,10 +10,10 @@ use crate::{
     observe::protocol::{Answer, Question, Status},
 };
 
-/// How it is shown.
+/// Options of `pepsal status`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Print what the daemon answers, see docs/admin-protocol.md
+    /// Print the daemon's reply as JSON, see docs/admin-protocol.md
     #[arg(long)]
     json: bool,
 
@@ -21,13 +21,13 @@ pub struct Arguments {
     socket: Socket,
 }
 
-/// Shows it. The exit code is 1 when something is missing.
+/// Prints the status. The exit code is 1 when there is a problem.
 ///
 /// # Errors
-/// When there is no daemon.
+/// When no daemon replies.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let Answer::Status(status) = arguments.socket.connect()?.ask(Question::Status)? else {
-        bail!("the daemon answers something else");
+        bail!("unexpected reply of the daemon");
     };
     match arguments.json {
         true => println!("{}", serde_json::to_string(&status)?),
@@ -78,13 +78,13 @@ fn show(status: &Status) -> String {
             let does = if on.intercepts {
                 "intercepts"
             } else {
-                "recognises legs"
+                "replies only"
             };
             vec![on.name.clone(), does.into(), on.attached_by.clone()]
         })
         .collect();
     let mut shown = lines.join("\n") + "\n";
-    shown.push_str(&text::table(&["INTERFACE", "DOES", "BY"], &rows, 3));
+    shown.push_str(&text::table(&["INTERFACE", "MODE", "ATTACHED BY"], &rows, 3));
     if !status.links.is_empty() {
         shown.push('\n');
         shown.push_str(&links(status));
@@ -122,7 +122,15 @@ fn links(status: &Status) -> String {
         .collect();
     text::table(
         &[
-            "LINK", "CC", "RTT", "CEILING", "RATE", "USED", "SHARE", "QUEUE", "STATE",
+            "LINK",
+            "CC",
+            "RTT",
+            "CEILING",
+            "RATE",
+            "THROUGHPUT",
+            "UTILIZATION",
+            "QUEUE",
+            "STATE",
         ],
         &rows,
         2,
@@ -136,7 +144,7 @@ fn or_none(names: &[String]) -> String {
     }
 }
 
-/// A line with those that are not zero.
+/// Returns a line with the counters that are not zero.
 fn counts(what: &str, counts: &BTreeMap<String, u64>) -> Option<String> {
     let seen = counts.iter().filter(|(_, n)| **n > 0);
     let seen: Vec<String> = seen.map(|(name, n)| format!("{name} {n}")).collect();

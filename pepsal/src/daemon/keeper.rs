@@ -146,7 +146,7 @@ impl Keeper {
             if self.full.is_none() {
                 warn!(
                     limit = self.limit,
-                    "at the limit of connections: new ones pass through untouched"
+                    "at the limit of connections: new connections are not intercepted"
                 );
             }
             self.full = Some(Instant::now());
@@ -190,7 +190,7 @@ impl Monitor {
         match pidfd_open(number, PidfdFlags::empty()) {
             Ok(process) => Ok(Self { process, pid }),
             Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => bail!(
-                "monitoring-pid {pid}: there is no process of this number: start the monitor first, or leave the option out"
+                "monitoring-pid {pid}: there is no such process: start the monitor first, or leave the option out"
             ),
             Err(error) => {
                 Err(error).with_context(|| format!("monitoring-pid {pid}: cannot open the process"))

@@ -61,10 +61,10 @@ pub async fn run(
     if let Some(successor) = proxy.serve(stopping, &mut hangup, &mut reloader).await {
         let process = successor.process();
         proxy.hand_over(successor).await;
+        let process = process.map_or_else(|| "of unknown number".to_owned(), |process| process.to_string());
         info!(
-            process,
             flows = proxy.shared.table.count(),
-            "relieved: new connections are another's"
+            "takeover by process {process}: draining"
         );
         tokio::select! {
             () = proxy.finish(stop::HANDSHAKES_LEFT) => {}
@@ -74,14 +74,14 @@ pub async fn run(
     }
     info!(
         flows = proxy.shared.table.count(),
-        "stopping: new connections pass through"
+        "stopping: new connections are not intercepted"
     );
     let drain = reloader.options().drain_timeout;
     proxy.keeper.service_manager.stopping(drain);
     tokio::select! {
         () = proxy.drain(drain) => {}
         () = stopped(&mut terminate, &mut interrupt) => {
-            info!("stopping at once");
+            info!("second signal: resetting all flows");
             proxy.reset_flows().await;
         }
     }

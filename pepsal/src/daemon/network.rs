@@ -70,7 +70,7 @@ pub fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
                 .map(|interface| interface.name.as_str())
                 .collect();
             bail!(
-                "interface {name}: there is none of that name that can be intercepted; there are {}",
+                "interface {name}: no such interface that can be intercepted; present are {}",
                 names.join(", ")
             );
         }

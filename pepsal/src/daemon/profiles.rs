@@ -63,9 +63,7 @@ fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<L
         Ok(registered) => registered.congestion.clone(),
         Err(error) => {
             let best = congestion::best();
-            warn!(
-                "legs of links use {best}, since pepsal's own congestion control is not to be had: {error:#}"
-            );
+            warn!("legs of links use {best}: pepsal's own congestion control is unavailable: {error:#}");
             best
         }
     };

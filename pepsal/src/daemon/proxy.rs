@@ -76,7 +76,7 @@ impl Proxy {
                         .map(|all| filter.advance(all.iter().map(|(key, _)| key)))
                 };
                 if let Ok(Err(error)) = spawn_blocking(advance).await {
-                    warn!("cannot read the kernel's map of flows: {error}");
+                    warn!("cannot read the kernel's flow map: {error}");
                 }
             }
         };

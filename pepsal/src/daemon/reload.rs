@@ -56,7 +56,7 @@ impl<'a> Reloader<'a> {
     /// Begins to read. Long lists of rules take their time, and meanwhile the daemon has to show that it is alive.
     pub fn read(&mut self) {
         if self.running.options.config.is_none() {
-            return info!("nothing to read again: no --config was given");
+            return info!("nothing to reload: no --config was given");
         }
         let running = self.running.clone();
         self.reading.spawn_blocking(move || {
@@ -78,14 +78,14 @@ impl<'a> Reloader<'a> {
             Ok(Ok(read)) => read,
             Ok(Err(problems)) => {
                 return warn!(
-                    "not reloaded, the running configuration stays: {}",
+                    "not reloaded, the running configuration stays in effect: {}",
                     first(&problems)
                 );
             }
-            Err(error) => return warn!("not reloaded, the running configuration stays: {error}"),
+            Err(error) => return warn!("not reloaded, the running configuration stays in effect: {error}"),
         };
         if let Err(error) = proxy.reconfigure(&configuration.options, &selection).await {
-            return warn!("not reloaded, the running configuration stays: {error:#}");
+            return warn!("not reloaded, the running configuration stays in effect: {error:#}");
         }
         if let Err(error) = self.log.set(configuration.options.level())
             && configuration.options.level() != self.running.options.level()
@@ -113,7 +113,7 @@ fn report(running: &Configuration, started: &Configuration, now: &Configuration)
     };
     let changed = of(running.changes_to(now), Applies::Live);
     match changed.is_empty() {
-        true => info!("reloaded: nothing changed that applies now"),
+        true => info!("reloaded: no reloadable key changed"),
         false => info!("reloaded: {}", changed.join("; ")),
     }
     for waiting in of(started.changes_to(now), Applies::AtStart) {
@@ -131,7 +131,7 @@ impl Proxy {
         let (known, next) = (links.all(), links.prepare(profiles));
         if next.links.len() > LINKS_MAX as usize {
             bail!(
-                "more than {LINKS_MAX} links had a profile since the start: restart to forget the former ones"
+                "more than {LINKS_MAX} links had a profile since the start: restart to remove the former ones"
             );
         }
         let new = next.links[known.len()..].to_vec();

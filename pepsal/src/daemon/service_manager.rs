@@ -42,7 +42,7 @@ impl ServiceManager {
     pub fn reloading(&mut self) {
         match NotifyState::monotonic_usec_now() {
             Ok(now) => self.tell(&[NotifyState::Reloading, now]),
-            Err(error) => debug!("cannot tell the time of a reload: {error}"),
+            Err(error) => debug!("cannot read the time of a reload: {error}"),
         }
     }
 
@@ -73,7 +73,7 @@ impl ServiceManager {
             return;
         }
         if let Err(error) = sd_notify::notify(states) {
-            debug!("the service manager cannot be told: {error}");
+            debug!("cannot notify the service manager: {error}");
         }
     }
 }

@@ -37,9 +37,7 @@ pub fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig>
     let legs = LegConfig::new(options.legs(), &inside);
     for algorithm in legs.congestion() {
         if let Congestion::Own(_) = algorithm {
-            bail!(
-                "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
-            );
+            bail!("congestion control '{algorithm}' needs a link's rate: use it with --link, not with -C");
         }
         congestion::check(algorithm)?;
     }

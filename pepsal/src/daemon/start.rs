@@ -320,7 +320,7 @@ async fn take_over(predecessor: Predecessor, proxy: &mut Proxy, options: &Option
     proxy.attachments.taken_over();
     info!(
         process,
-        "taken over: the process before goes on with its open flows"
+        "takeover done: the previous process drains its open flows"
     );
     // The addresses of its metrics and its admin socket are free only now, when there is no way back.
     let metrics = options.metrics_listen.as_ref();

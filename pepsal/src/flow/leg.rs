@@ -48,7 +48,7 @@ impl Leg {
         if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side)
             && let Err(error) = options::set_send_window(&*self.stream, bytes)
         {
-            trace!("send window refused: {error}");
+            trace!("cannot set the send window: {error}");
         }
         self.membership = Some(link.budget.join(&self.stream, client, weight, congestion, window));
     }

@@ -79,7 +79,7 @@ impl Listeners {
         for (pair, link) in self.pairs.iter().zip(numbered) {
             for listener in pair.iter() {
                 if let Err(error) = tune(listener, legs, link) {
-                    warn!("a listener keeps some of its former options: {error}");
+                    warn!("cannot change all options of a listener: {error}");
                 }
             }
         }

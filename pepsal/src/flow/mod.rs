@@ -204,7 +204,7 @@ async fn connect(
     let legs = &settings.legs;
     let (client, server, progress) = (flow.client, flow.server, &flow.progress);
     let stream = Stream::register(accepted).map_err(|error| {
-        warn!(%client, %server, "cannot watch a connection: {error}");
+        warn!(%client, %server, "cannot register a connection with epoll: {error}");
         CloseReason::LocalFailure
     })?;
     let leg = Leg::new(stream, Side::Client);

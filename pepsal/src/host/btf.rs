@@ -76,7 +76,7 @@ impl Btf {
         let bytes = self
             .bytes
             .get(at..at + 4)
-            .context("the kernel's BTF is cut short")?;
+            .context("the kernel's BTF is truncated")?;
         Ok(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     }
 
@@ -84,12 +84,12 @@ impl Btf {
         let rest = self
             .bytes
             .get(self.strings + offset as usize..)
-            .context("the kernel's BTF is cut short")?;
+            .context("the kernel's BTF is truncated")?;
         let len = rest
             .iter()
             .position(|byte| *byte == 0)
-            .context("the kernel's BTF is cut short")?;
-        std::str::from_utf8(&rest[..len]).context("the kernel's BTF has a name that is no text")
+            .context("the kernel's BTF is truncated")?;
+        std::str::from_utf8(&rest[..len]).context("a name in the kernel's BTF is not UTF-8")
     }
 }
 
@@ -113,7 +113,7 @@ impl Struct<'_> {
             if self.btf.string(self.btf.word(at)?)? == name {
                 // With bit fields about, the upper byte is a field's width.
                 let bits = self.btf.word(at + 8)? & if info >> 31 == 1 { 0x00ff_ffff } else { u32::MAX };
-                ensure!(bits % 8 == 0, "member {name} does not begin at a byte");
+                ensure!(bits % 8 == 0, "member {name} does not start at a byte boundary");
                 return Ok((number, bits as usize / 8));
             }
         }
@@ -147,7 +147,7 @@ fn details(info: u32) -> Result<usize> {
         4 | 5 | 15 | 19 => count * 12,
         // Enumeration, function prototype.
         6 | 13 => count * 8,
-        other => anyhow::bail!("the kernel's BTF has a kind of type that is unknown here: {other}"),
+        other => anyhow::bail!("unknown kind of type in the kernel's BTF: {other}"),
     })
 }
 

@@ -33,12 +33,12 @@ impl OwnCgroup {
     /// Where there is no cgroup v2, or it may not be changed.
     pub fn enter() -> Result<Self> {
         let (mount, own_mount) = hierarchy()?;
-        let groups = fs::read_to_string("/proc/self/cgroup").context("no list of control groups")?;
+        let groups = fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
         let group = own_group(&groups).context("this process has no cgroup v2")?;
         let before = mount.join(service_group(group).trim_start_matches('/'));
         remove_leftovers(&before);
         let path = before.join(format!("{PREFIX}{}", process::id()));
-        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
         let entered = Self {
             path,
             before,
@@ -61,7 +61,7 @@ impl Drop for OwnCgroup {
     fn drop(&mut self) {
         let left = enter(&self.before).and_then(|()| remove(&self.path, &self.before));
         if let Err(error) = left {
-            tracing::debug!("{} may be left behind: {error}", self.path.display());
+            tracing::debug!("cannot remove {}: {error}", self.path.display());
         }
     }
 }
@@ -78,11 +78,11 @@ pub fn is_of_same_service(process: i32) -> bool {
 
 /// Where cgroup v2 is: mounted for all, or else, as under `ip netns exec`, which hides it, mounted for this process only.
 fn hierarchy() -> Result<(PathBuf, Option<OwnedFd>)> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("no list of mounts")?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     if let Some(mount) = mount_point(&mounts) {
         return Ok((mount, None));
     }
-    let mount = mount_detached().context("cgroup v2 is not mounted, and cannot be")?;
+    let mount = mount_detached().context("cgroup v2 is not mounted, and mounting it failed")?;
     Ok((format!("/proc/self/fd/{}", mount.as_raw_fd()).into(), Some(mount)))
 }
 

@@ -17,7 +17,8 @@ pub fn needed(flows: u32) -> u64 {
 /// # Errors
 /// When the limit cannot be read, or leaves no room for a single flow.
 pub fn fit(flows: u32) -> Result<(u32, usize)> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot tell the limit of descriptors")?;
+    let (soft, hard) =
+        getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of file descriptors")?;
     let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
         Ok(()) => hard,
         Err(_) => soft,
@@ -25,11 +26,11 @@ pub fn fit(flows: u32) -> Result<(u32, usize)> {
     let available = limit.saturating_sub(OTHER_DESCRIPTORS);
     let fitting = u32::try_from(available / 2).unwrap_or(u32::MAX);
     if fitting == 0 {
-        bail!("{limit} descriptors leave no room for a flow: raise the limit (LimitNOFILE=, ulimit -n)");
+        bail!("{limit} file descriptors are too few for a flow: raise the limit (LimitNOFILE=, ulimit -n)");
     }
     if fitting < flows {
         warn!(
-            "{flows} connections need {} descriptors and {limit} are allowed: handling {fitting} at most; raise the \
+            "{flows} connections need {} file descriptors, the limit is {limit}: handling {fitting} at most; raise the \
              limit (LimitNOFILE=, ulimit -n) or lower -c",
             needed(flows)
         );

@@ -56,7 +56,9 @@ impl Namespace {
                 to_do.into_iter().for_each(|work| work());
             }
         })?;
-        let file = result.recv().context("a namespace's thread has ended")??;
+        let file = result
+            .recv()
+            .context("the thread of a network namespace has ended")??;
         Ok(Self { file, work })
     }
 
@@ -103,10 +105,10 @@ impl AsFd for Namespace {
 fn enter_new() -> Result<File> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|error| match error {
         nix::errno::Errno::EPERM => anyhow::anyhow!(
-            "cannot make a network namespace: missing CAP_SYS_ADMIN, which is needed at the start only: run as root, or \
+            "cannot create a network namespace: missing CAP_SYS_ADMIN, which is needed at the start only: run as root, or \
              grant it to the service"
         ),
-        other => anyhow::Error::new(io::Error::from(other)).context("cannot make a network namespace"),
+        other => anyhow::Error::new(io::Error::from(other)).context("cannot create a network namespace"),
     })?;
     open()
 }

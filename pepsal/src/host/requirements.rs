@@ -22,9 +22,9 @@ const CAPABILITIES: [(&str, u32); 4] = [
 /// The first thing that is missing, and what to do about it.
 pub fn check() -> Result<()> {
     check_kernel(
-        &fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot tell the kernel's version")?,
+        &fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's version")?,
     )?;
-    check_capabilities(&fs::read_to_string("/proc/self/status").context("cannot tell the capabilities")?)?;
+    check_capabilities(&fs::read_to_string("/proc/self/status").context("cannot read the capabilities")?)?;
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         bail!(
             "this kernel has no BTF (/sys/kernel/btf/vmlinux is missing): use one built with CONFIG_DEBUG_INFO_BTF=y"
@@ -66,7 +66,7 @@ pub fn check_capabilities(status: &str) -> Result<()> {
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .context("cannot tell the capabilities from /proc/self/status")?;
+        .context("cannot read the capabilities from /proc/self/status")?;
     let has = |bit: u32| effective & (1 << bit) != 0;
     let missing: Vec<&str> = CAPABILITIES
         .iter()

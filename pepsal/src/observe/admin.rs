@@ -59,7 +59,7 @@ pub fn bind(path: Option<&Path>) -> Result<Option<(Listener, SocketFile)>> {
     let Some(asked) = path else {
         let usual = Path::new(DEFAULT_PATH);
         if let Err(error) = make_directory(usual) {
-            warn!("no admin socket, as {DEFAULT_PATH} cannot be made: {error}");
+            warn!("no admin socket: cannot create {DEFAULT_PATH}: {error}");
             return Ok(None);
         }
         return Listener::at(usual.to_owned())
@@ -176,12 +176,12 @@ impl Asked {
     }
 
     fn understand(line: &[u8]) -> Result<Self, String> {
-        let request: Request =
-            serde_json::from_slice(line).map_err(|error| format!("no request of this protocol: {error}"))?;
+        let request: Request = serde_json::from_slice(line)
+            .map_err(|error| format!("not a request of this protocol: {error}"))?;
         if request.version != VERSION {
             let version = request.version;
             return Err(format!(
-                "version {version} of the protocol is not spoken here: {VERSION} is"
+                "protocol version {version} is not supported: use {VERSION}"
             ));
         }
         Ok(match request.question {
@@ -219,7 +219,7 @@ async fn flows(question: FlowsQuestion, filter: Filter, view: &Arc<View>) -> Res
     let look = move || look(&question, &filter, before.as_ref(), &view);
     spawn_blocking(look)
         .await
-        .map_err(|_| "cannot look at the flows".to_owned())
+        .map_err(|_| "cannot list the flows".to_owned())
 }
 
 /// What flows had carried when a measurement of rates began, by their numbers.
@@ -325,7 +325,9 @@ impl Target {
         id.or_else(|| text.parse().map(Self::ClientPort).ok())
             .or_else(|| text.parse().map(Self::Client).ok())
             .ok_or_else(|| {
-                format!("'{text}' is no flow: give its number, its client's address, or that with the port")
+                format!(
+                    "'{text}' is no flow: give a flow number, a client address, or a client address and port"
+                )
             })
     }
 

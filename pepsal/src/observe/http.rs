@@ -117,8 +117,8 @@ async fn visit(stream: Box<dyn Stream>, snapshots: Arc<Snapshots>) {
         .serve_connection(TokioIo::new(stream), service);
     match timeout(PATIENCE, connection).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => debug!("a request for metrics: {error}"),
-        Err(_) => debug!("a request for metrics took longer than {PATIENCE:?}"),
+        Ok(Err(error)) => debug!("metrics request failed: {error}"),
+        Err(_) => debug!("metrics request took longer than {PATIENCE:?}"),
     }
 }
 

@@ -77,10 +77,10 @@ impl Log {
             .with(chosen)
             .with(lines)
             .try_init()
-            .context("cannot set the log up")?;
+            .context("cannot set up the log")?;
         panic::set_hook(Box::new(|panic| {
             let panic = panic.to_string().replace('\n', " ");
-            error!("error in pepsal: {panic}");
+            error!("internal error: {panic}");
         }));
         Ok(Self { filter, is_fixed })
     }
@@ -90,8 +90,8 @@ impl Log {
     /// # Errors
     /// When `RUST_LOG` says what to log.
     pub fn set(&self, level: LogLevel) -> Result<()> {
-        anyhow::ensure!(!self.is_fixed, "RUST_LOG says what to log");
-        self.filter.reload(of_level(level)).context("the log is gone")
+        anyhow::ensure!(!self.is_fixed, "RUST_LOG sets the log level");
+        self.filter.reload(of_level(level)).context("the log is closed")
     }
 }
 

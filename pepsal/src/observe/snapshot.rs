@@ -45,7 +45,7 @@ impl Snapshot {
                 attached,
             })
         };
-        spawn_blocking(look).await.context("cannot look at the flows")?
+        spawn_blocking(look).await.context("cannot take a snapshot")?
     }
 
     /// Whether it is no older than a second, and shows whether and where new connections are taken.
@@ -115,7 +115,9 @@ impl<T: Send + Sync + 'static> Latest<T> {
             *latest = Some(value.clone());
             Ok(value)
         };
-        tokio::spawn(get).await.context("nothing was made")?
+        tokio::spawn(get)
+            .await
+            .context("the task that takes a snapshot failed")?
     }
 }
 

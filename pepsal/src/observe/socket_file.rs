@@ -56,15 +56,15 @@ fn remove_stale(path: &Path) -> Result<()> {
     let shown = path.display();
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("cannot look at {shown}")),
+        Err(error) => return Err(error).with_context(|| format!("cannot stat {shown}")),
         Ok(there) if !there.file_type().is_socket() => {
-            bail!("{shown} is there and is no socket: remove it, or choose another path")
+            bail!("{shown} exists and is not a socket: remove it, or choose another path")
         }
         Ok(_) => {}
     }
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            info!("replacing the socket {shown}, which a process that is gone has left behind");
+            info!("replacing the stale socket {shown}");
             fs::remove_file(path).with_context(|| format!("cannot replace {shown}"))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -116,7 +116,7 @@ mod tests {
         let path = scratch("file");
         fs::write(&path, "precious").unwrap();
         let error = SocketFile::bind(&path).unwrap_err().to_string();
-        assert!(error.contains("is no socket"), "{error}");
+        assert!(error.contains("is not a socket"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
         fs::remove_file(&path).unwrap();
     }

@@ -33,7 +33,8 @@ impl Status {
         let shared = &view.shared;
         let mut problems = Vec::new();
         if !is_ready {
-            problems.push("the daemon is starting or stopping: new connections pass".to_owned());
+            problems
+                .push("the daemon is starting or stopping: new connections are not intercepted".to_owned());
         }
         let interfaces: Vec<Interface> = attached
             .iter()
@@ -46,13 +47,15 @@ impl Status {
         for name in &view.intercepted {
             if !interfaces.iter().any(|on| on.intercepts && on.name == *name) {
                 problems.push(format!(
-                    "interface {name} is not there: nothing is intercepted on it"
+                    "interface {name} is missing: its connections are not intercepted"
                 ));
             }
         }
         for device in &view.devices {
             if if_nametoindex(device.as_str()).is_err() {
-                problems.push(format!("device {device} is not there: new connections pass"));
+                problems.push(format!(
+                    "device {device} is missing: new connections are not intercepted"
+                ));
             }
         }
         let [up, down] = figures.bytes;

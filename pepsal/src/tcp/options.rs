@@ -289,7 +289,7 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
 /// Returns whether an option was set; the reason of a refusal is logged.
 pub fn tried(what: &str, result: io::Result<()>) -> bool {
     if let Err(error) = &result {
-        debug!("{what} refused: {error}");
+        debug!("cannot set {what}: {error}");
     }
     result.is_ok()
 }

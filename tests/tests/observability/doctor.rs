@@ -33,7 +33,7 @@ fn doctor_finds_what_keeps_pepsal_from_working() -> Result<()> {
         Ok(())
     };
     gateway.sysctl("net.ipv4.tcp_fastopen", 1)?;
-    expect("warning", "fast open", "not allowed for both legs")?;
+    expect("warning", "fast open", "not enabled for both legs")?;
     gateway.sysctl("net.ipv4.tcp_fastopen", 3)?;
     assert_eq!(doctor()?, (true, vec![]));
 

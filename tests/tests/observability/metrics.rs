@@ -143,7 +143,7 @@ fn readiness_names_what_is_missing() -> Result<()> {
     bed.topology.gateway.ip("link del lan0")?;
     eventually(PATIENCE, || {
         bed.get("/readyz")
-            .is_ok_and(|(status, body)| status == 503 && body.contains("interface lan0 is not there"))
+            .is_ok_and(|(status, body)| status == 503 && body.contains("interface lan0 is missing"))
     });
     assert_eq!(
         bed.scrape()?

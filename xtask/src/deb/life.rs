@@ -240,7 +240,7 @@ impl Life {
         self.reload_until("reloaded: ")?;
         self.new_flows_are(Path::Forwarded)?;
         self.edit(&[EDIT, WRONG].concat())?;
-        self.reload_until("not reloaded, the running configuration stays")?;
+        self.reload_until("not reloaded, the running configuration stays in effect")?;
         self.new_flows_are(Path::Forwarded)?;
         self.edit(EDIT)?;
         self.reload_until("reloaded: ")?;

@@ -24,10 +24,10 @@ impl Picture {
             ..Default::default()
         };
         let Answer::Flows(flows) = client.ask(Question::Flows(question))? else {
-            bail!("the daemon answers something else");
+            bail!("unexpected reply of the daemon");
         };
         let Answer::Status(status) = client.ask(Question::Status)? else {
-            bail!("the daemon answers something else");
+            bail!("unexpected reply of the daemon");
         };
         Ok(Self {
             status: *status,

@@ -27,22 +27,22 @@ use crate::{
     observe::protocol::Sort,
 };
 
-/// How often, and how, it is shown.
+/// Options of `pepsal top`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Time between two pictures, over which rates are measured
+    /// Refresh interval, over which rates are measured
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
     interval: Duration,
 
-    /// What comes first: the flow that has most of this
+    /// Sort key, in descending order
     #[arg(long, value_name = "BY", default_value = "rate")]
     sort: Sort,
 
-    /// Print one picture as text and end
+    /// Print one screen as text and exit
     #[arg(long)]
     once: bool,
 
-    /// Size of that picture in characters
+    /// Size of that screen in characters
     #[arg(long, value_name = "WIDTHxHEIGHT", default_value = "120x30", value_parser = size, requires = "once")]
     size: (u16, u16),
 
@@ -84,7 +84,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let pictures = poll(arguments.clone(), client);
     // It restores the terminal when this panics, too.
-    let mut terminal = ratatui::try_init().context("cannot take over the terminal")?;
+    let mut terminal = ratatui::try_init().context("cannot set up the terminal")?;
     let watched = watch(&mut app, &mut terminal, &pictures);
     ratatui::restore();
     watched?;
@@ -146,7 +146,7 @@ fn watch(app: &mut App, terminal: &mut DefaultTerminal, pictures: &Receiver<Resu
         match pictures.try_recv() {
             Ok(asked) => app.update(asked),
             Err(TryRecvError::Empty) => {}
-            Err(TryRecvError::Disconnected) => bail!("the daemon is not asked any more"),
+            Err(TryRecvError::Disconnected) => bail!("the thread that polls the daemon has ended"),
         }
     }
 }

@@ -37,8 +37,8 @@ const LOADING: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_PERFMON];
 /// When there is no such user, or the kernel refuses.
 pub fn become_user(user: &str) -> Result<()> {
     switch_to(user)?;
-    let permitted = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
-    caps::set(None, CapSet::Effective, &permitted).context("cannot use capabilities")
+    let permitted = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
+    caps::set(None, CapSet::Effective, &permitted).context("cannot set the effective capabilities")
 }
 
 /// Keeps the five capabilities with which eBPF programs are loaded, if they are there, gives up all others, for good, and
@@ -49,15 +49,15 @@ pub fn become_user(user: &str) -> Result<()> {
 /// # Errors
 /// When the kernel refuses something other than the filter, which is only warned about.
 pub fn drop() -> Result<()> {
-    let held = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
+    let held = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
     let loading = loading(&held);
     // Kernels before 5.11 count eBPF maps as locked memory. Where this is refused, what is allowed may still do.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     if held.contains(&Capability::CAP_SETPCAP) {
-        let bounding = caps::read(None, CapSet::Bounding).context("cannot tell the capabilities")?;
+        let bounding = caps::read(None, CapSet::Bounding).context("cannot read the capabilities")?;
         for capability in bounding.difference(&KEPT.into()) {
             caps::drop(None, CapSet::Bounding, *capability)
-                .with_context(|| format!("cannot give up {capability}"))?;
+                .with_context(|| format!("cannot drop {capability} from the bounding set"))?;
         }
     }
     let none = CapsHashSet::new();
@@ -67,9 +67,9 @@ pub fn drop() -> Result<()> {
         (CapSet::Effective, &loading),
         (CapSet::Permitted, &loading),
     ] {
-        caps::set(None, set, capabilities).context("cannot give up capabilities")?;
+        caps::set(None, set, capabilities).context("cannot drop capabilities")?;
     }
-    prctl::set_no_new_privs().context("cannot give up what execution grants")?;
+    prctl::set_no_new_privs().context("cannot set no_new_privs")?;
     filter(Phase::Loading);
     Ok(())
 }
@@ -82,10 +82,10 @@ pub fn drop() -> Result<()> {
 /// # Errors
 /// When the kernel refuses something other than the filter, which is only warned about.
 pub fn drop_loading() -> Result<()> {
-    let held = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
+    let held = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
     let kept = held.intersection(&KEPT.into()).copied().collect();
     for set in [CapSet::Effective, CapSet::Permitted] {
-        caps::set(None, set, &kept).context("cannot give up capabilities")?;
+        caps::set(None, set, &kept).context("cannot drop capabilities")?;
     }
     filter(Phase::Running);
     Ok(())
@@ -95,7 +95,7 @@ fn filter(phase: Phase) {
     static WARNED: Once = Once::new();
     if let Err(error) = filter::install(phase) {
         // Every thread would say the same.
-        WARNED.call_once(|| warn!("no filter of system calls: {error}"));
+        WARNED.call_once(|| warn!("no system call filter: {error}"));
     }
 }
 
@@ -116,8 +116,8 @@ fn loading(held: &CapsHashSet) -> CapsHashSet {
 
 /// Becomes a user with its groups; what is permitted stays so.
 fn switch_to(name: &str) -> Result<()> {
-    let Some(user) = User::from_name(name).with_context(|| format!("cannot look user {name} up"))? else {
-        bail!("user {name}: there is none of that name: make one, or leave --user out");
+    let Some(user) = User::from_name(name).with_context(|| format!("cannot look up user {name}"))? else {
+        bail!("user {name}: there is no such user: create it, or leave --user out");
     };
     let terminated = std::ffi::CString::new(name).map_err(io::Error::from)?;
     prctl::set_keepcaps(true)
