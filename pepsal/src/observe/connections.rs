@@ -1,4 +1,4 @@
-//! Connections that may be anybody's: a fixed number of places, and nobody is waited for.
+//! Accepts untrusted connections, of which it keeps a fixed number, without waiting for any of them.
 
 use std::{fmt, io, path::PathBuf, time::Duration};
 
@@ -12,23 +12,21 @@ use tracing::debug;
 
 use crate::observe::socket_file::SocketFile;
 
-/// Where visitors come in.
+/// A listening socket.
 pub enum Listener {
-    /// At an address.
     Tcp(TcpListener),
-    /// At a path.
     Unix(UnixListener, PathBuf),
 }
 
-/// A visitor's connection.
+/// An accepted connection.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 impl Listener {
-    /// Listens at a path; the file is removed when the second value is dropped.
+    /// Listens at a path; dropping the second value removes the file.
     ///
     /// # Errors
-    /// Why it cannot.
+    /// When the path cannot be bound.
     pub fn at(path: PathBuf) -> anyhow::Result<(Self, SocketFile)> {
         let (listener, file) = SocketFile::bind(&path)?;
         Ok((Self::Unix(UnixListener::from_std(listener)?, path), file))
@@ -54,8 +52,8 @@ impl fmt::Display for Listener {
     }
 }
 
-/// Receives visitors for as long as it is polled, `places` of them at once. Where one more comes, who has been there
-/// longest has to go: so those who only sit there keep nobody out.
+/// Accepts connections, at most `places` at once; never returns. One more connection closes the oldest, so
+/// that idle connections cannot block others.
 pub async fn receive<F>(listener: Listener, places: usize, mut visit: impl FnMut(Box<dyn Stream>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,

@@ -1,4 +1,4 @@
-//! The metrics as Prometheus reads them. `docs/metrics.md` has every name, unit and meaning.
+//! The metrics in the text format of OpenMetrics. `docs/metrics.md` has every name, unit and meaning.
 
 use std::{
     collections::BTreeMap,
@@ -26,10 +26,10 @@ use crate::{
     observe::{log, process::Process, view::View},
 };
 
-/// The content type of what [`Figures::render`] makes.
+/// The content type of [`Figures::render`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// All figures at one moment.
+/// The figures of the daemon at one moment.
 pub(super) struct Figures {
     started: SystemTime,
     limit: u32,
@@ -49,7 +49,7 @@ pub(super) struct Figures {
     links: Vec<LinkFigures>,
 }
 
-/// What the legs behind an interface have carried, and how those are doing that are open.
+/// Figures of the legs of an interface.
 #[derive(Default)]
 struct InterfaceFigures {
     legs: u64,
@@ -57,19 +57,19 @@ struct InterfaceFigures {
     received: u64,
     segments: u64,
     retransmitted: u64,
-    /// Seconds, of every leg that has a measurement.
+    /// In seconds, of every leg with a measurement.
     round_trips: Vec<f64>,
     delivery_rate: u64,
 }
 
-/// How much of a link's rate is used, in bytes per second.
+/// Rate estimate of a link.
 struct LinkFigures {
     interface: String,
     found: Found,
 }
 
 impl Figures {
-    /// Looks at everything, by many system calls.
+    /// Reads all figures, by many system calls.
     pub(super) fn take(view: &View) -> Self {
         let shared = &view.shared;
         let metrics = &shared.metrics;
@@ -80,7 +80,7 @@ impl Figures {
                 State::Pending => pending += 1,
                 State::Open => open += 1,
             }
-            // Leg by leg, so that none is kept open for the time that all take.
+            // One flow at a time, so that no leg is kept open until all are read.
             for leg in flow.observe(metrics).legs.into_iter().flatten() {
                 if let Some(traffic) = &leg.traffic {
                     interfaces.entry(traffic.interface.clone()).or_default().add(&leg);
@@ -134,7 +134,7 @@ impl Figures {
         }
     }
 
-    /// Writes them down.
+    /// Formats the metrics.
     ///
     /// # Errors
     /// None in practice.
@@ -159,8 +159,8 @@ impl InterfaceFigures {
         if leg.info.tcpi_rtt > 0 {
             self.round_trips.push(f64::from(leg.info.tcpi_rtt) / 1e6);
         }
-        // What an idle leg delivered last is no rate of now. The kernel measures within a round trip, where a burst is
-        // faster than its leg's share.
+        // The last delivery rate of an idle leg is out of date. The kernel measures within a round trip,
+        // where a burst exceeds the leg's share.
         if leg.info.tcpi_unacked > 0 {
             self.delivery_rate += leg.info.tcpi_delivery_rate.min(leg.info.tcpi_max_pacing_rate);
         }
@@ -423,7 +423,7 @@ impl Collector for ProcessFigures {
     }
 }
 
-/// Writes families of metrics, each with all of its samples.
+/// Writes metric families, each with all of its samples.
 struct Families<'a>(DescriptorEncoder<'a>);
 
 impl Families<'_> {

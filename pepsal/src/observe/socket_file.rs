@@ -1,4 +1,4 @@
-//! Unix sockets in the file system, which the kernel does not remove with their process.
+//! Unix sockets with a file, which the kernel does not remove at the end of the process.
 
 use std::{
     fs, io,
@@ -12,10 +12,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use tracing::{debug, info};
 
-/// Who may connect: the daemon's user and group.
+/// Access for the daemon's user and group.
 const MODE: u32 = 0o660;
 
-/// The file of a listening socket, removed when this is dropped, unless another process has put its own there.
+/// The file of a listening socket. Dropping it removes the file, unless another process has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -23,10 +23,10 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Listens at `path`. A file that a process has left there which is gone is replaced.
+    /// Listens at `path`, and replaces a stale socket file.
     ///
     /// # Errors
-    /// When a process listens there already, when something else than a socket is there, and when it cannot be made.
+    /// When another process listens there, when the file is not a socket, or when it cannot be created.
     pub fn bind(path: &Path) -> Result<(UnixListener, Self)> {
         let shown = path.display();
         remove_stale(path)?;
