@@ -1,4 +1,4 @@
-//! The file's text, as arguments of the command line.
+//! Converts the text of a configuration file to command-line arguments.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,23 +20,22 @@ use crate::{
     link::spec::{self, Draft},
 };
 
-/// What a key was given.
+/// The arguments of a key.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Given {
-    /// The field of [`Options`](crate::config::options::Options) that the key stands for.
+    /// The field of [`Options`](crate::config::options::Options).
     pub option: &'static str,
-    /// The arguments that say the same.
+    /// Equivalent command-line arguments.
     pub arguments: Vec<String>,
-    /// The key's name.
     name: String,
-    /// Where in the text the key is.
+    /// Byte offset of the key in the text.
     at: usize,
 }
 
-/// Reads a file's text.
+/// Parses the text of a file.
 ///
 /// # Errors
-/// Everything that is wrong with it, in its order.
+/// All errors of the text, in order.
 pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     let mut reader = Reader {
         text: Text::new(file, content),
@@ -59,7 +58,7 @@ pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     reader.document(document.get_ref());
     reader.contradictions();
     reader.problems.sort_by_key(|(at, _)| *at);
-    // What comes after an error in the syntax may be misread at the same place once more.
+    // After a syntax error the parser may report the same position again.
     reader.problems.dedup_by_key(|(at, _)| *at);
     match reader.problems.is_empty() {
         true => Ok(reader.given),
@@ -67,7 +66,7 @@ pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     }
 }
 
-/// Whether two options exclude each other.
+/// Returns whether two options exclude each other.
 pub fn exclude_each_other(command: &Command, one: &str, other: &str) -> bool {
     let excludes = |one: &str, other: &str| {
         let arg = command.get_arguments().find(|arg| arg.get_id() == one);
@@ -119,7 +118,7 @@ impl Reader<'_> {
             };
         };
         match self.arguments(key, value) {
-            // A false says nothing that the command line would have to override.
+            // `false` has no argument.
             Some(arguments) if !arguments.is_empty() => self.given.push(Given {
                 option: key.option,
                 arguments,
@@ -130,7 +129,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A key and its value as they would be typed. `None` when they cannot be, which has been noted then.
+    /// Returns the command-line arguments of a key and its value; `None` after a recorded problem.
     fn arguments(&mut self, key: &'static Key, value: &Spanned<DeValue<'_>>) -> Option<Vec<String>> {
         let arg = self
             .command
@@ -176,7 +175,7 @@ impl Reader<'_> {
         texts
     }
 
-    /// The text of a value that its option takes.
+    /// Returns the text of a value, if its option accepts it.
     fn valid(&mut self, key: &Key, long: &str, value: &Spanned<DeValue<'_>>) -> Option<String> {
         let at = value.span().start;
         let Some(text) = scalar(value.get_ref()) else {
@@ -194,7 +193,7 @@ impl Reader<'_> {
             );
             return None;
         }
-        // Nothing is required beside --explain.
+        // --explain needs no other option.
         let argument = format!("--{long}={text}");
         match self.command.try_get_matches_from_mut(["--explain", &argument]) {
             Ok(_) => Some(text),
@@ -329,7 +328,7 @@ fn kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-/// What clap says of a value, without its own way of saying where that was.
+/// Returns clap's error about a value, without clap's reference to the command line.
 fn complaint(error: &clap::Error, value: &str) -> String {
     let source = std::error::Error::source(error);
     match (error.kind(), source) {

@@ -1,4 +1,4 @@
-//! The daemon's options: PEPsal's under their own letters, and pepsal's.
+//! The daemon's options: PEPsal's, with the same letters, and pepsal's.
 
 use std::{num::NonZeroU16, path::PathBuf, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::{
     wire::{claims, mark::Mark, selection::Rule},
 };
 
-/// How to run the proxy.
+/// Options of the daemon.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
     /// Configuration file for options that are not on the command line; SIGHUP reloads it
@@ -76,7 +76,7 @@ pub struct Options {
     )]
     pub port: NonZeroU16,
 
-    /// Most connections to handle at once; further ones pass through untouched
+    /// Maximum number of connections; further ones are not intercepted
     #[arg(
         short = 'c',
         long = "max-connections",

@@ -15,7 +15,7 @@ use crate::{
 ///
 /// # Errors
 /// For a link without an interface, and for a congestion control that the kernel does not have.
-pub fn link_profiles(
+pub(crate) fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
     rate_control: &Result<RateControl>,
@@ -72,6 +72,6 @@ fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<L
 }
 
 /// Logs a profile.
-pub fn announce(profile: &LinkProfile) {
+pub(crate) fn announce(profile: &LinkProfile) {
     info!("legs that leave through {}:\n{profile}", profile.interface);
 }

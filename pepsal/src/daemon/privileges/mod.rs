@@ -81,7 +81,7 @@ pub fn drop() -> Result<()> {
 ///
 /// # Errors
 /// When the kernel refuses something other than the filter, which is only warned about.
-pub fn drop_loading() -> Result<()> {
+pub(crate) fn drop_loading() -> Result<()> {
     let held = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
     let kept = held.intersection(&KEPT.into()).copied().collect();
     for set in [CapSet::Effective, CapSet::Permitted] {
