@@ -14,7 +14,7 @@ use crate::{
 /// Returns the profile of every `--link`.
 ///
 /// # Errors
-/// For a link without an interface, and for a congestion control that the kernel does not have.
+/// For a link without an interface, or a congestion control that the kernel does not have.
 pub(crate) fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
@@ -35,12 +35,12 @@ pub(crate) fn link_profiles(
 /// Returns the profiles for `--explain`, which needs no interfaces.
 ///
 /// # Errors
-/// For two links behind one interface, and for more links than the kernel side has room for.
+/// For two links on one interface, or more links than [`LINKS_MAX`].
 pub fn explain(options: &Options) -> Result<Vec<LinkProfile>> {
     derive(options, &RateControl::register())
 }
 
-/// The profiles name `rate_control`, which has to be kept for as long as they are used.
+/// Derives the profiles. They refer to `rate_control`, which has to outlive them.
 fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
