@@ -1,4 +1,4 @@
-//! The command line: the daemon's options, and the commands beside them.
+//! The command line: the daemon's options, and the commands.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! The other end of the admin socket.
+//! The client of the admin socket.
 
 use std::{
     io::{self, BufRead, BufReader, Write},
@@ -15,10 +15,10 @@ use crate::observe::{
     protocol::{Answer, Question, Reply, Request, VERSION},
 };
 
-/// How long an answer may take: longer than rates are measured at most.
+/// Timeout of a reply, longer than the maximum interval of rates.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Which daemon is meant.
+/// Option that selects the daemon.
 #[derive(Debug, Clone, Args)]
 pub struct Socket {
     /// The daemon's admin socket
@@ -32,10 +32,10 @@ pub struct Client {
 }
 
 impl Socket {
-    /// Connects.
+    /// Connects to the daemon.
     ///
     /// # Errors
-    /// When no daemon is there, or this user may not ask it.
+    /// When no daemon listens, or this user has no permission.
     pub fn connect(&self) -> Result<Client> {
         let shown = self.path.display();
         let stream = UnixStream::connect(&self.path).map_err(|error| match error.kind() {
@@ -55,10 +55,10 @@ impl Socket {
 }
 
 impl Client {
-    /// Asks, and waits for the answer.
+    /// Sends a request, and waits for the reply.
     ///
     /// # Errors
-    /// What the daemon says is wrong, or why there is no answer.
+    /// The daemon's error, or the error of the connection.
     pub fn ask(&mut self, question: Question) -> Result<Answer> {
         let request = Request {
             version: VERSION,

@@ -1,4 +1,4 @@
-//! `pepsal top`: the flows live, sorted, with small plots. [`view`] draws the [`app`], and what [`history`] remembers.
+//! `pepsal top`: a live, sorted list of flows with plots. [`view`] draws the [`app`] with its [`history`].
 
 mod app;
 mod history;
@@ -67,10 +67,10 @@ fn size(text: &str) -> Result<(u16, u16), String> {
     Ok((side(width)?, side(height)?))
 }
 
-/// Shows them until `q` is pressed.
+/// Shows the flows until `q` is pressed.
 ///
 /// # Errors
-/// When there is no daemon, or no terminal.
+/// When no daemon replies, or without a terminal.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let mut client = arguments.socket.connect()?;
     let mut app = App::new(arguments.sort);
@@ -83,7 +83,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let pictures = poll(arguments.clone(), client);
-    // It restores the terminal when this panics, too.
+    // This also restores the terminal after a panic.
     let mut terminal = ratatui::try_init().context("cannot set up the terminal")?;
     let watched = watch(&mut app, &mut terminal, &pictures);
     ratatui::restore();
@@ -102,7 +102,8 @@ fn text_of(backend: &TestBackend) -> String {
     .collect()
 }
 
-/// Asks on a thread of its own, so that keys are not kept waiting. A daemon that was started again is found again.
+/// Polls the daemon on a separate thread, so that keys are handled at once. Reconnects after a restart of the
+/// daemon.
 fn poll(arguments: Arguments, client: Client) -> Receiver<Result<Picture>> {
     let (send, pictures) = sync_channel(1);
     thread::spawn(move || {
@@ -130,12 +131,12 @@ fn poll(arguments: Arguments, client: Client) -> Receiver<Result<Picture>> {
     pictures
 }
 
-/// Shows pictures until the user has seen enough.
+/// Draws until the user quits.
 fn watch(app: &mut App, terminal: &mut DefaultTerminal, pictures: &Receiver<Result<Picture>>) -> Result<()> {
     loop {
         terminal.draw(|frame| view::draw(frame, app))?;
         if event::poll(Duration::from_millis(100))? {
-            // A change of size is drawn by the next round.
+            // The next iteration draws a new size.
             if let Event::Key(key) = event::read()?
                 && key.kind == KeyEventKind::Press
                 && app.is_last(key)

@@ -1,4 +1,4 @@
-//! The picture: a line about the daemon, rates of all flows, links, and as many flows as there is room for.
+//! The screen: a status line, plots of all flows, links, and the list of flows.
 
 use std::collections::VecDeque;
 
@@ -17,7 +17,7 @@ use crate::{
 
 const PLOT_HEIGHT: u16 = 5;
 
-/// Draws it.
+/// Draws the screen.
 pub fn draw(frame: &mut Frame<'_>, app: &App) {
     let links = app
         .picture
