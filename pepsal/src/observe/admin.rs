@@ -37,7 +37,7 @@ use crate::{
 pub(crate) const DEFAULT_PATH: &str = "/run/pepsal/pepsal.sock";
 
 /// Maximum number of connections.
-const PLACES: usize = 16;
+const CONNECTIONS_MAX: usize = 16;
 
 /// Maximum length of a request, in bytes.
 const REQUEST_MAX: u64 = 4096;
@@ -86,10 +86,10 @@ fn make_directory(socket: &Path) -> io::Result<()> {
 
 /// Serves requests; never returns.
 pub(crate) async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
-    connections::receive(listener, PLACES, |stream| {
+    connections::receive(listener, CONNECTIONS_MAX, |stream| {
         let snapshots = snapshots.clone();
         async move {
-            if let Err(error) = visit(stream, &snapshots).await {
+            if let Err(error) = serve_connection(stream, &snapshots).await {
                 debug!("admin socket: {error}");
             }
         }
@@ -98,7 +98,7 @@ pub(crate) async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
 }
 
 /// Replies to each line by a line, until the end of stream, a line that is too long, or a timeout.
-async fn visit(stream: Box<dyn Stream>, snapshots: &Snapshots) -> io::Result<()> {
+async fn serve_connection(stream: Box<dyn Stream>, snapshots: &Snapshots) -> io::Result<()> {
     let (read, mut write) = split(stream);
     let mut read = BufReader::new(read);
     loop {

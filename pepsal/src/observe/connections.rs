@@ -52,23 +52,23 @@ impl fmt::Display for Listener {
     }
 }
 
-/// Accepts connections, at most `places` at once; never returns. One more connection closes the oldest, so
+/// Accepts connections, at most `most` at once; never returns. One more connection closes the oldest, so
 /// that idle connections cannot block others.
-pub async fn receive<F>(listener: Listener, places: usize, mut visit: impl FnMut(Box<dyn Stream>) -> F)
+pub async fn receive<F>(listener: Listener, most: usize, mut serve: impl FnMut(Box<dyn Stream>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut visits = JoinSet::new();
-    let mut present: Vec<AbortHandle> = Vec::with_capacity(places);
+    let mut serving = JoinSet::new();
+    let mut present: Vec<AbortHandle> = Vec::with_capacity(most);
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                while visits.try_join_next().is_some() {}
-                present.retain(|visit| !visit.is_finished());
-                if present.len() >= places {
+                while serving.try_join_next().is_some() {}
+                present.retain(|connection| !connection.is_finished());
+                if present.len() >= most {
                     present.remove(0).abort();
                 }
-                present.push(visits.spawn(visit(stream)));
+                present.push(serving.spawn(serve(stream)));
             }
             Err(error) => {
                 debug!(at = %listener, "cannot accept: {error}");

@@ -38,7 +38,7 @@ use crate::observe::{
 pub const DEFAULT_PLACE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9300);
 
 /// Maximum number of connections.
-const PLACES: usize = 16;
+const CONNECTIONS_MAX: usize = 16;
 
 /// Timeout of a request with its response.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -107,7 +107,10 @@ fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
 
 /// Serves requests; never returns.
 pub async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
-    connections::receive(listener, PLACES, |stream| visit(stream, snapshots.clone())).await;
+    connections::receive(listener, CONNECTIONS_MAX, |stream| {
+        visit(stream, snapshots.clone())
+    })
+    .await;
 }
 
 async fn visit(stream: Box<dyn Stream>, snapshots: Arc<Snapshots>) {
