@@ -22,7 +22,6 @@ pub fn target_dir() -> PathBuf {
     }
 }
 
-/// The workspace's folder.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()

@@ -55,12 +55,10 @@ impl Compiler {
         (release >= minimum()).then_some(Self { bin, release, llvm })
     }
 
-    /// The compiler of the distribution.
     pub fn system() -> Option<Self> {
         Self::find("/usr/bin".into())
     }
 
-    /// The nightly compiler of rustup.
     pub fn nightly() -> Option<Self> {
         let home = env::var_os("RUSTUP_HOME")
             .map(PathBuf::from)

@@ -119,7 +119,6 @@ fn typed(dashboard: &Value) -> Result<String> {
     Ok(text + &panels_text)
 }
 
-/// Those that show something.
 fn panels(dashboard: &Value) -> impl Iterator<Item = &Value> {
     let panels = dashboard["panels"].as_array().into_iter().flatten();
     panels.filter(|panel| panel["type"] != "row")

@@ -10,7 +10,6 @@ use crate::{
     shell,
 };
 
-/// Whether this system has apt.
 pub fn is_here() -> bool {
     shell::find("apt-get").is_some() && shell::find("dpkg-query").is_some()
 }

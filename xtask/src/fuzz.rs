@@ -95,12 +95,10 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Where new inputs go.
 fn found(target: &str) -> PathBuf {
     cargo::target_dir().join("fuzz/found").join(target)
 }
 
-/// The inputs in the repository.
 fn corpus(target: &str) -> PathBuf {
     cargo::root().join("fuzz/corpus").join(target)
 }

@@ -22,7 +22,6 @@ impl Linker {
         Self { llvm: compiler.llvm }
     }
 
-    /// Where it is, once built.
     pub fn path(&self) -> PathBuf {
         self.root().join("bin/bpf-linker")
     }

@@ -9,7 +9,6 @@ use std::{
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 const CLEAR_LINE: &str = "\r\x1b[K";
 
-/// The line.
 pub struct Progress {
     start: Instant,
     shown: Instant,

@@ -10,7 +10,6 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::shell;
 
-/// What the steps came to.
 #[derive(Default)]
 pub struct Report {
     steps: Vec<Step>,
@@ -81,7 +80,6 @@ impl Report {
     }
 }
 
-/// What libtest's output says.
 #[derive(Default)]
 pub struct Tally {
     /// Tests that passed.
@@ -89,7 +87,6 @@ pub struct Tally {
     ignored: usize,
     /// Tests that failed.
     pub failed: usize,
-    /// Names of failed tests.
     pub failures: Vec<String>,
     /// Names in the list of failures that is being read.
     list: Option<Vec<String>>,
@@ -132,7 +129,6 @@ impl Tally {
         Ok(())
     }
 
-    /// What a whole output says.
     pub fn of(output: &str) -> Self {
         let mut tally = Self::default();
         output.lines().for_each(|line| tally.line(line));

@@ -47,7 +47,6 @@ const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Vm, "qemu-system-x86_64", "qemu-system-x86"),
 ];
 
-/// The way without packages.
 const WITH_RUSTUP: &str = "
     rustup toolchain install nightly --component rust-src
     cargo install cargo-binstall && cargo binstall bpf-linker";

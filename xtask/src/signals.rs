@@ -24,12 +24,10 @@ impl Signals {
             .context("cannot wait for signals")
     }
 
-    /// Whether one has come.
     pub fn is_pending(&self) -> bool {
         self.come_within(Duration::ZERO).unwrap_or_default()
     }
 
-    /// Waits for one.
     pub fn come_within(&self, timeout: Duration) -> Result<bool> {
         let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(timeout).context("the tick fits")?;

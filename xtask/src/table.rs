@@ -3,9 +3,7 @@
 /// Which side of its column a cell stands at.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Align {
-    /// Words.
     Left,
-    /// Numbers.
     Right,
 }
 

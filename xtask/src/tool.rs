@@ -8,7 +8,6 @@ use crate::{cargo, shell};
 
 /// An extension, as crates.io has it.
 pub struct Tool {
-    /// The crate, and its program.
     pub name: &'static str,
     /// A requirement, as in a manifest.
     pub version: &'static str,

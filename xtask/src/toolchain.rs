@@ -41,7 +41,6 @@ impl Toolchain {
         self.compiler.program(name)
     }
 
-    /// Where bpf-linker is.
     pub fn linker(&self) -> &Path {
         &self.linker
     }

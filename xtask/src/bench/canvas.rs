@@ -14,7 +14,6 @@ use plotters::{
 
 const SIZE: (u32, u32) = (1000, 560);
 
-/// The family of all text.
 pub const FONT: &str = "sans-serif";
 
 /// Told apart by people who do not see all colours, too (Okabe and Ito).

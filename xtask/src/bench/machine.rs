@@ -5,17 +5,14 @@ use std::{fs, thread};
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-/// What results depend on.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
     /// `uname -r`.
     pub kernel: String,
-    /// Its number of processors.
     pub cpus: usize,
 }
 
 impl Machine {
-    /// This one.
     pub fn here() -> Result<Self> {
         let kernel =
             fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's version")?;

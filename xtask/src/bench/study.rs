@@ -55,7 +55,6 @@ pub fn version(daemon: &Path) -> Result<String> {
 
 /// What a benchmark has found: its samples, and what follows from them.
 pub trait Study: Serialize {
-    /// What a run was.
     type Run: Serialize;
     /// The samples of one thing that was measured.
     type Summary: Serialize;
@@ -66,19 +65,14 @@ pub trait Study: Serialize {
     const NOTES: &str;
 
     fn summaries(&self) -> Vec<Self::Summary>;
-    /// Nothing without an old build.
     fn comparisons(&self) -> Vec<Self::Comparison>;
     fn goals(&self) -> Vec<Goal>;
     /// Draws charts, and returns how many there are.
     fn draw(&self, folder: &Path) -> Result<usize>;
 
-    /// One line about the run.
     fn heading(run: &Self::Run) -> String;
-    /// The table of samples.
     fn cells(report: &Report<'_, Self>) -> String;
-    /// The table of comparisons.
     fn round_by_round(report: &Report<'_, Self>) -> String;
-    /// What stands at the end.
     fn remarks(report: &Report<'_, Self>) -> String;
     /// Files besides `results.json` and `results.md`, with their names.
     fn files(&self) -> Vec<(&'static str, String)> {
@@ -109,7 +103,6 @@ impl<'a, S: Study> Report<'a, S> {
         }
     }
 
-    /// The whole report for people.
     pub fn markdown(&self) -> String {
         let mut text = format!("{}\n\n", S::heading(&self.run));
         if self.goals.iter().any(|goal| goal.met.is_some()) {

@@ -21,9 +21,7 @@ use pepsal_tests::{
 use super::{root::Root, system::System};
 use crate::{cargo, shell};
 
-/// What the administrator writes.
 const EDIT: &str = "interfaces = [\"lan0\", \"sat0\"]\n\n[link.sat0]\nrate = \"50mbit\"\nrtt = \"600ms\"\n";
-/// What is misspelt.
 const WRONG: &str = "\n[proxy]\nidle-timeuot = \"1h\"\n";
 
 const CONFIGURATION: &str = "/etc/pepsal/pepsal.toml";

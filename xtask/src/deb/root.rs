@@ -12,7 +12,6 @@ use crate::{cargo, shell};
 
 /// The folder, which goes away with this.
 pub struct Root {
-    /// Where it is.
     pub path: PathBuf,
 }
 

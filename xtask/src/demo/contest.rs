@@ -4,7 +4,6 @@ use std::fmt;
 
 use pepsal_tests::{Direction, Family, Outcome};
 
-/// Where pepsal runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
     /// Nowhere: plain forwarding.
@@ -27,7 +26,6 @@ impl Placement {
     }
 }
 
-/// One transfer and its surroundings.
 #[derive(Clone, Copy, Debug)]
 pub struct Contest {
     pub direction: Direction,

@@ -52,7 +52,6 @@ impl Lane {
         })
     }
 
-    /// Where pepsal is to run.
     pub fn gateways(&self) -> impl Iterator<Item = Gateway<'_>> {
         let near = (self.contest.placement != Placement::Nowhere).then_some(Gateway {
             namespace: &self.topology.gateway,

@@ -22,9 +22,7 @@ use crate::{quantity, signals::Signals};
 
 /// What all contests have in common.
 pub struct Race {
-    /// The daemon's binary.
     pub daemon: PathBuf,
-    /// The satellite link.
     pub profile: LinkProfile,
     /// Size of the file.
     pub bytes: u64,
@@ -108,5 +106,4 @@ impl Race {
     }
 }
 
-/// How often progress is shown.
 const TICK: Duration = Duration::from_millis(200);

@@ -91,7 +91,6 @@ impl<'a> Bed<'a> {
         Ok(())
     }
 
-    /// The daemon's process.
     pub fn pid(&self) -> u32 {
         self.daemon.as_ref().map_or(0, Daemon::pid)
     }

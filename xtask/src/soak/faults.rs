@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// SIGKILL, and a new daemon at once.
@@ -32,7 +31,6 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Every fault.
     pub const ALL: &[Self] = &[
         Self::Kill,
         Self::Absence,

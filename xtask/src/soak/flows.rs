@@ -20,7 +20,6 @@ use pepsal_tests::{Connector, Family, Listener, Namespace, reset};
 
 use super::totals::Totals;
 
-/// What becomes of a flow.
 #[derive(Clone, Copy)]
 struct Plan {
     seed: u64,
@@ -155,7 +154,6 @@ fn run(plan: Plan, server: SocketAddr, totals: &Totals) {
     }
 }
 
-/// How a connection broke.
 struct Ended {
     error: io::Error,
     /// Whether anything had been received, so that it was certainly open from end to end.

@@ -32,7 +32,6 @@ pub struct Totals {
     faults: Mutex<Vec<Inflicted>>,
 }
 
-/// A number that goes up.
 #[derive(Default)]
 pub struct Counter(AtomicU64);
 
@@ -138,7 +137,6 @@ impl Totals {
         Fault::ALL.iter().map(row).collect()
     }
 
-    /// What must not have happened.
     pub fn complaints(&self) -> Vec<String> {
         let mut complaints = lock(&self.damage).clone();
         complaints.extend(lock(&self.unexplained).iter().cloned());

@@ -60,7 +60,6 @@ impl Vitals {
         ]
     }
 
-    /// What has grown.
     pub fn complaints(&self, later: &Self) -> Vec<String> {
         let mut complaints = Vec::new();
         if later.resident_bytes > self.resident_bytes + SLACK_BYTES {

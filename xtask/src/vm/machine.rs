@@ -41,11 +41,9 @@ pub fn install() -> Result<PathBuf> {
 pub struct Machine<'a> {
     /// The folder of virtme-ng's programs.
     pub vng: &'a Path,
-    /// What to boot.
     pub kernel: &'a Kernel,
     /// The eBPF object, for tests that load it themselves.
     pub object: &'a Path,
-    /// The daemon under test.
     pub daemon: &'a Path,
     /// Arguments of libtest.
     pub filter: &'a [String],
@@ -132,7 +130,6 @@ impl Machine<'_> {
 }
 
 impl Run {
-    /// Whether the machine is off.
     pub fn has_ended(&mut self) -> Result<bool> {
         let status = self.child.try_wait().context("cannot wait for the machine")?;
         Ok(status.is_some())

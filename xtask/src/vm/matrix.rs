@@ -39,7 +39,6 @@ impl TestResult {
     }
 }
 
-/// The results so far.
 pub struct Matrix {
     files: Vec<String>,
     kernels: Vec<(String, Vec<(String, TestResult)>)>,

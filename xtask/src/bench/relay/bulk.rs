@@ -23,7 +23,6 @@ const SERVER_BUSY: &str = "server is busy";
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Bulk {
-    /// What is measured.
     pub fn all() -> impl Iterator<Item = Self> {
         let bulks =
             |flows| [Way::Up, Way::Down].map(|way| Family::BOTH.map(|family| Self { flows, way, family }));

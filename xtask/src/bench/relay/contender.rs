@@ -4,14 +4,11 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-/// What is at the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Contender {
-    /// No proxy.
     Forwarding,
     /// Another build of the daemon, to be compared with the one under test.
     OldBuild,
-    /// The daemon under test.
     Pepsal,
     /// HAProxy with splice and as transparent as pepsal, its connections steered by iptables TPROXY.
     Haproxy,

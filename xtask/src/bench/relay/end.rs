@@ -55,21 +55,16 @@ pub enum Order {
     ConnectTimes {
         /// Whereto.
         server: SocketAddr,
-        /// How many.
         count: usize,
     },
     /// Have so many connections open that have carried a request.
     Hold {
         /// Whereto.
         server: SocketAddr,
-        /// How many in all.
         flows: usize,
     },
     /// Send so many requests in all over the open connections, [`CONCURRENCY`] at a time, taking turns.
-    Exchange {
-        /// How many.
-        count: usize,
-    },
+    Exchange { count: usize },
     /// Close all open connections.
     Release,
 }
@@ -89,7 +84,6 @@ pub struct Answer {
     pub held: usize,
     /// The client's address of one of them.
     pub local: Option<SocketAddr>,
-    /// What went wrong.
     pub error: Option<String>,
 }
 

@@ -13,7 +13,6 @@ use crate::{shell, signals::Signals};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A port that nobody has.
 pub const FOREIGN_PORT: u16 = 40_001;
 /// Another one (RFC 863).
 pub const DISCARD_PORT: u16 = 9;

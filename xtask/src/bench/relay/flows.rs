@@ -53,7 +53,6 @@ struct Held {
     count: usize,
     /// Bytes of the machine.
     memory: u64,
-    /// Of the proxy.
     descriptors: usize,
 }
 

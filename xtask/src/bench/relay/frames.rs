@@ -7,7 +7,6 @@ use std::{
 
 use pepsal_tests::Family;
 
-/// A kind of packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Packet {
     pub kind: Kind,
@@ -28,7 +27,6 @@ pub enum Kind {
 }
 
 impl Packet {
-    /// All kinds in both families.
     pub const ALL: [Self; 8] = {
         const fn packet(kind: Kind, family: Family) -> Packet {
             Packet { kind, family }

@@ -61,7 +61,6 @@ impl Haproxy {
         Ok(haproxy)
     }
 
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.id()
     }

@@ -24,7 +24,6 @@ use crate::{shell, signals::Signals};
 
 /// What all lanes have in common.
 pub struct Equipment<'a> {
-    /// The daemon's binary.
     pub daemon: PathBuf,
     /// Another build of it, which is a contender of its own.
     pub old_build: Option<PathBuf>,
@@ -114,7 +113,6 @@ impl<'a> Lane<'a> {
         self.client.order(order, limit)
     }
 
-    /// Where requests are answered.
     pub fn server(&self, family: Family) -> SocketAddr {
         SocketAddr::new(family.server(), SERVER_PORT)
     }
@@ -125,7 +123,6 @@ impl<'a> Lane<'a> {
         process::output(command.args(arguments), limit, self.signals)
     }
 
-    /// The namespaces.
     pub fn topology(&self) -> &Topology {
         &self.topology
     }
@@ -199,7 +196,6 @@ fn listening(
     Ok(server)
 }
 
-/// The client's process.
 struct Client<'a> {
     process: Process,
     orders: ChildStdin,

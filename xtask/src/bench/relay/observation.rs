@@ -8,7 +8,6 @@ use serde::{Serialize, Serializer};
 use super::{contender::Contender, frames::Packet};
 use crate::bench::{statistic, study::RoundRatios};
 
-/// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Metric {
     /// Gbit/s of payload.
@@ -46,7 +45,6 @@ pub enum Programs {
     Both,
 }
 
-/// A bulk transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bulk {
     /// Flows at once.
@@ -55,7 +53,6 @@ pub struct Bulk {
     pub family: Family,
 }
 
-/// A direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {
     /// From the client.
@@ -132,7 +129,6 @@ impl fmt::Display for Bulk {
     }
 }
 
-/// One sample.
 #[derive(Clone, Debug, Serialize)]
 pub struct Observation {
     pub metric: Metric,
@@ -142,7 +138,6 @@ pub struct Observation {
     pub value: f64,
 }
 
-/// All samples.
 #[derive(Default, Serialize)]
 pub struct Observations {
     pub samples: Vec<Observation>,
@@ -182,7 +177,6 @@ impl Observations {
         });
     }
 
-    /// What has been measured, sorted.
     pub fn metrics(&self) -> Vec<Metric> {
         let mut metrics: Vec<_> = self.samples.iter().map(|sample| sample.metric).collect();
         metrics.sort();
@@ -190,7 +184,6 @@ impl Observations {
         metrics
     }
 
-    /// All summaries, sorted.
     pub fn summaries(&self) -> Vec<Summary> {
         self.metrics()
             .into_iter()
@@ -241,7 +234,6 @@ impl Observations {
         self.metrics().into_iter().filter_map(comparison).collect()
     }
 
-    /// The same in one metric.
     pub fn round_ratios(&self, metric: Metric) -> Option<RoundRatios> {
         let samples = |contender| {
             let is_meant =

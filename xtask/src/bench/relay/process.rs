@@ -27,17 +27,14 @@ impl Process {
         Ok(Self(child))
     }
 
-    /// Its process id.
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 
-    /// The process itself.
     pub fn child(&mut self) -> &mut Child {
         &mut self.0
     }
 
-    /// Whether it has ended.
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.0.try_wait(), Ok(None))
     }

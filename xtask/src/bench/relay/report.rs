@@ -23,7 +23,6 @@ use crate::{
     },
 };
 
-/// What a run was.
 #[derive(Clone, Debug, Serialize)]
 pub struct Run {
     #[serde(flatten)]
@@ -41,7 +40,6 @@ pub struct Run {
     pub rounds: u32,
     /// Payload of each bulk transfer.
     pub bulk_bytes: u64,
-    /// What it took.
     pub minutes: f64,
 }
 

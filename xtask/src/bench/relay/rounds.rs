@@ -7,12 +7,10 @@ use anyhow::{Context as _, Result};
 use super::{contender::Contender, lane::Equipment, observation::Observations};
 use crate::progress::Progress;
 
-/// How much is measured.
 pub struct Amounts {
     pub rounds: u32,
     /// Payload of a bulk transfer.
     pub bulk_bytes: u64,
-    /// How long connections are opened.
     pub connections: Duration,
     /// Numbers of open flows; the last is the most that descriptors allow.
     pub flows: Vec<usize>,
@@ -24,7 +22,6 @@ pub struct Amounts {
     pub frames: u32,
 }
 
-/// What all measurements share.
 pub struct Bench<'a> {
     pub contenders: &'a [Contender],
     pub amounts: &'a Amounts,

@@ -176,7 +176,6 @@ impl Steering {
     }
 }
 
-/// A frame at an interface.
 struct Passage {
     frame: Vec<u8>,
     /// Index of the interface that it came in by.
