@@ -1,8 +1,8 @@
-//! The end-to-end tests inside virtual machines, on kernels that the host does not run.
+//! Runs the end-to-end tests in virtual machines, on other kernels than the host's.
 //!
-//! A kernel comes as Debian packages and is booted by virtme-ng with the host's own files as its root, so that the programs
-//! built here run there as they are. The processor is emulated, which needs no privilege and works everywhere, and is some
-//! ten times slower: the tests are told to be as much more patient.
+//! Kernels are Debian packages, booted by virtme-ng with the host's file system as root, so that programs
+//! built here run unchanged. The CPU is emulated, which needs no privilege and works on every host, and is
+//! about ten times slower: the tests get longer timeouts.
 
 use std::{
     path::PathBuf,
@@ -44,10 +44,10 @@ pub struct Options {
     filter: Vec<String>,
 }
 
-/// Test files that are run when nobody chooses: what steering, legs and life cycle ask of a kernel.
+/// Default test files: those that depend most on the kernel.
 const CHOSEN: [&str; 4] = ["packets", "steering", "relay", "lifecycle"];
 
-/// How long one test file may take in a machine.
+/// Timeout of one test file in a machine.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
 
 /// Builds daemon and tests, boots one machine after the other, and prints the table.

@@ -1,4 +1,4 @@
-//! The machine that measures.
+//! Properties of the measuring machine.
 
 use std::{fs, thread};
 
@@ -23,7 +23,7 @@ impl Machine {
     }
 }
 
-/// How many processors this process may use.
+/// Returns the number of CPUs of this process.
 pub fn cpus() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }

@@ -1,8 +1,8 @@
-//! What the proxy costs where there is no link to speak of.
+//! Measures the cost of the proxy without a bottleneck link.
 //!
-//! Every [`Contender`] has a [`Lane`]: client, gateway and server in namespaces of their own, over veth. What is measured
-//! is measured with one contender after the other, round by round, so that a change of the machine's mood meets all of
-//! them. Only one lane works at a time; the processor time and the memory that are counted are the machine's.
+//! Every [`Contender`] has a [`Lane`]: client, gateway and server in separate namespaces, over veth. Each
+//! round measures one contender after the other, so that changes of the machine's speed affect all of them.
+//! Only one lane works at a time; CPU time and memory are those of the machine.
 
 use std::{
     fs,
@@ -92,13 +92,13 @@ pub struct Options {
 /// Groups of rows of the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Rows {
-    /// Rate and processor time of one flow and of sixteen.
+    /// Rate and CPU time of one flow and of sixteen.
     Bulk,
-    /// New connections per second, and how long each takes.
+    /// New connections per second, and the time of each.
     Connections,
-    /// Memory, descriptors and processor time for each open flow.
+    /// Memory, descriptors and CPU time of each open flow.
     Flows,
-    /// Nanoseconds for each packet.
+    /// Nanoseconds per packet.
     Steering,
 }
 
@@ -142,7 +142,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         found: Observations::default(),
     };
     let found = match measure(bench, options) {
-        // Children meet the signal too, and fail.
+        // The signal also ends child processes, which then fail.
         _ if signals.is_pending() => return signals.interrupted(),
         result => result?,
     };
@@ -192,7 +192,7 @@ impl Options {
     }
 }
 
-/// Measures what is asked for.
+/// Measures the selected rows.
 fn measure(mut bench: Bench<'_>, options: &Options) -> Result<Observations> {
     for rows in &options.rows {
         match rows {
@@ -209,10 +209,10 @@ fn measure(mut bench: Bench<'_>, options: &Options) -> Result<Observations> {
     Ok(bench.found)
 }
 
-/// What a process may have open leaves room for so many flows of two descriptors, and for the process itself.
+/// Returns the number of flows, of two descriptors each, within the limit of descriptors.
 fn most_flows(firewall: bool) -> Result<usize> {
     const OTHERS: u64 = 400;
-    // Past this, addresses and ports run out, not descriptors.
+    // Above this number, addresses and ports are exhausted before descriptors.
     const MOST: u64 = 50_000;
     let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
         .context("cannot tell the limit of descriptors")?;

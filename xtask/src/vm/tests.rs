@@ -1,4 +1,4 @@
-//! The end-to-end tests as programs.
+//! Builds the end-to-end tests.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use crate::{cargo, shell};
 
-/// Builds them, and returns the name of each file with its program.
+/// Builds the tests, and returns the name of each file with its program.
 pub fn build() -> Result<Vec<(String, PathBuf)>> {
     let mut cargo = cargo::cargo("test --quiet --package pepsal-tests --no-run --message-format=json");
     let messages = shell::output(&mut cargo)?;
@@ -24,7 +24,7 @@ pub fn build() -> Result<Vec<(String, PathBuf)>> {
     Ok(programs)
 }
 
-/// What is read of cargo's messages (cargo reference, "External tools").
+/// Members of cargo's messages (cargo reference, "External tools").
 #[derive(Deserialize)]
 struct Message {
     target: Option<Target>,

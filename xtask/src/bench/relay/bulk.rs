@@ -1,4 +1,4 @@
-//! One flow and sixteen that go as fast as they can.
+//! Bulk transfers of one flow and of sixteen.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +17,7 @@ use super::{
     rounds::Bench,
 };
 
-/// For one transfer: a hundred times what the slowest should take.
+/// Timeout of a transfer: a hundred times the slowest expected.
 const PATIENCE: Duration = Duration::from_secs(60);
 const SERVER_BUSY: &str = "server is busy";
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
@@ -30,7 +30,7 @@ impl Bulk {
     }
 }
 
-/// Measures all of them. The lanes stay from the first round to the last: what is cold is slow.
+/// Measures all bulk transfers. The lanes are kept for all rounds, because new lanes are slower.
 pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     let mut lanes = BTreeMap::new();
     for contender in bench.contenders {
@@ -77,7 +77,7 @@ fn transfer(lane: &Lane<'_>, bulk: Bulk, bytes: u64) -> Result<Transferred> {
         let before = machine_use::busy()?;
         let output = lane.run_in_client("iperf3", &arguments, PATIENCE);
         let busy = machine_use::busy()?.saturating_sub(before);
-        // The server takes a moment to be done with the one before.
+        // The server needs a moment after the previous transfer.
         let said = output
             .as_ref()
             .map_or_else(|error| error.to_string(), Clone::clone);
@@ -93,7 +93,7 @@ fn transfer(lane: &Lane<'_>, bulk: Bulk, bytes: u64) -> Result<Transferred> {
     })
 }
 
-/// What iperf3 says with `-J`, as far as it matters.
+/// Used members of iperf3's `-J` output.
 #[derive(Deserialize)]
 struct Iperf {
     #[serde(default)]

@@ -1,4 +1,4 @@
-//! Who is compared.
+//! The compared setups of the gateway.
 
 use std::fmt;
 
@@ -7,15 +7,15 @@ use serde::{Serialize, Serializer};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Contender {
     Forwarding,
-    /// Another build of the daemon, to be compared with the one under test.
+    /// Another build of the daemon, for comparison.
     OldBuild,
     Pepsal,
-    /// HAProxy with splice and as transparent as pepsal, its connections steered by iptables TPROXY.
+    /// HAProxy with splice and with the client's address, steered by iptables TPROXY.
     Haproxy,
 }
 
 impl Contender {
-    /// All of them, in the order of columns.
+    /// All contenders, in the order of columns.
     pub const ALL: [Self; 4] = [Self::Forwarding, Self::OldBuild, Self::Pepsal, Self::Haproxy];
 }
 
