@@ -20,7 +20,6 @@ use crate::{
     link::spec::{self, Draft},
 };
 
-/// The arguments of a key.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Given {
     /// The field of [`Options`](crate::config::options::Options).

@@ -1,6 +1,5 @@
 //! The keys of the configuration file. Each corresponds to an option, whose parser reads its value.
 
-/// A key.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Key {
     /// With its table, like `proxy.port`.

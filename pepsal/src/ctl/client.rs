@@ -26,7 +26,6 @@ pub struct Socket {
     path: PathBuf,
 }
 
-/// A connection to the daemon.
 pub struct Client {
     stream: BufReader<UnixStream>,
 }

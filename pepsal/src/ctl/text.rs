@@ -25,7 +25,6 @@ fn scaled(mut value: f64, step: f64, units: &[&str]) -> String {
     format!("{value:.digits$} {}", units[unit])
 }
 
-/// Formats a round-trip time.
 pub fn round_trip(seconds: Option<f64>) -> String {
     match seconds {
         None => "-".into(),

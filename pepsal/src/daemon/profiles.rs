@@ -71,7 +71,6 @@ fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<L
     Ok(options.links.iter().map(profile).collect())
 }
 
-/// Logs a profile.
 pub(crate) fn announce(profile: &LinkProfile) {
     info!("legs that leave through {}:\n{profile}", profile.interface);
 }

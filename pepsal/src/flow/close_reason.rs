@@ -52,7 +52,6 @@ pub enum CloseReason {
 }
 
 impl CloseReason {
-    /// All close reasons.
     pub(crate) const ALL: &[Self] = &[
         Self::Finished,
         Self::ClientReset,

@@ -20,10 +20,8 @@ use crate::{
 /// Idle time before the first keepalive probe; interval and number of probes are the host's.
 const KEEPALIVE: Duration = Duration::from_secs(600);
 
-/// The operator's options of legs.
 #[derive(Debug, Clone)]
 pub struct LegOptions {
-    /// Source address of server legs.
     pub source: Source,
     /// Header fields of the client's SYN that are copied to the server leg.
     pub replicate: Vec<Replicate>,
@@ -38,7 +36,6 @@ pub struct LegOptions {
     pub server_congestion: Option<Congestion>,
 }
 
-/// Settings of legs.
 #[derive(Debug, Clone)]
 pub struct LegConfig {
     pub(super) options: LegOptions,

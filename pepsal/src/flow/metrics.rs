@@ -22,7 +22,6 @@ macro_rules! events {
         }
 
         impl Event {
-            /// All events.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
             /// Returns the name in logs and metrics.
@@ -60,7 +59,6 @@ const DURATION_SECONDS: [f64; 11] = [
     0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0,
 ];
 
-/// Counters of the daemon.
 #[derive(Debug)]
 pub struct Metrics {
     events: [AtomicU64; Event::ALL.len()],
@@ -88,7 +86,6 @@ pub struct Traffic {
 }
 
 impl Default for Metrics {
-    /// Returns counters of zero.
     fn default() -> Self {
         Self {
             events: [const { AtomicU64::new(0) }; _],
@@ -103,12 +100,10 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Counts an event.
     pub fn count(&self, event: Event) {
         self.events[event as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Returns the number of events.
     pub fn events(&self, event: Event) -> u64 {
         self.events[event as usize].load(Ordering::Relaxed)
     }

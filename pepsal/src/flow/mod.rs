@@ -63,9 +63,7 @@ use crate::{
 
 /// State that all flows share.
 pub(crate) struct Shared {
-    /// Settings of new flows.
     pub settings: ArcSwap<Settings>,
-    /// Links with a profile.
     pub links: Arc<Links>,
     /// Namespace of the host, for server legs of `--source gateway`.
     pub host: Namespace,

@@ -112,11 +112,9 @@ enum Read {
     Bytes(usize),
     /// An urgent byte (RFC 9293, 3.8.5).
     Urgent(u8),
-    /// End of stream.
     End,
 }
 
-/// One direction of a flow.
 struct Direction<'a> {
     from: &'a Leg,
     to: &'a Leg,

@@ -83,7 +83,6 @@ pub struct Observation {
     pub up: u64,
     /// Bytes, from the server to the client.
     pub down: u64,
-    /// Client leg and server leg.
     pub legs: [Option<LegObservation>; 2],
 }
 
@@ -143,7 +142,6 @@ impl Flow {
         self.stop.cancel();
     }
 
-    /// Returns whether [`Flow::close`] was called.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
@@ -156,7 +154,6 @@ impl Flow {
         }
     }
 
-    /// Sets the state to open.
     pub fn set_open(&self) {
         self.state.store(State::Open as u8, Ordering::Relaxed);
     }
@@ -188,7 +185,6 @@ impl CountedLeg {
     }
 }
 
-/// The table of all flows.
 pub struct FlowTable {
     kernel: Arc<FlowMap>,
     open: Mutex<HashMap<FlowKey, Arc<Flow>>>,
@@ -253,7 +249,6 @@ impl FlowTable {
         self.lock().len()
     }
 
-    /// Returns all flows.
     pub fn snapshot(&self) -> Vec<Arc<Flow>> {
         self.lock().values().cloned().collect()
     }

@@ -12,10 +12,8 @@ pub struct Btf {
     structs: HashMap<String, (u32, usize)>,
 }
 
-/// A structure of the kernel.
 pub struct Struct<'a> {
     btf: &'a Btf,
-    /// Type number.
     pub id: u32,
     at: usize,
 }

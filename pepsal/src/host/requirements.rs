@@ -4,7 +4,6 @@ use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail};
 
-/// Oldest supported kernel.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
 /// Required capabilities, with their numbers in `uapi/linux/capability.h`.

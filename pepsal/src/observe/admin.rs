@@ -36,7 +36,6 @@ use crate::{
 /// Default path of the admin socket.
 pub(crate) const DEFAULT_PATH: &str = "/run/pepsal/pepsal.sock";
 
-/// Maximum number of connections.
 const CONNECTIONS_MAX: usize = 16;
 
 /// Maximum length of a request, in bytes.

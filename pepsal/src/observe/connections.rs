@@ -12,13 +12,11 @@ use tracing::debug;
 
 use crate::observe::socket_file::SocketFile;
 
-/// A listening socket.
 pub enum Listener {
     Tcp(TcpListener),
     Unix(UnixListener, PathBuf),
 }
 
-/// An accepted connection.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 

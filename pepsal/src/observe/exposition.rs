@@ -26,7 +26,6 @@ use crate::{
     observe::{log, process::Process, view::View},
 };
 
-/// The content type of [`Figures::render`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// The figures of the daemon at one moment.
@@ -62,7 +61,6 @@ struct InterfaceFigures {
     delivery_rate: u64,
 }
 
-/// Rate estimate of a link.
 struct LinkFigures {
     interface: String,
     found: Found,

@@ -37,7 +37,6 @@ use crate::observe::{
 /// Default address of the endpoint.
 pub const DEFAULT_PLACE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9300);
 
-/// Maximum number of connections.
 const CONNECTIONS_MAX: usize = 16;
 
 /// Timeout of a request with its response.
@@ -51,9 +50,7 @@ const REQUEST_MAX: usize = 16 << 10;
 pub enum Place {
     /// Disabled.
     None,
-    /// TCP.
     Tcp(SocketAddr),
-    /// Unix socket.
     Unix(PathBuf),
 }
 

@@ -95,7 +95,6 @@ impl Log {
     }
 }
 
-/// Maximum lines per second.
 const LINES_PER_SECOND: u64 = 100;
 
 static SUPPRESSED: AtomicU64 = AtomicU64::new(0);

@@ -39,7 +39,6 @@ pub(crate) struct Observatory {
 }
 
 impl Observatory {
-    /// Creates it without listeners.
     pub fn new(view: View) -> Self {
         let view = Arc::new(view);
         Self {

@@ -17,7 +17,6 @@ pub struct Process {
 }
 
 impl Process {
-    /// Reads the present usage.
     pub fn now() -> Self {
         Self {
             memory_bytes: memory_bytes(),

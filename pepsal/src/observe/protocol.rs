@@ -7,10 +7,8 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-/// Protocol version.
 pub const VERSION: u32 = 1;
 
-/// A request to the daemon.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
     pub version: u32,
@@ -18,15 +16,11 @@ pub struct Request {
     pub question: Question,
 }
 
-/// The kinds of requests.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Question {
-    /// Status of the daemon.
     Status,
-    /// List of flows.
     Flows(FlowsQuestion),
-    /// Reset of flows.
     Close {
         /// Flow number, client address, or client address and port.
         flow: String,
@@ -41,7 +35,6 @@ pub struct FlowsQuestion {
     pub client: Option<String>,
     /// Prefix of the server.
     pub server: Option<String>,
-    /// Server port.
     pub port: Option<u16>,
     /// Interface of one of the legs.
     pub interface: Option<String>,
@@ -85,7 +78,6 @@ impl Sort {
     }
 }
 
-/// A reply of the daemon.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Reply {
     pub version: u32,
@@ -96,9 +88,7 @@ pub struct Reply {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// Reply to [`Question::Status`].
     Status(Box<Status>),
-    /// Reply to [`Question::Flows`].
     Flows(Flows),
     /// Reply to [`Question::Close`]: the flows that are reset.
     Closed(Vec<Ends>),
@@ -106,11 +96,9 @@ pub enum Answer {
     Error(String),
 }
 
-/// Status of the daemon.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
     pub version: String,
-    /// Process id.
     pub pid: u32,
     pub uptime_seconds: f64,
     /// Whether new connections are intercepted; false while the daemon stops.
@@ -122,14 +110,11 @@ pub struct Status {
     pub mark: String,
     /// Host ends of the legs' device pairs.
     pub devices: Vec<String>,
-    /// Interfaces with attached programs.
     pub interfaces: Vec<Interface>,
-    /// Links with a profile.
     pub links: Vec<LinkStatus>,
     pub flows: FlowCounts,
     /// Since the start.
     pub bytes: Ways<u64>,
-    /// Closed flows by close reason.
     pub closed: BTreeMap<String, u64>,
     /// Counters of [`crate::flow::metrics::Event`].
     pub events: BTreeMap<String, u64>,
@@ -151,7 +136,6 @@ pub struct Interface {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LinkStatus {
     pub interface: String,
-    /// Configured round-trip time.
     pub rtt_seconds: f64,
     /// Estimated rate, in payload bytes per second.
     pub rate_bytes_per_second: u64,
@@ -166,7 +150,6 @@ pub struct LinkStatus {
     pub congestion: String,
 }
 
-/// Numbers of flows.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FlowCounts {
     pub open: usize,
@@ -186,13 +169,10 @@ pub struct Ways<T> {
 /// Reply to a list of flows.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Flows {
-    /// Number of all flows.
     pub total: usize,
-    /// The requested flows.
     pub list: Vec<FlowStatus>,
 }
 
-/// Figures of a flow.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FlowStatus {
     pub id: u64,
@@ -210,7 +190,6 @@ pub struct FlowStatus {
     pub legs: Legs,
 }
 
-/// State of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum FlowState {
@@ -227,7 +206,6 @@ pub struct Limit {
     pub by: LimitedBy,
 }
 
-/// Side of a leg.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LegName {
@@ -247,11 +225,10 @@ pub enum LimitedBy {
     SendBuffer,
     /// The leg uses its share of the link's rate.
     Share,
-    /// The congestion window.
+    /// The congestion window is full.
     Path,
 }
 
-/// The legs of a flow.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Legs {
     pub client: Option<LegStatus>,
@@ -293,7 +270,6 @@ pub struct LegStatus {
     pub send_buffer_limited_seconds: f64,
 }
 
-/// Identification of a flow.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ends {
     pub id: u64,

@@ -13,7 +13,6 @@ use crate::{
     wire::attachment::Attached,
 };
 
-/// Maximum age of a snapshot.
 const CURRENT: Duration = Duration::from_secs(1);
 
 /// Status and metrics at one moment.
@@ -55,14 +54,12 @@ impl Snapshot {
     }
 }
 
-/// Takes and caches snapshots.
 pub struct Snapshots {
     pub view: Arc<View>,
     latest: Latest<Snapshot>,
 }
 
 impl Snapshots {
-    /// Creates it without a snapshot.
     pub fn new(view: Arc<View>) -> Self {
         Self {
             view,

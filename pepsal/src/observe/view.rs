@@ -13,10 +13,8 @@ use crate::{
     wire::{attachment::Attached, counters::Counters, mark::Mark},
 };
 
-/// State of the running daemon.
 pub struct View {
     pub shared: Arc<Shared>,
-    /// Counters of the eBPF programs.
     pub counters: Arc<Counters>,
     /// Interfaces of `-i`.
     pub intercepted: Vec<String>,
@@ -26,7 +24,6 @@ pub struct View {
     /// Host ends of the device pairs.
     pub devices: Vec<String>,
     pub port: u16,
-    /// Maximum number of flows.
     pub limit: u32,
     pub started: SystemTime,
     /// Whether new connections are intercepted: false during start and stop.
@@ -50,12 +47,10 @@ impl View {
 pub struct AttachedNow(Mutex<Vec<Attached>>);
 
 impl AttachedNow {
-    /// Replaces the list.
     pub fn set(&self, attached: Vec<Attached>) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = attached;
     }
 
-    /// Returns the current list.
     pub fn get(&self) -> Vec<Attached> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

@@ -22,7 +22,6 @@ pub enum Congestion {
 }
 
 impl Congestion {
-    /// Returns the name.
     pub fn name(&self) -> &str {
         match self {
             Self::Bbr => "bbr",

@@ -34,7 +34,6 @@ impl Stream {
         }?))
     }
 
-    /// Returns the socket.
     pub(crate) fn socket(&self) -> &Socket {
         self.0.get_ref()
     }

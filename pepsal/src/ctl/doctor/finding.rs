@@ -12,11 +12,9 @@ pub enum Severity {
     Warning,
     /// Information, or a check that could not be made.
     Note,
-    /// The check passed.
     Ok,
 }
 
-/// Result of one check.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
     pub check: &'static str,

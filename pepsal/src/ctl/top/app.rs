@@ -36,7 +36,6 @@ impl Picture {
     }
 }
 
-/// The state of the screen.
 pub struct App {
     pub picture: Option<Picture>,
     /// Error of the last request.

@@ -20,7 +20,6 @@ pub struct History {
 }
 
 impl History {
-    /// Adds a sample.
     pub fn add(&mut self, flows: &Flows) {
         let (mut up, mut down) = (0.0, 0.0);
         let mut present = HashMap::with_capacity(flows.list.len());

@@ -17,7 +17,6 @@ use crate::{
 
 const PLOT_HEIGHT: u16 = 5;
 
-/// Draws the screen.
 pub fn draw(frame: &mut Frame<'_>, app: &App) {
     let links = app
         .picture
