@@ -13,7 +13,7 @@ mod relay;
 mod statistic;
 mod study;
 
-/// What to measure.
+/// Benchmarks.
 #[derive(Subcommand)]
 pub enum Bench {
     /// Transfers, requests and flows over emulated links, with pepsal at each position and without it.

@@ -151,7 +151,7 @@ fn check_queries(dashboard: &Value, daemon: &Path) -> Result<()> {
             for (title, expression) in &unanswered {
                 println!("{title}: nothing for {expression}");
             }
-            bail!("{} of {count} queries have no answer", unanswered.len());
+            bail!("{} of {count} queries returned no data", unanswered.len());
         }
         // A rate needs traffic between two scrapes.
         for family in Family::BOTH {
@@ -167,7 +167,7 @@ fn check_queries(dashboard: &Value, daemon: &Path) -> Result<()> {
         }
         unanswered = left;
     }
-    println!("{count} queries have an answer.");
+    println!("{count} queries returned data.");
     let state = prometheus.get("rules", &[])?;
     let rules = state["data"]["groups"].as_array().into_iter().flatten();
     let rules: Vec<&Value> = rules
@@ -177,7 +177,7 @@ fn check_queries(dashboard: &Value, daemon: &Path) -> Result<()> {
         ensure!(rule["health"] == "ok" && rule["state"] != "firing", "{rule:#}");
     }
     ensure!(!rules.is_empty(), "Prometheus has no rules");
-    println!("{} alerts are evaluated, and none is on.", rules.len());
+    println!("{} alerts are evaluated, and none is firing.", rules.len());
     Ok(())
 }
 

@@ -18,11 +18,11 @@ mod system;
 /// Options of the package.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Also boot a clean Debian in namespaces, and install, start, use, reload, upgrade and purge it there; as root. The
-    /// package has to be made on that release or an older one.
+    /// Also boot a clean Debian in namespaces, and install, start, use, reload, upgrade and purge the package there; as root. The
+    /// package has to be built on that release or an older one.
     #[arg(long)]
     check: bool,
-    /// The release of Debian to check it in.
+    /// Debian release of that system.
     #[arg(long, value_name = "RELEASE", default_value = "trixie", requires = "check")]
     suite: String,
 }

@@ -138,7 +138,7 @@ fn introduce(race: &Race) {
         queue_bytes / 1024
     );
     println!(
-        "Client and server: stock TCP with {}, marked AF21. pepsal is told what the link is: --link {}.",
+        "Client and server: stock TCP with {}, marked AF21. pepsal has the option --link {}.",
         lane::STOCK_CONGESTION,
         race.link_argument("sat0")
     );

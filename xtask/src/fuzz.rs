@@ -12,7 +12,7 @@ const CARGO_FUZZ: Tool = Tool {
     version: "^0.13",
 };
 
-/// What to fuzz, and for how long.
+/// Options of fuzzing.
 #[derive(clap::Args)]
 pub struct Options {
     /// Targets to run; all in turn, if none is given.
@@ -71,7 +71,7 @@ pub fn run(options: &Options) -> Result<()> {
     for target in targets {
         let name = target.name();
         let found = found(&name);
-        fs::create_dir_all(&found).with_context(|| format!("cannot make {}", found.display()))?;
+        fs::create_dir_all(&found).with_context(|| format!("cannot create {}", found.display()))?;
         let corpus = corpus(&name);
         let fuzz = |folders: [&PathBuf; 2], arguments: String| {
             let mut command = cargo_fuzz(&program, options.address_sanitizer);

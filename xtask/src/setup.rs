@@ -59,8 +59,8 @@ pub fn run(needs: Needs) -> Result<Toolchain> {
         return Ok(toolchain);
     }
     // Another xtask may be installing at the same time.
-    fs::create_dir_all(Linker::folder()).context("cannot make the folder of the eBPF toolchain")?;
-    let lock = File::create(Linker::folder().join("lock")).context("cannot make the lock of setup")?;
+    fs::create_dir_all(Linker::folder()).context("cannot create the folder of the eBPF toolchain")?;
+    let lock = File::create(Linker::folder().join("lock")).context("cannot create the lock of setup")?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, error)| error)
         .context("cannot lock setup")?;

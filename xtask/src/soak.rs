@@ -32,10 +32,10 @@ use crate::{
     table::{Align, aligned},
 };
 
-/// How long, and which faults and flows.
+/// Options of the soak.
 #[derive(Args)]
 pub struct Options {
-    /// How long flows are made and faults injected.
+    /// Duration in minutes.
     #[arg(long, default_value_t = 2.0)]
     minutes: f64,
     /// Seed of flows, faults and losses.
@@ -134,7 +134,7 @@ fn soak(length: Duration, seed: u64, daemon: &Path) -> Result<ExitCode> {
             }
             if Instant::now() < until {
                 bed.inflict(fault, &totals)
-                    .with_context(|| format!("cannot inflict: {fault}"))?;
+                    .with_context(|| format!("cannot inject: {fault}"))?;
             }
         }
         flows.stop();

@@ -18,7 +18,7 @@ const DAEMON_VARIABLE: &str = "PEPSAL_BIN";
 /// Duration of the soak, in minutes.
 const SOAK_MINUTES: f64 = 1.0;
 
-/// Which tests to run. By default all: format, lints, unit tests, end-to-end tests and soak.
+/// Options of the tests. By default all run: format, lints, unit tests, end-to-end tests and soak.
 #[derive(clap::Args)]
 pub struct Options {
     /// Run the unit tests only.

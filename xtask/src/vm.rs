@@ -27,10 +27,10 @@ use crate::{
     signals::Signals,
 };
 
-/// Which kernels, and which tests.
+/// Options of the tests in virtual machines.
 #[derive(Args)]
 pub struct Options {
-    /// Kernels: 5.10, 6.1, 6.12 or newest. By default all that pepsal promises to run on, which are those but 5.10.
+    /// Kernels: 5.10, 6.1, 6.12 or newest. By default all supported kernels: those except 5.10.
     #[arg(value_name = "KERNEL")]
     kernels: Vec<Release>,
     /// Run every test file. By default those that compare rates and times are left out, which emulation distorts.
@@ -126,7 +126,7 @@ fn chosen(options: &Options, built: Vec<(String, PathBuf)>) -> Result<Vec<(Strin
     };
     let names: Vec<&str> = built.iter().map(|(name, _)| name.as_str()).collect();
     if let Some(unknown) = wanted.iter().find(|name| !names.contains(name)) {
-        bail!("there is no test file {unknown}: there are {}", names.join(", "));
+        bail!("no test file {unknown}; there are {}", names.join(", "));
     }
     let program = |name: &&str| built.iter().find(|(built, _)| built == name).cloned();
     wanted

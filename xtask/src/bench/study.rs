@@ -124,7 +124,7 @@ impl<'a, S: Study> Report<'a, S> {
     /// # Errors
     /// When a file cannot be written.
     pub fn conclude(&self, folder: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let markdown = self.markdown();
         print!("\n{markdown}");
         let json = serde_json::to_string_pretty(self)? + "\n";

@@ -111,7 +111,7 @@ impl Life {
         self.purge(&clean)?;
         ensure!(
             Footprint::of(&self.topology.gateway)? == untouched,
-            "purging leaves something in the kernel"
+            "objects remain in the kernel after the purge"
         );
         Ok(())
     }
@@ -138,13 +138,13 @@ impl Life {
         );
         self.system
             .show("systemd-analyze security --no-pager pepsal.service")?;
-        shell::heading("Is anything amiss?");
+        shell::heading("Check the host");
         self.system.show("pepsal doctor || true")
     }
 
     /// Compares the daemon's devices with an ordinary device.
     fn leave_alone(&self) -> Result<()> {
-        shell::heading("Do network managers leave its devices alone?");
+        shell::heading("Check that network managers ignore its devices");
         self.system
             .show("ip link add other0 type veth peer name other1")?;
         eventually(PATIENCE, || {
@@ -245,7 +245,7 @@ impl Life {
         self.new_flows_are(Path::Split)?;
         let (_, intact) = lasting.download(1_000_000, 1)?;
         ensure!(intact, "a flow was damaged by reloads");
-        println!("A flow that was open all the while goes on.");
+        println!("The open flow continues.");
         Ok(())
     }
 

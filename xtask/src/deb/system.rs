@@ -59,7 +59,7 @@ impl System {
     /// Boots a system in a network namespace.
     pub fn boot(root: &Root, network: &Namespace) -> Result<Self> {
         let group = group()?;
-        fs::create_dir(&group).with_context(|| format!("cannot make {}", group.display()))?;
+        fs::create_dir(&group).with_context(|| format!("cannot create {}", group.display()))?;
         let manager = network
             .command("sh")
             .args(["-c", BOOT, "sh"])

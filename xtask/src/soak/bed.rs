@@ -207,7 +207,7 @@ impl<'a> Bed<'a> {
                 return Ok(());
             }
             if start.elapsed() > patience {
-                bail!("the map of flows still has entries after {patience:?} without flows");
+                bail!("the flow map still has entries after {patience:?} without flows");
             }
             thread::sleep(Duration::from_millis(200));
         }

@@ -19,7 +19,7 @@ impl Vitals {
     /// Measures the resources.
     pub fn of(pid: u32) -> Result<Self> {
         let status =
-            fs::read_to_string(format!("/proc/{pid}/status")).context("cannot tell the memory used")?;
+            fs::read_to_string(format!("/proc/{pid}/status")).context("cannot read the memory usage")?;
         let resident_kib: u64 = status
             .lines()
             .find_map(|line| {
@@ -29,7 +29,7 @@ impl Vitals {
                     .parse()
                     .ok()
             })
-            .context("cannot tell the memory used")?;
+            .context("cannot read the memory usage")?;
         Ok(Self {
             resident_bytes: resident_kib * 1024,
             descriptors: descriptors_but_pipes(pid)?,
@@ -100,8 +100,8 @@ pub fn flow_map_bytes(pid: u32) -> Result<u64> {
             let mut lines = info.lines();
             return lines
                 .find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())
-                .context("the kernel does not tell a map's memory");
+                .context("the kernel does not report the memory of a map");
         }
     }
-    bail!("the daemon has no map of flows")
+    bail!("the daemon has no flow map")
 }

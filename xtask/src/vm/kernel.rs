@@ -69,7 +69,7 @@ pub fn fetch(release: Release) -> Result<Kernel> {
     // In a temporary folder first, so that an interrupted download leaves no kernel.
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
-    fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
+    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
     apt.download(&packages, &partial)?;
     for entry in fs::read_dir(&partial)? {
         let package = entry?.path();
@@ -79,7 +79,7 @@ pub fn fetch(release: Release) -> Result<Kernel> {
         }
     }
     depmod(&partial)?;
-    fs::rename(&partial, &folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::rename(&partial, &folder).with_context(|| format!("cannot create {}", folder.display()))?;
     find(&folder)?.with_context(|| format!("no kernel image in the packages {}", packages.join(", ")))
 }
 
@@ -130,7 +130,7 @@ impl Apt {
         }
         let folder = cargo::target_dir().join("vm/apt").join(suite);
         for path in ["state/lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(folder.join(path)).context("cannot make apt's folders")?;
+            fs::create_dir_all(folder.join(path)).context("cannot create apt's folders")?;
         }
         let sources = folder.join("sources.list");
         fs::write(

@@ -62,7 +62,7 @@ impl Machine<'_> {
     /// A shared folder returns the results: the console also has messages of the kernel.
     pub fn start(&self, name: &str, program: &Path) -> Result<Run> {
         let folder = cargo::target_dir().join("vm/results").join(&self.kernel.version);
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let file = |extension: &str| folder.join(format!("{name}.{extension}"));
         let (script, output, status) = (file("sh"), file("txt"), file("status"));
         for old in [&output, &status] {

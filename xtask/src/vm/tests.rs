@@ -13,7 +13,7 @@ pub fn build() -> Result<Vec<(String, PathBuf)>> {
     let messages = shell::output(&mut cargo)?;
     let mut programs = Vec::new();
     for line in messages.lines() {
-        let message: Message = serde_json::from_str(line).context("cargo's message is not understood")?;
+        let message: Message = serde_json::from_str(line).context("cannot parse the message of cargo")?;
         if let (Some(target), Some(program)) = (message.target, message.executable)
             && target.kind.iter().any(|kind| kind == "test")
         {

@@ -113,7 +113,7 @@ struct Received {
 }
 
 fn received(output: &str) -> Result<Received> {
-    let iperf: Iperf = serde_json::from_str(output).context("iperf3 does not speak JSON")?;
+    let iperf: Iperf = serde_json::from_str(output).context("cannot parse the JSON of iperf3")?;
     if let Some(error) = iperf.error {
         bail!("iperf3: {error}");
     }
@@ -121,7 +121,7 @@ fn received(output: &str) -> Result<Received> {
         .end
         .sum_received
         .filter(|received| received.bytes > 0.0)
-        .context("iperf3 has received nothing")
+        .context("iperf3 received no data")
 }
 
 #[cfg(test)]

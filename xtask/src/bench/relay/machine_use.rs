@@ -22,7 +22,7 @@ pub fn busy() -> Result<Duration> {
 /// When `/proc/meminfo` or `/proc/zoneinfo` cannot be read.
 pub fn memory() -> Result<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let used = used_bytes(&meminfo).context("/proc/meminfo lacks what memory use is made of")?;
+    let used = used_bytes(&meminfo).context("fields are missing in /proc/meminfo")?;
     let zoneinfo = fs::read_to_string("/proc/zoneinfo").context("cannot read /proc/zoneinfo")?;
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096);
     Ok(used.saturating_sub(pages_at_hand(&zoneinfo) * page as u64))

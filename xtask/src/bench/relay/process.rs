@@ -102,10 +102,10 @@ pub fn receive<T>(channel: &mpsc::Receiver<T>, limit: Duration, signals: &Signal
     loop {
         match channel.recv_timeout(POLL_INTERVAL * 10) {
             Ok(message) => return Ok(message),
-            Err(RecvTimeoutError::Disconnected) => bail!("ended without an answer"),
+            Err(RecvTimeoutError::Disconnected) => bail!("ended without a reply"),
             Err(RecvTimeoutError::Timeout) if signals.is_pending() => bail!("interrupted"),
             Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
-                bail!("no answer after {limit:?}")
+                bail!("no reply after {limit:?}")
             }
             Err(RecvTimeoutError::Timeout) => {}
         }

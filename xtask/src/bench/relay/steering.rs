@@ -222,7 +222,7 @@ impl Passage {
 /// The program of pepsal's on a hook of an interface of this namespace, if there is one.
 fn program(interface: &str, hook: TcAttachType) -> Result<Option<SchedClassifier>> {
     let (_, attached) = SchedClassifier::query_tcx(interface, hook)
-        .with_context(|| format!("cannot tell the programs on {interface}, which takes Linux 6.6"))?;
+        .with_context(|| format!("cannot list the programs on {interface}, which needs Linux 6.6"))?;
     let is_ours = |info: &ProgramInfo| info.name_as_str().is_some_and(|name| name.starts_with("pepsal_"));
     let info = attached.into_iter().find(is_ours);
     Ok(info
