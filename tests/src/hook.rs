@@ -84,7 +84,7 @@ fn links(interface: &str, hook: Hook) -> Result<Vec<u32>> {
 }
 
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> Result<i32> {
-    // SAFETY: the kernel reads and writes as many bytes as it is told, and the arrays that they name.
+    // SAFETY: the kernel gets the size of the attributes and of their arrays.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<T>()) };
     Ok(i32::try_from(Errno::result(result)?)?)
 }

@@ -142,7 +142,7 @@ impl Transfer {
         Self { progress, ..self }
     }
 
-    /// Sets what can cancel the transfer.
+    /// Sets the handle that can cancel the transfer.
     pub fn cancelled_by(self, cancel: Cancel) -> Self {
         Self { cancel, ..self }
     }

@@ -14,7 +14,7 @@ pub fn heading(text: &str) {
     println!("==> {text}");
 }
 
-/// Runs a command to its end, its output going to the terminal.
+/// Runs a command, with its output on the terminal.
 pub fn run(command: &mut Command) -> Result<()> {
     let status = command
         .status()
@@ -25,7 +25,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command to its end and returns what it wrote to standard output.
+/// Runs a command and returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command
         .output()

@@ -88,7 +88,7 @@ pub struct Options {
     )]
     pub max_connections: u32,
 
-    /// Append a table of the flows to this file every five minutes
+    /// Append the flow table to this file every five minutes
     #[arg(short = 'l', long, value_name = "LOGFILE", help_heading = "Proxy")]
     pub logfile: Option<PathBuf>,
 

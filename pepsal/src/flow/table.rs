@@ -1,4 +1,4 @@
-//! The table of flows: those that the daemon has accepted, each holding its place in the kernel's map.
+//! The flow table: accepted connections, each with its entry in the kernel's flow map.
 
 use std::{
     collections::HashMap,
@@ -27,17 +27,17 @@ use crate::{
     wire::flow_map::FlowMap,
 };
 
-/// How far a flow has come.
+/// State of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
-    /// Accepted; the server has not answered yet.
+    /// Accepted; the server leg is not connected yet.
     Pending,
     /// Both legs are connected.
     Open,
 }
 
-/// A flow as others may look at it.
+/// A flow, for monitoring.
 #[derive(Debug)]
 pub struct Flow {
     /// Unique number in this process.

@@ -1,4 +1,4 @@
-//! Congestion controls: their kinds, those that this kernel has, and the default of sockets.
+//! Congestion controls: their kinds, the available ones, and the default of sockets.
 
 use std::{fmt, fs, io};
 

@@ -62,7 +62,7 @@ pub trait Study: Serialize {
     /// Comparison of two builds in one quantity.
     type Comparison: Serialize;
 
-    /// What stands below the table of samples.
+    /// Text below the table of samples.
     const NOTES: &str;
 
     fn summaries(&self) -> Vec<Self::Summary>;

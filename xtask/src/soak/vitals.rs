@@ -52,7 +52,7 @@ impl Vitals {
                 later.descriptors.to_string(),
             ],
             [
-                "memory of the map of flows".to_owned(),
+                "memory of the flow map".to_owned(),
                 kib(self.flow_map_bytes),
                 kib(later.flow_map_bytes),
             ],

@@ -246,7 +246,7 @@ impl Observations {
         }))
     }
 
-    /// What a contender costs beyond forwarding.
+    /// Returns the excess of a contender over forwarding.
     pub fn above_forwarding(&self, metric: Metric, contender: Contender) -> Option<f64> {
         Some(self.median(metric, contender)? - self.median(metric, Contender::Forwarding)?)
     }

@@ -1,4 +1,4 @@
-//! What all measurements share, and how contenders take turns.
+//! The common part of all measurements, and the order of contenders.
 
 use std::time::Duration;
 
@@ -12,13 +12,13 @@ pub struct Amounts {
     /// Payload of a bulk transfer.
     pub bulk_bytes: u64,
     pub connections: Duration,
-    /// Numbers of open flows; the last is the most that descriptors allow.
+    /// Numbers of open flows; the last is the maximum that descriptors allow.
     pub flows: Vec<usize>,
     /// Requests over the open flows.
     pub exchanges: usize,
-    /// How often a program runs on a packet.
+    /// Runs of a program on a packet.
     pub packets: u32,
-    /// How many frames are sent through a gateway.
+    /// Frames sent through a gateway.
     pub frames: u32,
 }
 
@@ -31,7 +31,7 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Measures all contenders in every round, each time beginning with another one.
+    /// Measures all contenders in every round, starting with a different one in each.
     pub fn rounds(
         &mut self,
         what: &str,
