@@ -18,8 +18,8 @@ mod system;
 /// Options of the package.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Also boot a clean Debian in namespaces, and install, start, use, reload, upgrade and purge the package there; as root. The
-    /// package has to be built on that release or an older one.
+    /// Also boot a clean Debian in namespaces, and install, start, use, reload, upgrade and purge the package
+    /// there; as root. The package has to be built on that release or an older one.
     #[arg(long)]
     check: bool,
     /// Debian release of that system.

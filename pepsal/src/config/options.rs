@@ -223,8 +223,9 @@ pub fn command() -> Command {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Steering")]
 pub struct SteeringOptions {
-    /// Intercept only connections that match a rule (repeatable): [dst=|src=]PREFIX[:PORTS], port=PORTS, [IPv6]:PORTS; PORTS
-    /// is 80 or 8000-8099. Destination, source and port match independently; the longest prefix, then the narrowest range, wins
+    /// Intercept only connections that match a rule (repeatable): [dst=|src=]PREFIX[:PORTS], port=PORTS,
+    /// [IPv6]:PORTS; PORTS is 80 or 8000-8099. Destination, source and port match independently; the longest
+    /// prefix, then the narrowest range, wins
     #[arg(long, value_name = "RULE")]
     pub only: Vec<Rule>,
 

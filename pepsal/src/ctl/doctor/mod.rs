@@ -1,7 +1,7 @@
 //! `pepsal doctor`: checks this host for the requirements of pepsal. It needs no daemon, and changes nothing.
 //!
-//! [`host`] checks the kernel and its limits, [`network`] forwarding, TC programs and offloads. Firewall, NAT and routing of the
-//! host are not checked: they apply to flows as without pepsal.
+//! [`host`] checks the kernel and its limits, [`network`] forwarding, TC programs and offloads. Firewall, NAT
+//! and routing of the host are not checked: they apply to flows as without pepsal.
 
 mod finding;
 mod host;
