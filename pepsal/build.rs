@@ -1,7 +1,7 @@
 //! Embeds the eBPF object that `cargo xtask build` made, named by `PEPSAL_EBPF_OBJECT`.
 //!
-//! Without it the crate still builds, for `cargo check`, clippy and unit tests on machines that have no
-//! eBPF toolchain; the daemon then says at start what it lacks.
+//! Without it the crate still builds, for `cargo check`, clippy and unit tests on machines without the eBPF
+//! toolchain; the daemon then fails at the start with a message.
 
 use std::{env, fs, path::PathBuf};
 

@@ -415,7 +415,7 @@ impl SynHead {
 
 macro_rules! counters {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// What became of a packet or a lookup. Each is counted where it is decided.
+        /// Verdicts of packets and lookups, each counted where it is decided.
         #[repr(u32)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Counter {
@@ -426,7 +426,7 @@ macro_rules! counters {
             /// Every counter, in the order of the map.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
-            /// Its name in logs and metrics.
+            /// Returns the name in logs and metrics.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)*
@@ -439,12 +439,12 @@ macro_rules! counters {
 counters! {
     /// A SYN was recorded and given to the clients' side: a new flow.
     Intercepted = "intercepted",
-    /// A SYN of a flow that is being set up came again.
+    /// A retransmitted SYN of a flow in its handshake.
     Retransmitted = "retransmitted",
     /// A segment from a client was given to its client leg.
     Steered = "steered",
-    /// A segment without a socket was given to the clients' side because its flow is being set up (SYN cookies).
-    Pending = "pending",
+    /// A segment without a socket was given to the clients' side: its flow is in the handshake (SYN cookies).
+    Pending = "handshake",
     /// An ICMP error was given to the leg that it is about.
     IcmpError = "icmp_error",
     /// `sk_lookup` gave a new connection to the listener.
@@ -456,7 +456,7 @@ counters! {
     /// A client leg's segment left for the client.
     Sent = "sent",
     /// Dropped: the host's ICMP redirect about a flow, by which client or server would go past the gateway.
-    Redirect = "redirect",
+    Redirect = "icmp_redirect",
     /// Dropped: a leg's packet that names no interface, or that there is no route for.
     Undeliverable = "undeliverable",
 
@@ -468,28 +468,28 @@ counters! {
     NotTcp = "not_tcp",
     /// Passed: a fragment without ports whose packet's first fragment was not a leg's, or has not come before it.
     Fragment = "fragment",
-    /// Passed: source-routed, so its destination is a waypoint and not the server.
-    Waypoint = "waypoint",
+    /// Passed: a source route with segments left, so the destination is not the server.
+    Waypoint = "source_route",
     /// Passed: signed with a key that only the two ends have (TCP-MD5, TCP-AO).
-    Signed = "signed",
+    Signed = "tcp_auth",
     /// Passed: joins a connection of several paths (MP_JOIN of RFC 8684) that is the two ends' own.
-    Joining = "joining",
-    /// Passed: headers that are cut short or contradict themselves.
+    Joining = "mp_join",
+    /// Passed: truncated or inconsistent headers.
     Malformed = "malformed",
     /// Passed: a segment of a connection that is not pepsal's.
-    Foreign = "foreign",
-    /// Passed: a SYN on an interface that is not intercepted any more.
+    Foreign = "no_flow",
+    /// Passed: a SYN on an interface that is not intercepted.
     NotIntercepted = "not_intercepted",
     /// Passed: a SYN that was sent to another host's link-layer address.
     OtherHost = "other_host",
     /// Passed: a SYN from a link-local address, which no router forwards.
     LinkLocal = "link_local",
-    /// Passed: a SYN whose TTL or hop limit ends here.
-    Expiring = "expiring",
+    /// Passed: a SYN with a TTL or hop limit of 1.
+    Expiring = "ttl_exceeded",
     /// Passed: a SYN whose server is about to open the same connection from its side.
-    Simultaneous = "simultaneous",
-    /// Passed: a SYN that the selection leaves alone.
-    Unselected = "unselected",
+    Simultaneous = "simultaneous_open",
+    /// Passed: a SYN that the selection rules exclude.
+    Unselected = "not_selected",
     /// Passed: a SYN that the gateway would not forward: to one of its own addresses, or to where it has no route.
     NotForwarded = "not_forwarded",
     /// Passed: no listener, so no daemon.
@@ -497,7 +497,7 @@ counters! {
     /// Passed: one of pepsal's devices is missing.
     NoDevice = "no_device",
     /// Passed: the daemon's heartbeat is too old.
-    Unresponsive = "unresponsive",
+    Unresponsive = "heartbeat_expired",
     /// Passed: as many flows as allowed are open.
     LimitReached = "limit_reached",
     /// Passed: as many flows of this subscriber as allowed are open.

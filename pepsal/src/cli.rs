@@ -1,4 +1,4 @@
-//! The command line: the daemon's options, and the commands beside them.
+//! The command line: the daemon's options, and the commands.
 
 use std::path::PathBuf;
 
@@ -8,8 +8,8 @@ use crate::{config::options::Options, ctl};
 
 /// A TCP performance enhancing proxy (RFC 3135) for satellite and other long links.
 ///
-/// New TCP connections that arrive on the named interfaces are split in two by the gateway and relayed, each leg tuned
-/// for its own link. Steering is done by eBPF: no iptables, no nftables, and nothing stays behind.
+/// New TCP connections that arrive on the named interfaces are split on the gateway and relayed. Each leg is tuned for its
+/// own link. eBPF steers the packets: no iptables or nftables rules are needed, and none stay in the host.
 #[derive(Debug, Clone, Parser)]
 #[command(
     name = "pepsal",
@@ -21,11 +21,11 @@ use crate::{config::options::Options, ctl};
     max_term_width = 100
 )]
 pub struct Cli {
-    /// What to do instead of running the proxy.
+    /// The command; none runs the proxy.
     #[command(subcommand)]
     pub command: Option<Command>,
 
-    /// How to run the proxy, when there is no command.
+    /// The daemon's options.
     #[command(flatten)]
     pub daemon: Options,
 
@@ -34,35 +34,35 @@ pub struct Cli {
     version: Option<bool>,
 }
 
-/// What `pepsal` can do besides running the proxy.
+/// The commands beside the daemon.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Command {
-    /// Say what is wrong with a configuration file, and where
+    /// Check a configuration file, and print each error with its line and column
     Check {
-        /// The file
+        /// Configuration file
         #[arg(default_value = DEFAULT_FILE)]
         file: PathBuf,
     },
-    /// Show what the running daemon is attached to, how it is used, and what is missing
+    /// Show attachments, counters, links and problems of the running daemon
     Status(ctl::status::Arguments),
     /// List the flows of the running daemon
     Flows(ctl::flows::Arguments),
-    /// List the clients that have flows of the running daemon, each with the sums over its flows
+    /// List the clients with flows in the running daemon, with the sums over the flows of each
     Clients(ctl::clients::Arguments),
-    /// Watch the flows of the running daemon live
+    /// Show the flows of the running daemon live
     Top(ctl::top::Arguments),
     /// Reset flows of the running daemon
     Close(ctl::close::Arguments),
-    /// Check this host for the requirements of pepsal, and print the commands that mend it
+    /// Check this host for the requirements of pepsal, and print the commands that fix it
     Doctor(ctl::doctor::Arguments),
-    /// Have a daemon read its configuration again; one whose program was replaced is followed by the new one, without a gap
+    /// Make a daemon reload its configuration; after an upgrade of the program, start the new version as its takeover
     Reload(ctl::reload::Arguments),
 }
 
-/// Where the package puts the configuration.
+/// Path of the package's configuration file.
 pub const DEFAULT_FILE: &str = "/etc/pepsal/pepsal.toml";
 
-/// The whole command line, for manual pages and completions.
+/// Returns the parser of the whole command line, for manual pages and completions.
 pub fn command() -> clap::Command {
     <Cli as clap::CommandFactory>::command()
 }

@@ -65,7 +65,8 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    // Where cgroup v2 is hidden, it has to be mounted; and sockets belong to the group that their process was in.
+    // First, because cgroup v2 may have to be mounted, and a socket belongs to the group of its process at
+    // creation.
     let cgroup = OwnCgroup::enter();
     requirements::check()?;
     if let Some(user) = &options.user {
@@ -74,7 +75,7 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
     }
     let namespaces = Namespaces::new(privileges::drop)?;
     privileges::drop()?;
-    // Flows have threads and runtimes of their own.
+    // Flows run on other threads and runtimes.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -84,22 +85,23 @@ fn start(configuration: Configuration) -> Result<ExitCode> {
             detach(told);
         }
     }));
-    // A second signal ends it at once, whatever is still open.
+    // After a second signal open flows do not delay the exit.
     runtime.shutdown_background();
     ran.map(|()| ExitCode::SUCCESS)
 }
 
 enum Background {
-    /// The process that the user started, and how it has to end.
+    /// The foreground process, with its exit code.
     Parent(ExitCode),
-    /// The one that stays, and where it says that it is ready.
+    /// The background process, with the pipe that reports readiness.
     Child(File),
 }
 
-/// Forks twice. The first process ends when the last is ready, or has failed and has said why. The one between ends at
-/// once: so the last belongs to init from the start, and a service manager can watch over it.
+/// Forks twice. The first process exits when the last one is ready or has failed with an error message. The
+/// middle one exits at once, so that init is the parent of the last, which a service manager can then
+/// supervise.
 fn background() -> Result<Background> {
-    let (ready, told) = pipe2(OFlag::O_CLOEXEC).context("cannot make a pipe")?;
+    let (ready, told) = pipe2(OFlag::O_CLOEXEC).context("cannot create a pipe")?;
     if fork_off()? {
         drop(told);
         let said = File::from(ready).read(&mut [0]).unwrap_or(0);
@@ -108,21 +110,21 @@ fn background() -> Result<Background> {
             _ => ExitCode::FAILURE,
         }));
     }
-    setsid().context("cannot leave the terminal's session")?;
+    setsid().context("cannot create a session")?;
     if fork_off()? {
         process::exit(0);
     }
     Ok(Background::Child(told.into()))
 }
 
-/// Whether this is the parent still.
+/// Forks; returns whether this is the parent.
 fn fork_off() -> Result<bool> {
-    // SAFETY: there is only one thread yet.
-    let forked = unsafe { fork() }.context("cannot go to the background")?;
+    // SAFETY: the process has one thread.
+    let forked = unsafe { fork() }.context("cannot fork")?;
     Ok(matches!(forked, ForkResult::Parent { .. }))
 }
 
-/// Leaves the terminal and the directory. A log that goes to a file or to a journal goes on.
+/// Detaches from the terminal and the directory. A log to a file or a journal continues.
 fn detach(mut told: File) {
     let _ = chdir("/");
     if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {

@@ -1,23 +1,23 @@
-//! Rates, times and sizes as users write them: a number and its unit, always.
+//! Parses and formats rates, times and sizes: a number with its unit.
 
 use std::{fmt, time::Duration};
 
-/// A rate in bits per second, as links are sold: `50mbit`.
+/// A rate in bits per second, like `50mbit`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rate(u64);
 
 impl Rate {
-    /// A rate in bits per second.
+    /// Creates a rate from bits per second.
     pub const fn from_bps(bits: u64) -> Self {
         Self(bits)
     }
 
-    /// Bits per second.
+    /// Returns bits per second.
     pub const fn bps(self) -> u64 {
         self.0
     }
 
-    /// Bytes that pass in a time.
+    /// Returns the bytes in a time at this rate.
     pub fn bytes_in(self, time: Duration) -> u64 {
         (u128::from(self.0) * time.as_nanos() / 8_000_000_000)
             .try_into()
@@ -42,10 +42,10 @@ const SIZES: [(&str, u64); 7] = [
     ("b", 1),
 ];
 
-/// Reads a rate from 1 kbit to 100 Gbit per second: `50mbit`, `50 Mbit/s`, `2.5gbit`.
+/// Parses a rate from 1 kbit to 100 Gbit per second: `50mbit`, `50 Mbit/s`, `2.5gbit`.
 ///
 /// # Errors
-/// What is wrong with it, and what would be right.
+/// One line with the error and an example.
 pub fn rate(text: &str) -> Result<Rate, String> {
     let plain = text.to_ascii_lowercase();
     let plain = plain.strip_suffix("/s").unwrap_or(&plain);
@@ -60,10 +60,10 @@ pub fn rate(text: &str) -> Result<Rate, String> {
     }
 }
 
-/// Reads a size of up to 4 GiB: `64KiB`, `1.5MB`, `1500B`.
+/// Parses a size of up to 4 GiB, in bytes: `64KiB`, `1.5MB`, `1500B`.
 ///
 /// # Errors
-/// What is wrong with it, and what would be right.
+/// One line with the error and an example.
 pub fn size(text: &str) -> Result<u64, String> {
     match scaled(&text.to_ascii_lowercase(), &SIZES) {
         Some(bytes @ 1..=0x1_0000_0000) => Ok(bytes),
@@ -74,10 +74,10 @@ pub fn size(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Reads a time with its unit: `600ms`, `5min`, `1h 30min`.
+/// Parses a time with its unit: `600ms`, `5min`, `1h 30min`.
 ///
 /// # Errors
-/// What is wrong with it, and what would be right.
+/// One line with the error and an example.
 pub fn time(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(time) if time <= Duration::from_secs(u32::MAX.into()) => Ok(time),
@@ -109,7 +109,7 @@ impl fmt::Display for Rate {
     }
 }
 
-/// A number of bytes, for people.
+/// Formats a number of bytes.
 pub fn show_size(bytes: u64) -> String {
     let value = bytes as f64;
     match bytes {
@@ -119,7 +119,7 @@ pub fn show_size(bytes: u64) -> String {
     }
 }
 
-/// Three digits at most behind the point, and none that say nothing.
+/// Formats a number with at most three decimals, without trailing zeros.
 fn short(value: f64) -> String {
     let text = format!("{value:.2}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()

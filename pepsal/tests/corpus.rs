@@ -1,4 +1,4 @@
-//! What the fuzzer has found to be worth trying, tried again without it (`cargo xtask fuzz`).
+//! Replays the corpus of the fuzzer without it (`cargo xtask fuzz`).
 
 use std::{fs, path::Path};
 
@@ -7,7 +7,7 @@ mod exercises;
 
 use exercises::{configuration, packet, relay, request};
 
-/// Runs an exercise on everything below `fuzz/corpus`.
+/// Runs a fuzz target on every file below `fuzz/corpus`.
 fn replay(name: &str, exercise: fn(&[u8])) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../fuzz/corpus")
@@ -15,7 +15,7 @@ fn replay(name: &str, exercise: fn(&[u8])) {
     let mut tried = 0;
     for entry in fs::read_dir(folder).expect("the corpus is part of the repository") {
         let path = entry.expect("a readable folder").path();
-        // Where it stops is where it failed.
+        // The last printed file is the failing one.
         println!("{}", path.display());
         exercise(&fs::read(path).expect("a readable file"));
         tried += 1;

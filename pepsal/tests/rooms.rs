@@ -48,7 +48,7 @@ fn rooms_import_in_one_direction() {
 #[test]
 fn files_import_without_circles() {
     let mut imports = imports();
-    // Takes away the files that import nothing, and those that nothing imports, until only circles are left.
+    // Removes files without imports or importers, until only circles are left.
     loop {
         let files: BTreeSet<String> = imports.keys().cloned().collect();
         let imported: BTreeSet<String> = imports.values().flat_map(BTreeMap::keys).cloned().collect();
@@ -94,7 +94,7 @@ fn list(folder: &Path, files: &mut Vec<PathBuf>) {
 
 fn imports_of(src: &Path, path: &Path, name: &str) -> BTreeMap<String, usize> {
     let content = fs::read_to_string(path).expect("a readable file");
-    // Unit tests come last, and may import what they like.
+    // Unit tests come last, and may import any file.
     let code = content.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
     let plain = |line: &str| match line.trim_start().starts_with("//") {
         true => String::new(),
@@ -143,7 +143,7 @@ fn read_paths(code: &str, at: usize, prefix: &str, paths: &mut Vec<(String, usiz
                 true => end = read_paths(code, end, prefix, paths),
                 false => end += 1,
             }
-            // What follows `as` is a name, and no path.
+            // `as` is followed by a name, not a path.
             if let Some(alias) = code[end..].strip_prefix(" as ") {
                 end = code.len() - alias.trim_start_matches(is_part).len();
             }

@@ -17,10 +17,10 @@ use crate::topology::{Family, Topology};
 use crate::traffic::{Server, Transfer};
 use crate::wait::{PATIENCE, holds_within};
 
-/// Arguments of a daemon that splits connections from the client's side.
+/// Arguments of a daemon that intercepts on the client's side.
 pub const LAN: &[&str] = &["-i", "lan0"];
 
-/// Arguments of a daemon that splits connections from both sides.
+/// Arguments of a daemon that intercepts on both sides.
 pub const BOTH: &[&str] = &["-i", "lan0", "-i", "sat0"];
 
 /// Payload of each transfer of [`Network::splits`].
@@ -29,16 +29,16 @@ const BULK_BYTES: u64 = 500_000;
 /// A [`Topology`] whose server has a listener of each family and a [`Server`].
 #[derive(Debug)]
 pub struct Network {
-    /// The namespaces.
+    /// Client, gateway and server.
     pub topology: Topology,
-    /// Serves transfers.
+    /// Server of transfers.
     pub server: Server,
-    /// IPv4, IPv6.
+    /// IPv4 and IPv6.
     listeners: [Listener; 2],
 }
 
 impl Network {
-    /// A network over two veth pairs.
+    /// Creates a network over two veth pairs.
     ///
     /// # Errors
     /// Without root.
@@ -46,7 +46,7 @@ impl Network {
         Self::on(Topology::new()?)
     }
 
-    /// A network on a topology.
+    /// Creates a network on a topology.
     ///
     /// # Errors
     /// When the server cannot listen.
@@ -59,7 +59,7 @@ impl Network {
         })
     }
 
-    /// Starts a daemon on the gateway, on both interfaces unless the arguments name some or a file.
+    /// Starts a daemon on the gateway, on both interfaces unless the arguments have interfaces or a file.
     ///
     /// # Errors
     /// See [`Daemon::start`].
@@ -69,7 +69,7 @@ impl Network {
         Daemon::start(&self.topology.gateway, &[interfaces, arguments].concat())
     }
 
-    /// The server's listener of a family.
+    /// Returns the server's listener of an address family.
     pub fn listener(&self, family: Family) -> &Listener {
         match family {
             Family::V4 => &self.listeners[0],
@@ -77,7 +77,7 @@ impl Network {
         }
     }
 
-    /// Where clients reach the server's listener of a family.
+    /// Returns the address of the server's listener of an address family.
     pub fn address(&self, family: Family) -> SocketAddr {
         self.listener(family).at(family.server())
     }
@@ -85,12 +85,12 @@ impl Network {
     /// Opens a connection from the client to the server.
     ///
     /// # Errors
-    /// When it is refused, or does not arrive within [`PATIENCE`].
+    /// When the connection is refused, or does not arrive within [`PATIENCE`].
     pub fn open(&self, family: Family) -> Result<Connection> {
         self.open_by(&Connector::default(), family)
     }
 
-    /// The same with options of the client's.
+    /// Opens a connection with the options of a connector.
     ///
     /// # Errors
     /// See [`Network::open`].
@@ -98,7 +98,7 @@ impl Network {
         self.open_to(connector, self.listener(family))
     }
 
-    /// The same to another listener of the server's.
+    /// Opens a connection to another listener of the server.
     ///
     /// # Errors
     /// See [`Network::open`].
@@ -107,10 +107,10 @@ impl Network {
         Connection::open(connector, &self.topology.client, listener, listener.at(server))
     }
 
-    /// Opens a connection from a port of the client's, as soon as the client's own kernel has done with the one before.
+    /// Opens a connection from a port of the client, after the previous one with this port has ended.
     ///
     /// # Errors
-    /// When it has not within [`PATIENCE`], and see [`Network::open`].
+    /// When the previous one does not end within [`PATIENCE`]; see also [`Network::open`].
     pub fn open_again(&self, family: Family, port: u16) -> Result<Connection> {
         let is_taken = |error: &anyhow::Error| {
             let error = error.downcast_ref::<io::Error>();
@@ -128,15 +128,15 @@ impl Network {
         connection
     }
 
-    /// Opens a connection that has to be split.
+    /// Opens a connection and checks that it is split.
     ///
     /// # Errors
-    /// When it is not, and see [`Network::open`].
+    /// When it is forwarded; see also [`Network::open`].
     pub fn flow(&self, family: Family) -> Result<Connection> {
         self.open(family)?.split()
     }
 
-    /// Another listener at the server, of a family and with a port of its own.
+    /// Returns another listener of the server, of an address family and with its own port.
     ///
     /// # Errors
     /// When the server cannot listen.
@@ -144,12 +144,12 @@ impl Network {
         Ok(Listener::bind_any(&self.topology.server, family.server())?)
     }
 
-    /// Opens a connection, has it carry some segments each way, and returns its path.
+    /// Opens a connection, exchanges some segments, and returns its path.
     ///
     /// # Errors
-    /// When they do not arrive intact, or the server sees another than the client's address and port.
+    /// When they do not arrive intact, or the server sees an address or port other than the client's.
     pub fn probe(&self, family: Family) -> Result<Path> {
-        // What earlier attempts have left is in other listeners' queues.
+        // Connections of earlier attempts are in the queues of other listeners.
         let listener = self.another_listener(family)?;
         let connection = self.open_to(&Connector::default(), &listener)?;
         connection.exchange()?;
@@ -158,10 +158,10 @@ impl Network {
         Ok(connection.path())
     }
 
-    /// Checks that connections of both families are split, and carry payload both ways.
+    /// Checks that connections of both address families are split, and carry payload in both directions.
     ///
     /// # Errors
-    /// When they are not, or do not.
+    /// When they are forwarded, or payload is lost.
     pub fn splits(&self) -> Result<()> {
         Family::BOTH
             .into_iter()
@@ -169,10 +169,10 @@ impl Network {
     }
 }
 
-/// Checks that connections from a client to a [`Server`] are split, and carry so many bytes both ways.
+/// Checks that connections from a client to a [`Server`] are split, and carry `bytes` in both directions.
 ///
 /// # Errors
-/// When they are not, or do not.
+/// When they are forwarded, or payload is lost.
 pub fn splits(client: &Namespace, server: SocketAddr, bytes: u64) -> Result<()> {
     for transfer in [Transfer::upload(bytes), Transfer::download(bytes)] {
         let outcome = transfer.run(client, server);
@@ -191,9 +191,9 @@ pub fn splits(client: &Namespace, server: SocketAddr, bytes: u64) -> Result<()> 
 /// A [`Network`] with a daemon on its gateway.
 #[derive(Debug)]
 pub struct Bed {
-    /// The daemon.
+    /// The daemon on the gateway.
     pub daemon: Daemon,
-    /// What outlives the daemon.
+    /// Network and server, which outlive the daemon.
     pub network: Network,
 }
 
@@ -220,12 +220,12 @@ impl Bed {
 }
 
 impl Bed {
-    /// A leg of a flow as it is now, if it is there.
+    /// Returns a leg of a flow with its present state, if it exists.
     ///
     /// # Errors
     /// See [`Leg::all`].
     pub fn leg(&self, flow: &Connection, side: Side) -> Result<Option<Leg>> {
-        // Server legs with the gateway's address are the host's.
+        // Server legs with the gateway's address are sockets of the host.
         let legs = [self.daemon.legs()?, Leg::all(&self.topology.gateway)?].concat();
         let (client, server) = (flow.client.local_addr()?, flow.client.peer_addr()?);
         Ok(legs.into_iter().find(|leg| match side {
@@ -234,10 +234,10 @@ impl Bed {
         }))
     }
 
-    /// Waits until a leg has the property that it should have.
+    /// Waits until a property of a leg has the expected value.
     ///
     /// # Panics
-    /// When it has another after [`PATIENCE`], which is in the message.
+    /// When it has another value after [`PATIENCE`], which the message contains.
     #[track_caller]
     pub fn expect<T: PartialEq + Debug>(
         &self,
@@ -264,20 +264,20 @@ impl Deref for Bed {
     }
 }
 
-/// The side of an end of a connection, and of the leg to it.
+/// The side of an end of a connection, and of its leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Side {
-    /// The client's; its leg is the accepted one.
+    /// The client, with the client leg.
     Client,
-    /// The server's; its leg is the connected one.
+    /// The server, with the server leg.
     Server,
 }
 
 impl Side {
-    /// Both sides.
+    /// Client and server.
     pub const BOTH: [Self; 2] = [Self::Client, Self::Server];
 
-    /// The gateway's interface that its legs leave through.
+    /// Returns the gateway's interface of this side's legs.
     pub fn interface(self) -> &'static str {
         match self {
             Self::Client => "lan0",
@@ -285,7 +285,7 @@ impl Side {
         }
     }
 
-    /// The other side.
+    /// Returns the other side.
     pub fn other(self) -> Self {
         match self {
             Self::Client => Self::Server,
@@ -301,17 +301,17 @@ pub struct Connection {
     pub client: TcpStream,
     /// The server's end.
     pub server: TcpStream,
-    /// Where it comes from, as the server sees it.
+    /// The client's address and port that the server sees.
     pub peer: SocketAddr,
-    /// Its SYN, as the server got it.
+    /// The SYN that the server received.
     pub syn: SavedSyn,
 }
 
 impl Connection {
-    /// Connects from a namespace to a listener, which is reached there by `address`.
+    /// Connects from a namespace to a listener with this address.
     ///
     /// # Errors
-    /// When it is refused, or does not arrive within [`PATIENCE`].
+    /// When the connection is refused, or does not arrive within [`PATIENCE`].
     pub fn open(
         connector: &Connector,
         client: &Namespace,
@@ -323,7 +323,7 @@ impl Connection {
         Ok(Self::new(client, server))
     }
 
-    /// A connection whose ends are there.
+    /// Creates a connection from its two ends.
     pub fn new(client: TcpStream, server: Accepted) -> Self {
         Self {
             client,
@@ -333,12 +333,12 @@ impl Connection {
         }
     }
 
-    /// Its path.
+    /// Returns its path.
     pub fn path(&self) -> Path {
         self.syn.path()
     }
 
-    /// Returns it if it is split: without that a test would be of the kernel alone.
+    /// Returns the connection if it is split; a forwarded one would test the kernel only.
     ///
     /// # Errors
     /// When it is forwarded.
@@ -351,7 +351,7 @@ impl Connection {
         Ok(self)
     }
 
-    /// The end of a side, then the other one.
+    /// Returns the end of a side, and the other end.
     pub fn into_ends(self, first: Side) -> (TcpStream, TcpStream) {
         match first {
             Side::Client => (self.client, self.server),
@@ -359,7 +359,7 @@ impl Connection {
         }
     }
 
-    /// Sends a word to the server, and has it come back.
+    /// Sends a word to the server, which sends it back.
     ///
     /// # Errors
     /// When another word arrives.
@@ -373,7 +373,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Sends some segments each way.
+    /// Sends some segments in each direction.
     ///
     /// # Errors
     /// When other bytes arrive.
@@ -383,7 +383,7 @@ impl Connection {
     }
 }
 
-/// 256 KiB, written on a thread of its own so that neither end waits for the other.
+/// Sends 256 KiB; a separate thread writes, so that neither end waits for the other.
 fn send_across(mut from: &TcpStream, mut to: &TcpStream) -> Result<()> {
     let payload: Vec<u8> = (0..256 * 1024_u32).map(|i| (i % 251) as u8).collect();
     let mut received = vec![0; payload.len()];
@@ -396,7 +396,7 @@ fn send_across(mut from: &TcpStream, mut to: &TcpStream) -> Result<()> {
     Ok(())
 }
 
-/// Sends bytes, and the end of the stream.
+/// Sends bytes, and then a FIN.
 ///
 /// # Errors
 /// When the connection ends before.

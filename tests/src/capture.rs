@@ -1,4 +1,4 @@
-//! TCP segments as they pass through an interface.
+//! Captures TCP segments of an interface.
 
 use std::io::{self, ErrorKind, Read};
 use std::net::SocketAddr;
@@ -13,16 +13,16 @@ use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, Socket, Type};
 use crate::netns::Namespace;
 use crate::syn::SavedSyn;
 
-/// In network order, as packet(7) wants it.
+/// `ETH_P_ALL` in network order, for packet(7).
 const EVERY_PROTOCOL: u16 = (libc::ETH_P_ALL as u16).to_be();
 
-/// Room for what arrives between two looks at it.
+/// Receive buffer in bytes, for the segments between two reads.
 const BUFFER_BYTES: usize = 16 << 20;
 
 /// Headers with all their options; payload may be cut off.
 const SNAP_BYTES: usize = 512;
 
-/// Listens in on an interface until it is dropped.
+/// A capture on an interface; dropping it ends the capture.
 #[derive(Debug)]
 pub struct Capture {
     socket: Socket,
@@ -30,14 +30,14 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Starts to listen in.
+    /// Starts a capture.
     ///
     /// # Errors
-    /// Without root, or such an interface.
+    /// Without root, or when the interface is missing.
     pub fn start(namespace: &Namespace, interface: &str) -> Result<Self> {
         let socket = namespace.run(|| -> Result<Socket> {
             let ifindex = if_nametoindex(interface).with_context(|| interface.to_owned())?;
-            // A datagram starts with the IP header, whatever the interface is.
+            // A datagram starts with the IP header, on every type of interface.
             let socket = Socket::new(Domain::PACKET, Type::DGRAM, Some(Protocol::from(0)))?;
             socket.set_nonblocking(true)?;
             socket.set_recv_buffer_size(BUFFER_BYTES)?;
@@ -50,7 +50,7 @@ impl Capture {
         })
     }
 
-    /// All TCP segments since the start, both ways, in their order.
+    /// Returns all TCP segments since the start, of both directions, in their order.
     ///
     /// # Errors
     /// When the socket cannot be read.
@@ -67,7 +67,7 @@ impl Capture {
     }
 }
 
-/// packet(7)'s address of all that an interface receives and sends.
+/// Returns the packet(7) address of all packets of an interface.
 fn every_packet_of(ifindex: u32) -> SockAddr {
     let mut storage = SockAddrStorage::zeroed();
     // SAFETY: the storage has room for every kind of address, and all-zeroes is one of this kind.
@@ -79,12 +79,12 @@ fn every_packet_of(ifindex: u32) -> SockAddr {
     unsafe { SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t) }
 }
 
-/// What the headers of a TCP segment say.
+/// Header fields of a TCP segment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Where it comes from.
+    /// Source address and port.
     pub source: SocketAddr,
-    /// Where it goes to.
+    /// Destination address and port.
     pub destination: SocketAddr,
     /// The control bits of RFC 9293, section 3.1.
     pub flags: u8,
@@ -98,7 +98,7 @@ pub struct Segment {
     pub window_scale: Option<u8>,
     /// The maximum segment size option of a SYN.
     pub mss: Option<u16>,
-    /// Whether it has the fast open option (RFC 7413): a cookie, or the wish for one.
+    /// Whether it has the fast open option (RFC 7413), a cookie or a request for one.
     pub fast_open: bool,
     /// Bytes of payload.
     pub payload_len: usize,
@@ -111,12 +111,12 @@ const ACK: u8 = 0x10;
 const OPTION_FAST_OPEN: u8 = 34;
 
 impl Segment {
-    /// `None` for what is no TCP segment.
+    /// Parses a packet; `None` if it is not a TCP segment.
     fn parse(packet: &[u8]) -> Option<Self> {
         Some(Self::of_headers(&SavedSyn::parse(packet.to_vec()).ok()?))
     }
 
-    /// What is said by a packet from its IP header on.
+    /// Returns the header fields of a packet that starts with the IP header.
     pub(crate) fn of_headers(packet: &SavedSyn) -> Self {
         let (ip, tcp) = (packet.ip(), packet.tcp());
         let len = match &ip {
@@ -133,14 +133,14 @@ impl Segment {
             window_scale: None,
             mss: None,
             fast_open: false,
-            // And what was cut off.
+            // Including the bytes that were not captured.
             payload_len: tcp.payload().len() + len.saturating_sub(packet.bytes().len()),
         };
         for option in tcp.options_iterator() {
             match option {
                 Ok(TcpOptionElement::MaximumSegmentSize(mss)) => segment.mss = Some(mss),
                 Ok(TcpOptionElement::WindowScale(scale)) => segment.window_scale = Some(scale),
-                // The kernel writes it last, and nothing is read behind an option that is not known.
+                // The kernel writes it last, and the parser stops at an unknown option.
                 Err(TcpOptionReadError::UnknownId(OPTION_FAST_OPEN)) => segment.fast_open = true,
                 _ => {}
             }
@@ -148,17 +148,17 @@ impl Segment {
         segment
     }
 
-    /// Whether it opens a connection.
+    /// Returns whether it is a SYN.
     pub fn is_syn(&self) -> bool {
         self.flags & (SYN | ACK) == SYN
     }
 
-    /// Whether it answers one that does.
+    /// Returns whether it is a SYN-ACK.
     pub fn is_syn_ack(&self) -> bool {
         self.flags & (SYN | ACK) == SYN | ACK
     }
 
-    /// Whether it belongs to a connection that both ends know of.
+    /// Returns whether it belongs to an established connection.
     pub fn is_established(&self) -> bool {
         self.flags & (SYN | RST | ACK) == ACK
     }

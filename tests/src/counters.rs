@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::netns::Namespace;
 
-/// The counters of a namespace since it was made, by the names that nstat(8) has for them.
+/// Returns the counters of a namespace since its creation, by their names in nstat(8).
 ///
 /// # Errors
 /// When nstat cannot be run.

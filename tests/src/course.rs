@@ -1,4 +1,4 @@
-//! A link that changes: its rates, round trip and passage as a function of the time since a moment that the test chooses.
+//! A link that changes: rates, round-trip time and passage as functions of the time since a chosen moment.
 
 use std::time::{Duration, Instant};
 
@@ -7,18 +7,18 @@ use fastrand::Rng;
 use crate::emulator::LinkProfile;
 use crate::traffic::Direction;
 
-/// What becomes of packets at the transmitter.
+/// State of the transmitter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Passage {
-    /// They are sent.
+    /// Packets are sent.
     Open,
-    /// They wait: the transmitter is silent and its queue fills, as during a handover.
+    /// Packets wait: the transmitter is silent and its queue fills, as during a handover.
     Held,
-    /// They are sent and none arrives, as when rain or an obstacle takes the signal.
+    /// Packets are sent and lost, as in rain or behind an obstacle.
     Lost,
 }
 
-/// A link from some time on.
+/// Parameters of a link from some time on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
     /// Time since the course began.
@@ -34,7 +34,7 @@ pub struct Step {
 }
 
 impl Step {
-    /// Rate of a direction in bit/s.
+    /// Returns the rate of a direction in bit/s.
     pub fn rate_bps(&self, direction: Direction) -> u64 {
         match direction {
             Direction::Upload => self.up_bps,
@@ -43,12 +43,12 @@ impl Step {
     }
 }
 
-/// The steps of a link in their order; the last one lasts.
+/// The steps of a link in their order; the last one has no end.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Course(Vec<Step>);
 
 impl Course {
-    /// A course without changes.
+    /// Returns a course without changes.
     pub fn steady(profile: &LinkProfile) -> Self {
         Self(vec![Step {
             at: Duration::ZERO,
@@ -73,8 +73,9 @@ impl Course {
         self
     }
 
-    /// A link to satellites in low orbits for so long: every 15 s another satellite, after 100 to 300 ms of silence, with a
-    /// round trip of 25 to 60 ms, 20 to 200 Mbit/s down and a fifth of that up. Equal seeds give equal courses.
+    /// Returns a link to satellites in low orbits for `length`: every 15 s another satellite, after 100 to
+    /// 300 ms of silence, with a round-trip time of 25 to 60 ms, 20 to 200 Mbit/s down and a fifth of that
+    /// up. Equal seeds give equal courses.
     pub fn low_orbit(seed: u64, length: Duration) -> Self {
         const PERIOD: Duration = Duration::from_secs(15);
         let mut rng = Rng::with_seed(seed);
@@ -97,18 +98,18 @@ impl Course {
         course
     }
 
-    /// The link at a time.
+    /// Returns the parameters at a time.
     pub fn at(&self, time: Duration) -> &Step {
         let after = self.0.partition_point(|step| step.at <= time);
         &self.0[after.saturating_sub(1)]
     }
 
-    /// The steps.
+    /// Returns the steps.
     pub fn steps(&self) -> &[Step] {
         &self.0
     }
 
-    /// Bytes, IP headers included, that a direction carries between two times.
+    /// Returns the bytes, IP headers included, that a direction carries between two times.
     pub fn capacity_bytes(&self, direction: Direction, from: Duration, to: Duration) -> f64 {
         let ends = self.0.iter().skip(1).map(|step| step.at).chain([to]);
         let bits = self.0.iter().zip(ends).map(|(step, end)| {
@@ -127,7 +128,7 @@ impl Course {
     }
 }
 
-/// A course that has begun.
+/// A running course.
 #[derive(Debug)]
 pub(crate) struct RunningCourse {
     pub(crate) course: Course,
@@ -135,7 +136,7 @@ pub(crate) struct RunningCourse {
 }
 
 impl RunningCourse {
-    /// The step at a time, and when it ends if it does.
+    /// Returns the step at a time, and its end if it has one.
     pub(crate) fn at(&self, time: Instant) -> (&Step, Option<Instant>) {
         let elapsed = time.saturating_duration_since(self.start);
         let end = self.course.next_change(elapsed).map(|at| self.start + at);

@@ -1,4 +1,4 @@
-//! The built `pepsal`, running in a namespace.
+//! Runs the built `pepsal` in a namespace.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -25,9 +25,9 @@ use crate::wait::{PATIENCE, holds_within};
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// A running daemon; dropping it kills it. It dies with the thread that started it, too.
+/// A running daemon; dropping it kills the process. The process also ends with the thread that started it.
 ///
-/// Its log is copied to the test's standard error line by line, where libtest shows it if the test fails.
+/// Its log is copied line by line to the test's standard error, which libtest shows for a failed test.
 #[derive(Debug)]
 pub struct Daemon {
     child: Child,
@@ -36,22 +36,22 @@ pub struct Daemon {
     reader: Option<JoinHandle<()>>,
 }
 
-/// How a daemon ended.
+/// The end of a daemon.
 #[derive(Debug)]
 pub struct Exit {
-    /// Its exit status.
+    /// Exit status.
     pub status: ExitStatus,
-    /// Everything that it wrote to standard error.
+    /// All of its standard error.
     pub log: String,
 }
 
 impl Exit {
-    /// The exit code; none when a signal ended it.
+    /// Returns the exit code; none after a signal.
     pub fn code(&self) -> Option<i32> {
         self.status.code()
     }
 
-    /// A figure of the two lines with which it ends, `flows:` and `packets:`; those that are zero are not in them.
+    /// Returns a counter of the lines `flows:` and `packets:` at the stop; 0 if it is missing.
     pub fn counter(&self, name: &str) -> u64 {
         let lines = self.log.lines();
         lines
@@ -63,22 +63,22 @@ impl Exit {
             .unwrap_or(0)
     }
 
-    /// The signal that ended it, if one did.
+    /// Returns the signal that ended it, if any.
     pub fn signal(&self) -> Option<i32> {
         self.status.signal()
     }
 }
 
 impl Daemon {
-    /// Starts the daemon in `namespace` and waits until its log says that it is ready.
+    /// Starts the daemon in `namespace` and waits until its log has `ready`.
     ///
     /// # Errors
-    /// When it is not built, or exits, or does not become ready; the log is in the message.
+    /// When it is not built, exits, or does not become ready; the message contains the log.
     pub fn start(namespace: &Namespace, arguments: &[&str]) -> Result<Self> {
         Self::spawn(&binary()?, namespace, arguments, Echo::On)?.ready()
     }
 
-    /// Starts `binary` likewise, without copying its log to standard error.
+    /// Starts `binary` in the same way, without copying its log to standard error.
     ///
     /// # Errors
     /// See [`Daemon::start`].
@@ -86,10 +86,10 @@ impl Daemon {
         Self::spawn(binary, namespace, arguments, Echo::Off)?.ready()
     }
 
-    /// Runs the daemon with arguments or surroundings that it has to refuse and returns how it ended.
+    /// Runs the daemon with arguments or an environment that it has to refuse, and returns its end.
     ///
     /// # Errors
-    /// When it succeeds instead, or goes on running.
+    /// When it succeeds, or does not exit.
     pub fn expect_failure(namespace: &Namespace, arguments: &[&str]) -> Result<Exit> {
         let exit = Self::spawn(&binary()?, namespace, arguments, Echo::On)?.wait()?;
         ensure!(
@@ -101,7 +101,8 @@ impl Daemon {
         Ok(exit)
     }
 
-    /// The command that runs it, for those who want it in other surroundings; see [`Daemon::start_command`].
+    /// Returns the command that runs the daemon, for changes of its environment; see
+    /// [`Daemon::start_command`].
     ///
     /// # Errors
     /// When it is not built.
@@ -109,7 +110,7 @@ impl Daemon {
         Ok(command(&binary()?, namespace, arguments))
     }
 
-    /// The same, run by a program that executes the rest of its arguments.
+    /// Returns the command that runs the daemon by a program that executes its remaining arguments.
     ///
     /// # Errors
     /// When it is not built.
@@ -127,7 +128,7 @@ impl Daemon {
         Ok(command)
     }
 
-    /// Runs a command made from [`Daemon::command`] and waits until its log says that it is ready.
+    /// Runs a command of [`Daemon::command`] and waits until its log has `ready`.
     ///
     /// # Errors
     /// See [`Daemon::start`].
@@ -135,15 +136,15 @@ impl Daemon {
         Self::spawn_command(command, Echo::On)?.ready()
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// The namespaces of its client legs and of its server legs.
+    /// Returns the namespaces of its client legs and its server legs.
     ///
     /// # Errors
-    /// When it has ended.
+    /// When the daemon has ended.
     pub fn namespaces(&self) -> Result<[Namespace; 2]> {
         let process = self.pid();
         let of_thread = |name: &str| {
@@ -159,22 +160,22 @@ impl Daemon {
         Ok([of_thread("pepsal-clients")?, of_thread("pepsal-servers")?])
     }
 
-    /// Its client legs and its server legs.
+    /// Returns its client legs and server legs.
     ///
     /// # Errors
-    /// When it has ended, or `ss` fails.
+    /// When the daemon has ended, or `ss` fails.
     pub fn legs(&self) -> Result<Vec<Leg>> {
         let [clients, servers] = self.namespaces()?;
         Ok([Leg::all(&clients)?, Leg::all(&servers)?].concat())
     }
 
-    /// The path of its admin socket.
+    /// Returns the path of its admin socket.
     pub fn admin_socket(&self) -> &Path {
         let path = self.admin_socket.as_deref();
         path.expect("the daemon was started with an admin socket")
     }
 
-    /// What it has written to standard error so far.
+    /// Returns its standard error so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -201,7 +202,7 @@ impl Daemon {
         signal::kill(pid, signal).with_context(|| format!("{signal} to the daemon"))
     }
 
-    /// Asks it to stop (SIGTERM) and waits until it has.
+    /// Stops it by SIGTERM, and waits for its exit.
     ///
     /// # Errors
     /// When it does not within 30 s.
@@ -210,7 +211,7 @@ impl Daemon {
         self.wait()
     }
 
-    /// Ends it at once (SIGKILL).
+    /// Kills it (SIGKILL).
     ///
     /// # Errors
     /// When it cannot be waited for.
@@ -219,7 +220,7 @@ impl Daemon {
         self.wait()
     }
 
-    /// Waits until it exits by itself.
+    /// Waits for its exit.
     ///
     /// # Errors
     /// When it does not within 30 s.
@@ -227,7 +228,7 @@ impl Daemon {
         self.wait_within(EXIT_TIMEOUT)
     }
 
-    /// Waits until it exits by itself.
+    /// Waits for its exit.
     ///
     /// # Errors
     /// When it does not within the timeout.
@@ -271,7 +272,7 @@ impl Daemon {
 
     fn spawn_command(mut command: Command, echo: Echo) -> Result<Self> {
         let mut child = command
-            // Ctrl-C is for whoever started it.
+            // Ctrl-C is not for the daemon.
             .process_group(0)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -316,17 +317,17 @@ impl Drop for Daemon {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if let Some(group) = group {
-            // The daemon that starts next may have been faster.
+            // A later daemon may have removed it already.
             let _ = fs::remove_dir(group);
         }
         if let Some(socket) = &self.admin_socket {
-            // Only what was killed leaves it.
+            // Only a killed daemon leaves the file.
             let _ = fs::remove_file(socket);
         }
     }
 }
 
-/// The control group that a daemon has made for itself, which is the one thing that outlives its death.
+/// Returns the daemon's own control group, which remains after a kill.
 fn own_group(pid: u32) -> Option<PathBuf> {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
     let group = groups.lines().find_map(|line| line.strip_prefix("0::/"))?;
@@ -351,7 +352,7 @@ enum Echo {
 fn collect(stderr: ChildStderr, log: &Mutex<String>, echo: Echo) {
     let mut stderr = BufReader::new(stderr);
     let mut line = Vec::new();
-    // The end of the pipe and an error of it mean the same: nothing more to collect.
+    // End of stream and an error both end the log.
     while stderr.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
         let text = String::from_utf8_lossy(&line);
         if echo == Echo::On {
@@ -365,20 +366,20 @@ fn collect(stderr: ChildStderr, log: &Mutex<String>, echo: Echo) {
 fn command(binary: &Path, namespace: &Namespace, arguments: &[&str]) -> Command {
     let mut command = namespace.command(binary);
     command.args(arguments).env_remove("RUST_LOG");
-    // Network namespaces share one file system, where an installed daemon may have the default socket.
+    // Network namespaces share one file system, in which an installed daemon may use the default socket.
     let is_daemon = arguments.first().is_none_or(|first| first.starts_with('-'));
     if is_daemon && admin_socket(arguments.iter().map(OsStr::new)).is_none() {
         command.arg(ADMIN_SOCKET).arg(own_admin_socket());
     }
-    // A pepsal that is installed on this machine has the usual one.
+    // An installed pepsal uses the default directory.
     if is_daemon && !arguments.contains(&RUNTIME_DIR) && knows(binary, RUNTIME_DIR) {
         command.arg(RUNTIME_DIR).arg(namespace.runtime_directory());
     }
     command
 }
 
-/// Whether a build has an option: benchmarks compare with builds from before some options. A program that cannot run is
-/// said to have it, so that its start fails with the reason.
+/// Returns whether a build has an option: benchmarks compare with older builds. For a program that cannot
+/// run, returns true, so that its start fails with the reason.
 fn knows(binary: &Path, option: &str) -> bool {
     static HELP: Mutex<BTreeMap<PathBuf, Option<String>>> = Mutex::new(BTreeMap::new());
     let mut help = HELP.lock().unwrap_or_else(PoisonError::into_inner);
@@ -404,14 +405,14 @@ fn admin_socket<'a>(mut arguments: impl Iterator<Item = &'a OsStr>) -> Option<Pa
 const ADMIN_SOCKET: &str = "--admin-socket";
 const RUNTIME_DIR: &str = "--runtime-dir";
 
-/// A path that no other daemon has.
+/// Returns a unique path.
 fn own_admin_socket() -> PathBuf {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     env::temp_dir().join(format!("pepsal-test-{}-{number}.sock", process::id()))
 }
 
-/// The binary under test: `PEPSAL_BIN`, or the workspace's debug build.
+/// Returns the binary under test: `PEPSAL_BIN`, or the workspace's debug build.
 fn binary() -> Result<PathBuf> {
     let path = env::var_os("PEPSAL_BIN").map_or_else(
         || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debug/pepsal"),

@@ -1,4 +1,4 @@
-//! A stream of UDP packets at a constant rate, and what becomes of each: a probe of a link, or load on it.
+//! Sends UDP packets at a constant rate and measures each: a probe of a link, or load on it.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,12 +13,12 @@ use crate::netns::Namespace;
 
 /// IPv4 and UDP headers of a packet.
 const HEADER_BYTES: usize = 28;
-/// The sequence number, which is the payload's beginning.
+/// The sequence number at the start of the payload.
 const SEQUENCE_BYTES: usize = 8;
-/// How often the receiver looks whether it has to end.
+/// Interval at which the receiver checks for the stop.
 const TICK: Duration = Duration::from_millis(100);
 
-/// A running stream. Dropping it ends it.
+/// A running stream; dropping it ends the stream.
 #[derive(Debug)]
 pub struct Datagrams {
     stop: Arc<AtomicBool>,
@@ -29,25 +29,25 @@ pub struct Datagrams {
 /// One packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Datagram {
-    /// When it was sent.
+    /// Send time.
     pub sent: Instant,
-    /// When it arrived, if it has.
+    /// Arrival time; none if lost or in flight.
     pub arrived: Option<Instant>,
 }
 
 impl Datagram {
-    /// What it has taken from end to end.
+    /// Returns the one-way delay.
     pub fn delay(&self) -> Option<Duration> {
         self.arrived.map(|arrived| arrived - self.sent)
     }
 }
 
 impl Datagrams {
-    /// Sends a packet of `bytes`, IPv4 and UDP headers included, from one namespace to an IPv4 address of another in each
-    /// interval.
+    /// Sends a packet of `bytes`, IPv4 and UDP headers included, from one namespace to an IPv4 address of
+    /// another, once per interval.
     ///
     /// # Errors
-    /// When a socket cannot be made, or `bytes` has no room for headers and sequence number.
+    /// When a socket cannot be created, or `bytes` is too small for headers and sequence number.
     pub fn start(
         from: &Namespace,
         to: &Namespace,
@@ -78,7 +78,7 @@ impl Datagrams {
         Ok(stream)
     }
 
-    /// The packets that were sent in a span of time.
+    /// Returns the packets sent in a period.
     pub fn sent_within(&self, from: Instant, to: Instant) -> Vec<Datagram> {
         let fates = lock(&self.fates);
         let start = fates.partition_point(|datagram| datagram.sent < from);
@@ -97,7 +97,7 @@ impl Drop for Datagrams {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // A panic there has been printed; panicking here as well would abort.
+            // The panic has been printed; a second panic here would abort.
             let _ = thread.join();
         }
     }
@@ -126,18 +126,18 @@ fn send(
             sent: Instant::now(),
             arrived: None,
         });
-        // One that is refused has not arrived.
+        // A refused packet counts as lost.
         let _ = socket.send(&payload);
         next += interval;
     }
 }
 
 fn receive(socket: &UdpSocket, fates: &Mutex<Vec<Datagram>>, stop: &AtomicBool) {
-    // A delay that is measured is the link's, not the wait for a processor.
+    // Measures the delay of the link, not of the scheduler.
     come_before_programs();
     let mut start = [0; SEQUENCE_BYTES];
     while !stop.load(Ordering::Relaxed) {
-        // Without an error the packet is the sender's; the rest of its payload is cut off.
+        // Without an error the packet is the sender's; the rest of its payload is truncated.
         if socket.recv(&mut start).is_err() {
             continue;
         }

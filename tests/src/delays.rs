@@ -1,30 +1,30 @@
-//! Many delays in little memory, counted while they happen.
+//! A histogram of delays, which is updated concurrently.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Each power of two of microseconds is divided into so many steps: a quantile is at most 1/16 above the truth.
+/// Steps per power of two of microseconds: a quantile is at most 1/16 too high.
 const STEPS: usize = 16;
 /// Up to 2^32 us, more than an hour.
 const BUCKETS: usize = (32 - 3) * STEPS;
 
-/// Delays counted so far, by size.
+/// Delays by bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Delays(Box<[u64]>);
 
 impl Delays {
-    /// Those that were counted after `earlier` had been taken.
+    /// Returns the delays after `earlier` was taken.
     pub fn since(&self, earlier: &Self) -> Self {
         let differences = self.0.iter().zip(&earlier.0).map(|(now, then)| now - then);
         Self(differences.collect())
     }
 
-    /// How many there are.
+    /// Returns the number of delays.
     pub fn count(&self) -> u64 {
         self.0.iter().sum()
     }
 
-    /// The delay that the given share of them does not exceed, `0.95` for the 95th percentile; none of none.
+    /// Returns a quantile, `0.95` for the 95th percentile; none without delays.
     pub fn quantile(&self, share: f64) -> Option<Duration> {
         let rank = ((self.count() as f64 * share).ceil() as u64).max(1);
         let mut seen = 0;
@@ -36,7 +36,7 @@ impl Delays {
     }
 }
 
-/// Where a running link counts.
+/// Counters of a running link.
 #[derive(Debug)]
 pub(crate) struct DelayCounters(Box<[AtomicU64]>);
 
@@ -66,7 +66,7 @@ fn bucket_of(microseconds: u64) -> usize {
     bucket.min(BUCKETS - 1)
 }
 
-/// The longest delay of a bucket.
+/// Returns the upper bound of a bucket.
 fn most_of(bucket: usize) -> u64 {
     match bucket / STEPS {
         0 => bucket as u64,

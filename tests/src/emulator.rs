@@ -1,8 +1,8 @@
-//! A satellite link between two TUN devices.
+//! Emulates a satellite link between two TUN devices.
 //!
-//! Each direction has a thread that reads packets from one device, decides what becomes of each, and writes those that arrive
-//! to the other device when their time has come. The deciding is done by a [`Shaper`] on virtual time: a late wake-up delays a
-//! packet by its lateness, and never adds up to a lower rate. A [`Course`] changes the link while it runs.
+//! Each direction has a thread, which reads packets from one device, and writes those that are not lost to
+//! the other device at their arrival time. A [`Shaper`] decides on virtual time: a late wake-up delays one
+//! packet, and does not reduce the rate. A [`Course`] changes the link while it runs.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -30,7 +30,7 @@ use crate::netns::Namespace;
 use crate::shaper::{Departure, Shaper};
 use crate::traffic::Direction;
 
-/// What a link does to packets.
+/// Parameters of a link.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LinkProfile {
     /// Rate towards the server in bit/s, IP headers included.
@@ -39,17 +39,17 @@ pub struct LinkProfile {
     pub down_bps: u64,
     /// Round-trip time of an idle link; each direction takes half of it.
     pub rtt: Duration,
-    /// Probability from 0 to 1 that a packet is lost on its way, in each direction.
+    /// Loss probability from 0 to 1, in each direction.
     pub loss: f64,
-    /// Mean length in packets of the bursts in which they are lost (Gilbert's model), where they are not independent.
+    /// Mean length of loss bursts in packets (Gilbert's model); none for independent losses.
     pub burst_packets: Option<f64>,
-    /// Bytes that may wait for the transmitter in each direction; what comes on top is dropped.
+    /// Queue of the transmitter in each direction, in bytes; further packets are dropped.
     pub queue_bytes: u64,
-    /// Bytes that may wait towards the server, where that is not `queue_bytes`.
+    /// Queue towards the server in bytes, if different from `queue_bytes`.
     pub up_queue_bytes: Option<u64>,
-    /// Seed of the losses: the nth packet of a direction meets the same fate in every run.
+    /// Seed of the losses: packet n of a direction has the same result in every run.
     pub seed: u64,
-    /// Changes of satellite. Only a TUN link has them: netem knows none.
+    /// Handovers, for TUN links only: netem does not support them.
     pub handovers: Option<Handovers>,
 }
 
@@ -57,11 +57,12 @@ impl LinkProfile {
     /// A geostationary satellite link: 600 ms, 50 Mbit/s, 1 % loss.
     pub const GEO: Self = Self::symmetric(50_000_000, Duration::from_millis(600), 0.01);
 
-    /// A link without limits: all that is left of it is the TUN device.
+    /// A link without limits: only the TUN devices remain.
     pub const UNIMPAIRED: Self = Self::symmetric(u64::MAX, Duration::ZERO, 0.0);
 
-    /// A link with the same rate both ways and a queue of one bandwidth-delay product (the rule for modems that serve single
-    /// bulk flows; RFC 2488 section 3 asks for windows of that size), though not less than 64 KiB.
+    /// Returns a link with the same rate in both directions and a queue of one bandwidth-delay product (the
+    /// rule for modems that serve single bulk flows; RFC 2488 section 3 recommends windows of that size), but
+    /// at least 64 KiB.
     pub const fn symmetric(rate_bps: u64, rtt: Duration, loss: f64) -> Self {
         Self {
             up_bps: rate_bps,
@@ -76,7 +77,7 @@ impl LinkProfile {
         }
     }
 
-    /// A link with a rate of its own, and a queue to match, each way.
+    /// Returns a link with a separate rate and queue for each direction.
     pub const fn asymmetric(up_bps: u64, down_bps: u64, rtt: Duration, loss: f64) -> Self {
         let mut profile = Self::symmetric(down_bps, rtt, loss);
         profile.up_bps = up_bps;
@@ -95,7 +96,7 @@ const fn queue_for(rate_bps: u64, rtt: Duration) -> u64 {
     }
 }
 
-/// What has become of the packets so far.
+/// Packet counters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkCounters {
     /// Towards the server.
@@ -104,22 +105,22 @@ pub struct LinkCounters {
     pub down: DirectionCounters,
 }
 
-/// What has become of the packets of one direction.
+/// Packet counters of one direction.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DirectionCounters {
-    /// Packets that entered the link.
+    /// Packets sent into the link.
     pub packets: u64,
-    /// Bytes of these, IP headers included.
+    /// Their bytes, IP headers included.
     pub bytes: u64,
     /// Packets lost at random.
     pub lost: u64,
     /// Packets dropped because the queue was full.
     pub dropped: u64,
-    /// The longest that a packet has waited for the transmitter.
+    /// Maximum queueing delay of a packet.
     pub max_queue_delay: Duration,
 }
 
-/// How long packets have taken so far, where they should not have taken any time.
+/// Additional delays of packets, beyond the link's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkDelays {
     /// Towards the server.
@@ -128,18 +129,18 @@ pub struct LinkDelays {
     pub down: DirectionDelays,
 }
 
-/// How long the packets of one direction have taken.
+/// Additional delays of one direction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DirectionDelays {
-    /// Waiting for the transmitter: the link's queue.
+    /// Queueing delay at the transmitter.
     pub queue: Delays,
-    /// Arriving later than the profile says: the emulator's own failing, on a machine that is too busy.
+    /// Lateness of the emulator, on a busy machine.
     pub lateness: Delays,
 }
 
 impl LinkCounters {
-    /// What has become of the packets that were counted after `earlier` had been taken. The longest wait stays that of all
-    /// packets; [`LinkDelays::since`] has that of an interval.
+    /// Returns the counters since `earlier`. The maximum queueing delay stays that of all packets;
+    /// [`LinkDelays::since`] has that of an interval.
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
             up: self.up.since(&earlier.up),
@@ -161,7 +162,7 @@ impl DirectionCounters {
 }
 
 impl LinkDelays {
-    /// Those that were counted after `earlier` had been taken.
+    /// Returns the delays since `earlier`.
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
             up: self.up.since(&earlier.up),
@@ -179,7 +180,7 @@ impl DirectionDelays {
     }
 }
 
-/// A running link. Dropping it stops its threads and removes its devices.
+/// A running link; dropping it stops its threads and removes its devices.
 #[derive(Debug)]
 pub struct Emulator {
     up: Arc<Counters>,
@@ -190,10 +191,11 @@ pub struct Emulator {
 }
 
 impl Emulator {
-    /// Makes the device `near_device` in `near` and `far_device` in `far`, both up, and joins them. Up is from near to far.
+    /// Creates the device `near_device` in `near` and `far_device` in `far`, sets both up, and connects them.
+    /// Up is from near to far.
     ///
     /// # Errors
-    /// When a device cannot be made, for want of root, of `/dev/net/tun` or of a free name.
+    /// When a device cannot be created, without root, `/dev/net/tun` or a free name.
     pub fn start(
         near: &Namespace,
         near_device: &str,
@@ -231,10 +233,10 @@ impl Emulator {
         Ok(emulator)
     }
 
-    /// Begins a course now and returns this time. Rates and round trip of the profile apply no more.
+    /// Starts a course and returns its start. It replaces rates and round-trip time of the profile.
     ///
     /// # Panics
-    /// When a course has begun before.
+    /// When a course is running.
     pub fn begin(&self, course: Course) -> Instant {
         let start = Instant::now();
         let running = RunningCourse { course, start };
@@ -242,7 +244,7 @@ impl Emulator {
         start
     }
 
-    /// What has become of the packets so far.
+    /// Packet counters.
     pub fn counters(&self) -> LinkCounters {
         LinkCounters {
             up: self.up.read(),
@@ -250,7 +252,7 @@ impl Emulator {
         }
     }
 
-    /// How long packets have taken so far.
+    /// Returns the delays so far.
     pub fn delays(&self) -> LinkDelays {
         LinkDelays {
             up: self.up.delays(),
@@ -279,21 +281,22 @@ impl Drop for Emulator {
     fn drop(&mut self) {
         self.stop.write(1).expect("the counter of an eventfd takes 1");
         for thread in self.threads.drain(..) {
-            // A panic there has been printed; panicking here as well would abort.
+            // The panic has been printed; a second panic here would abort.
             let _ = thread.join();
         }
     }
 }
 
-/// Packets read from the device in a row before those that are due are looked at again.
+/// Maximum packets read from the device before due packets are written.
 const BATCH: usize = 32;
-/// The kernel's queue before ours, in packets: large, so that the link's own queue is the one that overflows.
+/// The kernel's queue in packets: large, so that the link's own queue overflows first.
 const TX_QUEUE_PACKETS: u32 = 20_000;
 const MAX_PACKET_BYTES: usize = 65_536;
 
-/// One direction, until `stop` is written to or the device is gone.
+/// Runs one direction, until `stop` is written to or the device is removed.
 fn carry(mut from: &File, mut to: &File, mut shaper: Shaper<Box<[u8]>>, counters: &Counters, stop: &EventFd) {
-    // The default slack of 50 us would be four packets' time at 1 Gbit/s. It cannot fail for one's own thread.
+    // The default slack of 50 us is the time of four packets at 1 Gbit/s. The call cannot fail for the own
+    // thread.
     let _ = prctl::set_timerslack(1);
     come_before_programs();
     let mut in_flight = VecDeque::<(Instant, Box<[u8]>)>::new();
@@ -311,11 +314,11 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper<Box<[u8]>>, counters
         while in_flight.front().is_some_and(|(arrival, _)| *arrival <= now) {
             let (arrival, packet) = in_flight.pop_front().expect("there is a front");
             counters.lateness.count(now - arrival);
-            // Refused while the device is down: lost, like on any such link.
+            // Fails while the device is down: the packet is lost, as on a real link.
             let _ = to.write(&packet);
         }
 
-        // What waits for the transmitter arrives after all that is in flight.
+        // Queued packets arrive after all packets in flight.
         let first_arrival = in_flight.front().map(|(arrival, _)| *arrival);
         let wait = first_arrival
             .or_else(|| shaper.next_departure())
@@ -324,7 +327,7 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper<Box<[u8]>>, counters
             PollFd::new(from.as_fd(), PollFlags::POLLIN),
             PollFd::new(stop.as_fd(), PollFlags::POLLIN),
         ];
-        // An interrupted wait is as good as a short one.
+        // An interruption only shortens the wait.
         let _ = ppoll(&mut ready, wait, None);
         let is_stopped = ready[1].any().unwrap_or_default();
         let is_gone = ready[0]
@@ -336,7 +339,7 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper<Box<[u8]>>, counters
         }
 
         for _ in 0..BATCH {
-            // Nothing there, or the device is down.
+            // No packet, or the device is down.
             let Ok(len) = from.read(&mut buffer) else { break };
             let now = Instant::now();
             send_by(&mut shaper, &mut in_flight, now);
@@ -346,7 +349,7 @@ fn carry(mut from: &File, mut to: &File, mut shaper: Shaper<Box<[u8]>>, counters
     }
 }
 
-/// A link does not wait for a processor, whatever runs on this machine.
+/// Sets real-time priority for this thread: the link must not wait for a CPU.
 pub(crate) fn come_before_programs() {
     // SAFETY: `sched_param` is plain data, for which all zeroes are a value.
     let mut parameters: libc::sched_param = unsafe { std::mem::zeroed() };
@@ -403,7 +406,7 @@ impl Counters {
     }
 }
 
-/// Makes a TUN device in `namespace`, up, with an MTU of 1500. It lives as long as the file.
+/// Creates a TUN device in `namespace`, up, with an MTU of 1500. It exists until the file is closed.
 fn tun(namespace: &Namespace, device: &str) -> Result<File> {
     let file = namespace
         .run(|| open_tun(device))

@@ -1,4 +1,4 @@
-//! The state of a namespace, as the tools of iproute2 and nftables show it, and what a daemon adds to it.
+//! The state of a namespace by iproute2 and nftables, to find the changes that a daemon makes.
 
 use std::fmt;
 use std::fs;
@@ -9,14 +9,14 @@ use anyhow::{Context, Result};
 
 use crate::netns::Namespace;
 
-/// The interfaces, addresses, policy rules, routes, packet filters and kernel settings of a namespace at one moment, to be
-/// compared with those of another.
+/// Interfaces, addresses, policy rules, routes, packet filters and sysctls of a namespace at one moment, for
+/// comparison.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint(Vec<String>);
 
 impl Footprint {
-    /// Takes it, on the interfaces `lan0` and `sat0` as far as they are there. Programs attached by tcx are shown by
-    /// bpftool only, and only where it is installed; all of them vanish with their process.
+    /// Reads the state, with the filters of `lan0` and `sat0` if they exist. tcx programs are included only
+    /// if bpftool is installed; they end with their process.
     ///
     /// # Errors
     /// When a tool of iproute2 is missing.
@@ -60,13 +60,13 @@ impl Footprint {
         Ok(Self(lines))
     }
 
-    /// The same without packet filters, which on kernels without tcx outlive a killed daemon.
+    /// Returns the state without packet filters, which survive a killed daemon on kernels without tcx.
     pub fn without_filters(&self) -> Self {
         let is_filter = |line: &&String| line.starts_with("tc filter ") || line.starts_with("bpftool ");
         Self(self.0.iter().filter(|line| !is_filter(line)).cloned().collect())
     }
 
-    /// The lines that contain `text`.
+    /// Returns the lines that contain `text`.
     pub fn lines<'a>(&'a self, text: &'a str) -> impl Iterator<Item = &'a str> {
         self.0
             .iter()
@@ -75,10 +75,10 @@ impl Footprint {
     }
 }
 
-/// Those that change by themselves, or belong to all namespaces.
+/// Sysctls that change by themselves, or belong to all namespaces.
 const CHANGING: [&str; 2] = ["nf_conntrack_count", "tcp_available_congestion_control"];
 
-/// Every kernel setting below a folder, with its value.
+/// Returns every sysctl below a folder, with its value.
 fn settings(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut settings = Vec::new();
@@ -94,7 +94,7 @@ fn settings(folder: &Path) -> Vec<String> {
     settings
 }
 
-/// A line without the index of a device's other end, which is another namespace's.
+/// Returns a line without the index of a device's peer in another namespace.
 fn without_peer(line: &str) -> String {
     match line.split_once("@if") {
         Some((name, rest)) => format!("{name}{}", rest.trim_start_matches(|c: char| c.is_ascii_digit())),
@@ -102,12 +102,14 @@ fn without_peer(line: &str) -> String {
     }
 }
 
-/// Link-local and multicast routes, and those to IPv6 addresses of the host's own, come when the kernel finds the time.
+/// Returns whether a line is a link-local or multicast route, or a route to an own IPv6 address, which the
+/// kernel adds with a delay.
 fn is_volatile(line: &str) -> bool {
     line.contains("fe80::") || line.contains("ff00::") || line.contains("table local proto kernel")
 }
 
-/// Where there is no tcx, filters need this qdisc. Others may use it by the time the daemon ends, so that it is left.
+/// Returns whether a line is the clsact qdisc, which remains on kernels without tcx, because other programs
+/// may use it.
 fn may_stay(line: &str) -> bool {
     line.starts_with("qdisc clsact ")
 }

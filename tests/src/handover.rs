@@ -1,26 +1,26 @@
-//! Handovers of a link to satellites in low orbits: every few seconds another satellite takes over, the link is silent for
-//! the moment that takes, and the path is a little longer or shorter from then on.
+//! Handovers of a link to satellites in low orbits: every few seconds the satellite changes, after a short
+//! silence, with a different path delay.
 
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
-/// When a link changes satellites, and what that does to it. Both directions change at once.
+/// Times and effects of handovers. Both directions change at once.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Handovers {
-    /// From one to the next. The first comes within this time of the link's start, when, the seed decides.
+    /// Time between handovers. The seed sets the time of the first, within this period from the start.
     pub period: Duration,
-    /// Shortest time of silence. The transmitters wait that long; their queues fill.
+    /// Minimum silence, during which the transmitters wait and their queues fill.
     pub shortest_silence: Duration,
-    /// Longest time of silence. Between the two, the seed decides.
+    /// Maximum silence; the seed sets each.
     pub longest_silence: Duration,
-    /// The round trip over a new satellite is longer than the link's by up to this, less than a silence; how much, the
-    /// seed decides.
+    /// Maximum increase of the round-trip time over a new satellite, below the minimum silence; the seed sets
+    /// each.
     pub rtt_step: Duration,
 }
 
 impl Handovers {
-    /// As seen on links of low orbits: every 15 s, 100 to 200 ms of silence, up to 20 ms more of round trip.
+    /// Typical of low orbits: every 15 s, 100 to 200 ms of silence, up to 20 ms more of round-trip time.
     pub const LEO: Self = Self {
         period: Duration::from_secs(15),
         shortest_silence: Duration::from_millis(100),
@@ -29,7 +29,7 @@ impl Handovers {
     };
 }
 
-/// The handovers of one link in their order; equal seeds and origins give equal ones.
+/// The handovers of one link in their order; equal seeds and origins give equal handovers.
 #[derive(Debug)]
 pub(crate) struct Schedule {
     handovers: Handovers,
@@ -43,7 +43,7 @@ pub(crate) struct Schedule {
 pub(crate) struct Silence {
     pub(crate) start: Instant,
     pub(crate) end: Instant,
-    /// What it adds to the delay of one direction, from then on.
+    /// Additional delay of one direction after it.
     pub(crate) extra_delay: Duration,
 }
 
@@ -66,7 +66,7 @@ impl Schedule {
         schedule
     }
 
-    /// The last handover that has begun at `time`. Times must not decrease by more than a period.
+    /// Returns the last handover that has started at `time`. Times must not decrease by more than a period.
     pub(crate) fn at(&mut self, time: Instant) -> Silence {
         while self.next.start <= time {
             self.current = self.next;
@@ -75,7 +75,7 @@ impl Schedule {
         self.current
     }
 
-    /// When the handover after the last one that [`Schedule::at`] has returned begins.
+    /// Returns the start of the handover after the last one that [`Schedule::at`] returned.
     pub(crate) fn next_start(&self) -> Instant {
         self.next.start
     }

@@ -1,4 +1,4 @@
-//! Programs on TC hooks, as an administrator meddles with them.
+//! Detaches and counts programs on TC hooks, as an administrator would.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -42,17 +42,17 @@ pub enum Hook {
     Egress = 47,
 }
 
-/// Detaches every program from a hook, as `bpftool link detach` does, and returns how many there were.
+/// Detaches every program from a hook, as `bpftool link detach` does, and returns their number.
 ///
 /// # Errors
-/// Without root, or where the kernel has no tcx.
+/// Without root, or on a kernel without tcx.
 pub fn detach_programs(namespace: &Namespace, interface: &str, hook: Hook) -> Result<usize> {
     namespace.run(|| {
         let links = links(interface, hook)?;
         for id in &links {
             let descriptor =
                 bpf(BPF_LINK_GET_FD_BY_ID, &mut [*id, 0, 0, 0]).context("BPF_LINK_GET_FD_BY_ID")?;
-            // SAFETY: the kernel has just made it.
+            // SAFETY: the kernel has just returned this descriptor.
             let link = unsafe { File::from_raw_fd(descriptor) };
             bpf(BPF_LINK_DETACH, &mut [link.as_raw_fd().cast_unsigned(), 0, 0, 0])
                 .context("BPF_LINK_DETACH")?;
@@ -61,7 +61,7 @@ pub fn detach_programs(namespace: &Namespace, interface: &str, hook: Hook) -> Re
     })
 }
 
-/// Returns how many programs are on a hook.
+/// Returns the number of programs on a hook.
 ///
 /// # Errors
 /// As for [`detach_programs`].
@@ -84,7 +84,7 @@ fn links(interface: &str, hook: Hook) -> Result<Vec<u32>> {
 }
 
 fn bpf<T>(command: libc::c_int, attributes: &mut T) -> Result<i32> {
-    // SAFETY: the kernel reads and writes as many bytes as it is told, and the arrays that they name.
+    // SAFETY: the kernel gets the size of the attributes and of their arrays.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut *attributes, size_of::<T>()) };
     Ok(i32::try_from(Errno::result(result)?)?)
 }

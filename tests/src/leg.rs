@@ -15,31 +15,31 @@ pub struct Leg {
     pub state: String,
     /// Bytes that the peer has not acknowledged.
     pub unacknowledged: u64,
-    /// Its own address, which on a gateway may be anybody's.
+    /// Local address, which is that of the other end on a gateway.
     pub local: SocketAddr,
-    /// Its peer's address.
+    /// Address of the peer.
     pub peer: SocketAddr,
-    /// Name of its congestion control.
+    /// Name of the congestion control.
     pub congestion: String,
     /// Congestion window in segments.
     pub window: u64,
     /// Bytes of payload in a full segment.
     pub mss: u64,
-    /// What its sending is capped at, in bit/s of payload; `None` is no cap.
+    /// Maximum pacing rate in bit/s of payload; `None` is unlimited.
     pub pacing_bps: Option<u64>,
-    /// Size of its receive buffer in bytes, bookkeeping included: twice what SO_RCVBUF was set to.
+    /// Receive buffer in bytes, with overhead: twice the value of SO_RCVBUF.
     pub receive_buffer: u64,
-    /// Size of its send buffer, likewise.
+    /// Send buffer in bytes, with overhead.
     pub send_buffer: u64,
-    /// Bytes that it has sent.
+    /// Sent bytes.
     pub sent: u64,
 }
 
 impl Leg {
-    /// All sockets of a namespace that have a connection.
+    /// Returns all connected sockets of a namespace.
     ///
     /// # Errors
-    /// When `ss` fails or writes what nobody understands.
+    /// When `ss` fails or its output cannot be parsed.
     pub fn all(namespace: &Namespace) -> Result<Vec<Self>> {
         let output = namespace
             .command("ss")
@@ -52,7 +52,7 @@ impl Leg {
             String::from_utf8_lossy(&output.stderr).trim()
         );
         let text = String::from_utf8(output.stdout)?;
-        // A connection that ends while it is looked at has no details any more.
+        // A connection that ends meanwhile has no details.
         let shown = text.lines().filter(|line| line.contains(" cwnd:"));
         shown
             .map(|line| Self::parse(line).with_context(|| format!("ss shows {line:?}")))
@@ -88,7 +88,8 @@ impl Leg {
             unacknowledged: queued.parse()?,
             local: local.parse()?,
             peer: peer.parse()?,
-            // Named after the options that were negotiated and before the window scales, which always are here.
+            // The name follows the negotiated options and precedes the window scales, which are always
+            // present here.
             congestion: words[scale - 1].to_owned(),
             window: number("cwnd:")?,
             mss: number("mss:")?,
@@ -100,7 +101,7 @@ impl Leg {
     }
 }
 
-/// Whether a socket of a family listens on a port of a namespace.
+/// Returns whether a socket of an address family listens on a port of a namespace.
 pub fn is_listening(namespace: &Namespace, family: Family, port: u16) -> bool {
     let file = match family {
         Family::V4 => "/proc/thread-self/net/tcp",
@@ -110,7 +111,7 @@ pub fn is_listening(namespace: &Namespace, family: Family, port: u16) -> bool {
     listens(&sockets, port)
 }
 
-/// Reads a line's local address and state, which is 0A for one that listens.
+/// Parses the local address and the state of a line; 0A is listening.
 fn listens(sockets: &str, port: u16) -> bool {
     let port = format!(":{port:04X}");
     sockets.lines().skip(1).any(|line| {

@@ -1,13 +1,13 @@
-//! The testbed that pepsal's end-to-end tests, demo and benchmarks stand on.
+//! The testbed of pepsal's end-to-end tests, demo and benchmarks.
 //!
-//! A [`Topology`] lays client, gateway and server out in [`Namespace`]s of their own, with a satellite link from the
-//! [`Emulator`] between gateway and server where one is asked for. A [`Daemon`] runs the built `pepsal` in the gateway. A
-//! [`Transfer`] moves verified bytes between client and [`Server`]; a [`Connector`] and a [`Listener`] give tests the
-//! sockets themselves, and a [`SavedSyn`] shows what the server's kernel received. A [`Bed`] is all of these together, with a
-//! [`Connection`] for each that it opens, and the [`Path`] by which that goes.
+//! A [`Topology`] has client, gateway and server in separate [`Namespace`]s, optionally with a satellite link
+//! of the [`Emulator`] between gateway and server. A [`Daemon`] runs the built `pepsal` in the gateway. A
+//! [`Transfer`] moves verified bytes between client and [`Server`]; a [`Connector`] and a [`Listener`] give
+//! tests the sockets, and a [`SavedSyn`] shows the SYN that the server received. A [`Bed`] combines them, and
+//! opens [`Connection`]s with their [`Path`].
 //!
-//! All of it needs root, and all of it is gone when its values are dropped, or when the process dies, however it dies:
-//! namespaces have no names, processes die with the thread that started them.
+//! The testbed needs root. It ends when its values are dropped, or with the process: namespaces have no
+//! names, and child processes end with the thread that started them.
 
 mod bed;
 mod capture;

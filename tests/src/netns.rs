@@ -20,20 +20,20 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 
-/// A network namespace that lives as long as something of ours is in it: this value, its threads, its processes.
+/// A network namespace, which exists while this value, its threads or its processes exist.
 ///
-/// It has no entry in `/run/netns`, so that nothing stays behind, not even after SIGKILL.
+/// It has no entry in `/run/netns`, so that it ends even after SIGKILL.
 pub struct Namespace {
     name: String,
     handle: Arc<File>,
     runtime: RuntimeDirectory,
 }
 
-/// Where the daemons of a namespace claim their interfaces; removed when this is dropped.
+/// Directory in which the daemons of a namespace claim interfaces; removed on drop.
 struct RuntimeDirectory(PathBuf);
 
 impl RuntimeDirectory {
-    /// A path that no other namespace has.
+    /// Returns a unique path.
     fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -43,13 +43,13 @@ impl RuntimeDirectory {
 
 impl Drop for RuntimeDirectory {
     fn drop(&mut self) {
-        // A namespace without a daemon has none.
+        // Without a daemon the directory does not exist.
         let _ = fs::remove_dir_all(&self.0);
     }
 }
 
 impl Namespace {
-    /// Makes a namespace with loopback up; `name` shows in errors and thread names only.
+    /// Creates a namespace with loopback up; `name` is for errors and thread names.
     ///
     /// # Errors
     /// Without root.
@@ -70,10 +70,10 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// The namespace of a thread.
+    /// Returns the namespace of a thread.
     ///
     /// # Errors
-    /// When there is no such thread any more.
+    /// When the thread has ended.
     pub fn of_thread(process: u32, thread: u32, name: &str) -> Result<Self> {
         let path = format!("/proc/{process}/task/{thread}/ns/net");
         Ok(Self {
@@ -83,33 +83,33 @@ impl Namespace {
         })
     }
 
-    /// The name given to [`Namespace::new`].
+    /// Returns the name given to [`Namespace::new`].
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The runtime directory of the namespace's daemons, which the first of them makes.
+    /// Returns the runtime directory of the namespace's daemons, which the first of them creates.
     pub fn runtime_directory(&self) -> &Path {
         &self.runtime.0
     }
 
-    /// The file by which a daemon claims an interface of this namespace.
+    /// Returns the file by which a daemon claims an interface of this namespace.
     ///
     /// # Errors
-    /// When the namespace cannot be looked at.
+    /// When the namespace cannot be read.
     pub fn claim(&self, interface: &str) -> Result<PathBuf> {
         let inode = self.handle.metadata().context("the namespace's file")?.ino();
         Ok(self.runtime.0.join(format!("claims/{inode}.{interface}")))
     }
 
-    /// Where other processes find this namespace: iproute2 takes it for a `netns` argument.
+    /// Returns a path of this namespace for other processes; iproute2 accepts it as a `netns` argument.
     pub fn path(&self) -> PathBuf {
         PathBuf::from(format!("/proc/{}/fd/{}", process::id(), self.handle.as_raw_fd()))
     }
 
-    /// Runs `work` on a fresh thread inside the namespace and returns its value. Panics as `work` does.
+    /// Runs `work` on a new thread in the namespace and returns its value. Panics if `work` panics.
     ///
-    /// Sockets belong to the namespace they were made in, so they may be returned and used anywhere.
+    /// Sockets belong to the namespace of their creation, so they can be used on any thread.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         on_own_thread(&self.name, || {
             enter(&self.handle).expect("a namespace that we hold lets root in");
@@ -117,7 +117,7 @@ impl Namespace {
         })
     }
 
-    /// Starts a thread inside the namespace.
+    /// Starts a thread in the namespace.
     pub fn spawn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
         let handle = Arc::clone(&self.handle);
         thread::Builder::new()
@@ -130,15 +130,15 @@ impl Namespace {
             .expect("threads are far from their limit")
     }
 
-    /// A command that will run inside the namespace and is killed when the *thread* that starts it ends: never start one
-    /// that shall live longer from within [`Namespace::run`].
+    /// Returns a command that runs in the namespace and is killed when the *thread* that starts it ends: do
+    /// not start a longer-lived process from within [`Namespace::run`].
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let handle = Arc::clone(&self.handle);
         let mut command = Command::new(program);
         // SAFETY: between fork and exec the closure only makes system calls; it neither allocates nor locks.
         unsafe {
             command.pre_exec(move || {
-                // Signals that the caller keeps blocked for itself are none of the command's.
+                // The command must not inherit the caller's blocked signals.
                 SigSet::empty().thread_set_mask().map_err(io::Error::from)?;
                 prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
                 enter(&handle)
@@ -147,26 +147,26 @@ impl Namespace {
         command
     }
 
-    /// Runs iproute2 inside the namespace; each line of `commands` is what follows `ip` on a command line, without options.
+    /// Runs iproute2 in the namespace; each line of `commands` has the arguments of `ip`, without options.
     ///
     /// # Errors
-    /// Names the namespace and repeats what iproute2 said of the first line that fails.
+    /// The namespace and iproute2's error of the first line that fails.
     pub fn ip(&self, commands: impl AsRef<str>) -> Result<()> {
         self.feed(&["ip", "-batch", "-"], "iproute2", commands.as_ref())
     }
 
-    /// The same for `ip -6`, where rules and default routes have to say that they are of that family.
+    /// Runs `ip -6`, for rules and default routes of IPv6.
     ///
     /// # Errors
-    /// Likewise.
+    /// As for [`Namespace::ip`].
     pub fn ip6(&self, commands: impl AsRef<str>) -> Result<()> {
         self.feed(&["ip", "-6", "-batch", "-"], "iproute2", commands.as_ref())
     }
 
-    /// Adds to the namespace's nftables what `ruleset` says, all of it or nothing.
+    /// Adds `ruleset` to the namespace's nftables, atomically.
     ///
     /// # Errors
-    /// Names the namespace and repeats what nft said.
+    /// The namespace and nft's error.
     pub fn nft(&self, ruleset: impl AsRef<str>) -> Result<()> {
         self.feed(&["nft", "-f", "-"], "nftables", ruleset.as_ref())
     }

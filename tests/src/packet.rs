@@ -1,4 +1,4 @@
-//! TCP segments, and what carries or quotes them, put together byte by byte, and a raw socket to send them by.
+//! Builds TCP segments, packets around them and ICMP errors, byte by byte, and sends them by a raw socket.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::thread;
@@ -11,23 +11,23 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::netns::Namespace;
 use crate::topology::Family;
 
-/// Opens a connection.
+/// Control bit SYN.
 pub const SYN: u8 = 0x02;
-/// Ends both directions.
+/// Control bit RST.
 pub const RST: u8 = 0x04;
-/// The acknowledgement number counts.
+/// Control bit ACK.
 pub const ACK: u8 = 0x10;
 /// Port of [`Tcp::syn`]'s source.
 pub const CLIENT_PORT: u16 = 40_000;
 /// Port of [`Tcp::syn`]'s destination.
 pub const SERVER_PORT: u16 = 80;
 
-/// A TCP segment to be made.
+/// Fields of a TCP segment.
 #[derive(Clone, Debug)]
 pub struct Tcp {
-    /// Where it says that it comes from.
+    /// Source address and port.
     pub source: SocketAddr,
-    /// Where it goes to.
+    /// Destination address and port.
     pub destination: SocketAddr,
     /// The control bits of RFC 9293, section 3.1.
     pub flags: u8,
@@ -43,16 +43,16 @@ pub struct Tcp {
     pub flow_label: u32,
     /// IPv4 options with their padding.
     pub ip_options: Vec<u8>,
-    /// IPv6 extension headers: protocol number, and all of the header but its next-header byte.
+    /// IPv6 extension headers: protocol number, and the header without its next-header byte.
     pub extensions: Vec<(u8, Vec<u8>)>,
     /// TCP options with their padding.
     pub tcp_options: Vec<u8>,
-    /// What comes after the headers.
+    /// Payload.
     pub payload: Vec<u8>,
 }
 
 impl Tcp {
-    /// The client's plain SYN to the server.
+    /// Returns the client's SYN to the server, without options.
     pub fn syn(family: Family) -> Self {
         Self {
             source: (family.client(), CLIENT_PORT).into(),
@@ -70,7 +70,7 @@ impl Tcp {
         }
     }
 
-    /// The same with other control bits.
+    /// Returns the segment of [`Tcp::syn`] with other control bits.
     pub fn with_flags(family: Family, flags: u8) -> Self {
         Self {
             flags,
@@ -78,7 +78,7 @@ impl Tcp {
         }
     }
 
-    /// The client's SYN behind IPv6 extension headers.
+    /// Returns the client's SYN with IPv6 extension headers.
     pub fn with_extensions(extensions: &[(u8, &[u8])]) -> Self {
         let extensions = extensions
             .iter()
@@ -90,12 +90,12 @@ impl Tcp {
         }
     }
 
-    /// From the IP header on, without checksums, which are not steering's to check.
+    /// Returns the packet from the IP header on, without checksums, which steering does not check.
     pub fn packet(&self) -> Vec<u8> {
         self.ip(TCP, &self.segment())
     }
 
-    /// TCP header and payload, with a checksum of zero.
+    /// Returns TCP header and payload, with a checksum of zero.
     pub fn segment(&self) -> Vec<u8> {
         let mut tcp = [
             self.source.port().to_be_bytes(),
@@ -111,7 +111,7 @@ impl Tcp {
         tcp
     }
 
-    /// Its IP header before another payload.
+    /// Returns the IP header with another payload.
     pub fn ip(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
         match (self.source.ip(), self.destination.ip()) {
             (IpAddr::V4(source), IpAddr::V4(destination)) => {
@@ -152,7 +152,7 @@ impl Tcp {
         }
     }
 
-    /// What this segment's sender is told when it could not be forwarded: the first bytes of it behind an ICMP header.
+    /// Returns the ICMP error about this segment, which quotes its first bytes.
     pub fn icmp_error(&self, icmp_type: u8, quoted_bytes: usize) -> Vec<u8> {
         let packet = self.packet();
         let mut message = vec![icmp_type, 4, 0, 0, 0, 0, 0x05, 0x78];
@@ -166,7 +166,7 @@ impl Tcp {
         router.ip(icmp_protocol(self.source.ip()), &message)
     }
 
-    /// The same from the other end.
+    /// Returns the segment with source and destination exchanged.
     pub fn swapped(&self) -> Self {
         Self {
             source: self.destination,
@@ -176,12 +176,12 @@ impl Tcp {
     }
 }
 
-/// Without options and extension headers.
+/// Returns the length of the IP header in bytes, without options and extension headers.
 pub fn ip_header_len(tcp: &Tcp) -> usize {
     if tcp.source.is_ipv4() { 20 } else { 40 }
 }
 
-/// ICMP's protocol number of an address's family.
+/// Returns the protocol number of ICMP for an address family.
 pub fn icmp_protocol(address: IpAddr) -> u8 {
     if address.is_ipv4() { 1 } else { 58 }
 }
@@ -210,7 +210,7 @@ pub const ROUTED: &[u8] = &[0, 4, 0, 0, 0, 0, 0];
 
 const TCP: u8 = 6;
 
-/// Sends IPv4 packets from a namespace, whatever they say they come from.
+/// Sends IPv4 packets with any source address from a namespace.
 #[derive(Debug)]
 pub struct Forger(Socket);
 
@@ -227,15 +227,15 @@ impl Forger {
     /// Sends a segment; the kernel fills in the IP header's checksum.
     ///
     /// # Errors
-    /// When it has no route.
+    /// When the host has no route.
     pub fn send(&self, tcp: &Tcp) -> Result<()> {
         self.send_packet(tcp.destination, &tcp.ip(TCP, &checked(tcp)))
     }
 
-    /// Sends a part of a segment, `at` bytes from its beginning, as a fragment of packet `id`.
+    /// Sends a part of a segment, from byte `at` on, as a fragment of packet `id`.
     ///
     /// # Errors
-    /// When it has no route.
+    /// When the host has no route.
     pub fn send_fragment(
         &self,
         tcp: &Tcp,
@@ -261,7 +261,7 @@ impl Forger {
     }
 }
 
-/// TCP header and payload of a segment between IPv4 addresses, with their checksum.
+/// Returns TCP header and payload of a segment between IPv4 addresses, with checksum.
 fn checked(tcp: &Tcp) -> Vec<u8> {
     let octets = |address| match address {
         IpAddr::V4(address) => Ipv4Addr::octets(&address),

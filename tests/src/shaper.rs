@@ -1,4 +1,4 @@
-//! One direction of a link on virtual time: a queue, a transmitter, a delay and losses.
+//! Simulates one direction of a link on virtual time: queue, transmitter, delay and losses.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
@@ -11,19 +11,19 @@ use crate::emulator::LinkProfile;
 use crate::handover::Schedule;
 use crate::traffic::Direction;
 
-/// A direction. Packets wait in it until the transmitter has sent them; their arrival is known only then, because the rate
-/// may change while they wait.
+/// One direction. Packets wait until the transmitter has sent them; only then their arrival is known, because
+/// the rate may change while they wait.
 pub(crate) struct Shaper<P> {
     conditions: Conditions,
     loss: Loss,
     queue_bytes: u64,
     waiting: VecDeque<Waiting<P>>,
     waiting_bytes: u64,
-    /// What the transmitter has still to send of the first packet, in bits times nanoseconds per second.
+    /// Unsent part of the first packet, in bits times nanoseconds per second.
     left: u128,
-    /// The transmitter's time: it has sent up to here.
+    /// Time up to which the transmitter has been simulated.
     clock: Option<Instant>,
-    /// Packets do not overtake each other when the delay becomes shorter.
+    /// Keeps the order of packets when the delay decreases.
     last_arrival: Option<Instant>,
 }
 
@@ -37,9 +37,9 @@ struct Waiting<P> {
 /// A packet that the transmitter has sent.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Departure<P> {
-    /// When it reaches the other end, unless it is lost on its way.
+    /// Arrival at the other end; none if lost.
     pub(crate) arrival: Option<Instant>,
-    /// What it has waited for the transmitter.
+    /// Queueing delay.
     pub(crate) waited: Duration,
     pub(crate) packet: P,
 }
@@ -82,10 +82,10 @@ impl<P> Shaper<P> {
         }
     }
 
-    /// Takes a packet into the queue; returns false when the queue is full. Everything that departs by `now` has to have been
-    /// taken out before: see [`Shaper::depart`].
+    /// Adds a packet to the queue; returns false when the queue is full. [`Shaper::depart`] has to have
+    /// removed all packets that depart by `now`.
     pub(crate) fn enter(&mut self, now: Instant, bytes: usize, packet: P) -> bool {
-        // Drawn for every packet, so that its number alone decides.
+        // Drawn for every packet, so that the result depends on the packet's number only.
         let is_lost = self.loss.next();
         let bytes = bytes as u64;
         if self.backlog_bytes() > self.queue_bytes {
@@ -105,7 +105,7 @@ impl<P> Shaper<P> {
         true
     }
 
-    /// Takes out the next packet that the transmitter has sent by a time.
+    /// Removes and returns the next packet that departs by `by`.
     pub(crate) fn depart(&mut self, by: Instant) -> Option<Departure<P>> {
         let bytes = self.waiting.front()?.bytes;
         let mut clock = self.clock?;
@@ -131,7 +131,7 @@ impl<P> Shaper<P> {
         None
     }
 
-    /// The time before which nothing departs.
+    /// Returns the earliest possible next departure.
     pub(crate) fn next_departure(&mut self) -> Option<Instant> {
         self.waiting.front()?;
         let clock = self.clock?;
@@ -158,7 +158,7 @@ impl<P> Shaper<P> {
         }
     }
 
-    /// What is not sent yet, the rest of the first packet included.
+    /// Returns the queued bytes, including the unsent part of the first packet.
     fn backlog_bytes(&self) -> u64 {
         let Some(first) = self.waiting.front() else {
             return 0;
@@ -168,27 +168,27 @@ impl<P> Shaper<P> {
     }
 }
 
-/// What a transmitter has to do for so many bytes.
+/// Returns the transmitter's work for `bytes`, in bits times nanoseconds per second.
 fn work(bytes: u64) -> u128 {
     u128::from(bytes) * 8_000_000_000
 }
 
-/// What a direction is like over time.
+/// Rate and delay of a direction over time.
 struct Conditions {
     direction: Direction,
     rate_bps: u64,
     delay: Duration,
     handovers: Option<Schedule>,
-    /// Replaces rate and delay once it has begun.
+    /// Replaces rate and delay after its start.
     course: Arc<OnceLock<RunningCourse>>,
 }
 
-/// What a direction is like at a time.
+/// Rate and delay at one time.
 struct Moment {
     rate_bps: u64,
     delay: Duration,
     passage: Passage,
-    /// When this changes.
+    /// End of these values.
     end: Option<Instant>,
 }
 
@@ -226,7 +226,8 @@ impl Conditions {
 }
 
 impl Moment {
-    /// When the transmitter has done its work, if nothing changes before; never while it is silent.
+    /// Returns the time at which the transmitter has finished, without a change before; none while it is
+    /// silent.
     fn sent(&self, from: Instant, left: u128) -> Option<Instant> {
         (self.passage != Passage::Held).then(|| from + self.transmission(left))
     }
@@ -237,25 +238,25 @@ impl Moment {
     }
 }
 
-/// Which packets are lost on their way.
+/// The loss model.
 struct Loss {
-    /// Of all packets, from 0 to 1.
+    /// Loss probability, from 0 to 1.
     share: f64,
-    /// Mean length of a burst in packets; without one, each packet's fate is its own.
+    /// Mean length of a burst in packets; none for independent losses.
     burst_packets: Option<f64>,
     is_in_burst: bool,
     rng: Rng,
 }
 
 impl Loss {
-    /// Whether the next packet is lost.
+    /// Returns whether the next packet is lost.
     fn next(&mut self) -> bool {
         let draw = self.rng.f64();
         let Some(length) = self.burst_packets else {
             return draw < self.share;
         };
-        // Gilbert's model: a bad state that loses every packet is left with a probability of 1 / length, and entered so often
-        // that the given share of the packets meets it.
+        // Gilbert's model: in the bad state every packet is lost. The probability to leave it is 1 / length;
+        // the probability to enter it gives the configured loss.
         self.is_in_burst = if self.is_in_burst {
             draw >= 1.0 / length
         } else {
@@ -279,7 +280,7 @@ mod tests {
         Shaper::new(Direction::Upload, profile, rng, None, Arc::default())
     }
 
-    /// One whose course begins at `start`.
+    /// Creates a shaper whose course starts at `start`.
     fn changing(profile: &LinkProfile, start: Instant, course: Course) -> Shaper<()> {
         let shaper = shaper(profile);
         let running = RunningCourse { course, start };
@@ -296,7 +297,7 @@ mod tests {
         shaper.enter(now, PACKET_LEN, ())
     }
 
-    /// Arrivals of all that departs by a time, in microseconds since `start`.
+    /// Returns the arrivals of all packets that depart by `by`, in microseconds since `start`.
     fn arrivals(shaper: &mut Shaper<()>, start: Instant, by: Duration) -> Vec<u128> {
         let departures = std::iter::from_fn(|| shaper.depart(start + by));
         departures

@@ -1,4 +1,4 @@
-//! TCP sockets as tests need them: options before connect, saved SYNs, deadlines, resets.
+//! TCP sockets for tests: options before connect, saved SYNs, timeouts, resets.
 
 use std::ffi::c_int;
 use std::io;
@@ -16,12 +16,12 @@ use crate::syn::{Path, SavedSyn};
 use crate::topology::Family;
 use crate::wait::{PATIENCE, eventually, patience};
 
-/// How a client connects. The default asks nothing of the kernel but a deadline.
+/// Options of a client's connection. The default sets a timeout only.
 #[derive(Clone, Debug)]
 pub struct Connector {
-    /// Address and port to connect from; port 0 leaves the port to the kernel.
+    /// Source address and port; port 0 is any port.
     pub source: Option<SocketAddr>,
-    /// IPv4 type of service or IPv6 traffic class; the kernel keeps the two ECN bits to itself.
+    /// IPv4 type of service or IPv6 traffic class; the kernel sets the two ECN bits.
     pub traffic_class: u8,
     /// IPv4 options, at most 40 bytes.
     pub ip_options: Vec<u8>,
@@ -31,9 +31,9 @@ pub struct Connector {
     pub destination_options: Vec<u8>,
     /// Congestion control, the namespace's default if none.
     pub congestion: Option<String>,
-    /// Send the first data with the SYN, where a cookie is known (RFC 7413): connecting then waits for it.
+    /// Sends the first data with the SYN, if a cookie is known (RFC 7413): connect then waits for data.
     pub fast_open: bool,
-    /// For connect, and for each read and write of the connected stream.
+    /// Timeout of connect, and of each read and write.
     pub timeout: Duration,
 }
 
@@ -53,7 +53,7 @@ impl Default for Connector {
 }
 
 impl From<SocketAddr> for Connector {
-    /// Connects from an address and port.
+    /// Returns a connector with a source address and port.
     fn from(source: SocketAddr) -> Self {
         Self {
             source: Some(source),
@@ -63,7 +63,7 @@ impl From<SocketAddr> for Connector {
 }
 
 impl Connector {
-    /// Connects from a port of the client's.
+    /// Returns a connector with a source port of the client.
     pub fn from_port(family: Family, port: u16) -> Self {
         Self::from(SocketAddr::new(family.client(), port))
     }
@@ -71,15 +71,15 @@ impl Connector {
     /// Connects from `namespace` to `server`.
     ///
     /// # Errors
-    /// What the kernel says, unchanged, so that a test can tell a refusal from an unreachable host.
+    /// The kernel's error, unchanged, so that a test can distinguish a refusal from an unreachable host.
     pub fn connect(&self, namespace: &Namespace, server: SocketAddr) -> io::Result<TcpStream> {
         self.connect_from(namespace.run(|| tcp_socket(server))?, server)
     }
 
-    /// Connects from the namespace that the calling thread is in.
+    /// Connects from the namespace of the calling thread.
     ///
     /// # Errors
-    /// What the kernel says, unchanged.
+    /// The kernel's error, unchanged.
     pub fn connect_here(&self, server: SocketAddr) -> io::Result<TcpStream> {
         self.connect_from(tcp_socket(server)?, server)
     }
@@ -112,7 +112,7 @@ impl Connector {
             )?;
         }
         if let Some(source) = self.source {
-            // So that several connections may share a port, at once or one after the other.
+            // Allows several connections to share a port, concurrently or one after the other.
             socket.set_reuse_address(true)?;
             socket.bind(&source.into())?;
         }
@@ -130,26 +130,26 @@ pub struct Listener {
     address: SocketAddr,
 }
 
-/// A connection, and what its SYN said.
+/// An accepted connection with its SYN.
 #[derive(Debug)]
 pub struct Accepted {
-    /// Its reads and writes time out after 20 s.
+    /// Reads and writes time out after 20 s.
     pub stream: TcpStream,
-    /// The address that the connection comes from.
+    /// Address and port of the client.
     pub peer: SocketAddr,
     /// The SYN.
     pub syn: SavedSyn,
 }
 
 impl Accepted {
-    /// Its path: [`SavedSyn::path`].
+    /// Returns the path: [`SavedSyn::path`].
     pub fn path(&self) -> Path {
         self.syn.path()
     }
 }
 
 impl Listener {
-    /// Listens in `namespace`; an unspecified address means all of its own family only, port 0 any port.
+    /// Listens in `namespace`; an unspecified address is all addresses of its family, port 0 any port.
     ///
     /// # Errors
     /// When the address is in use, or not the namespace's.
@@ -187,22 +187,22 @@ impl Listener {
         Self::bind(namespace, (unspecified, 0).into())
     }
 
-    /// The address and port it is bound to.
+    /// Returns the bound address and port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The port it is bound to.
+    /// Returns the bound port.
     pub fn port(&self) -> u16 {
         self.address.port()
     }
 
-    /// Where it is reached at one of its namespace's addresses.
+    /// Returns the listener's address and port at an address of its namespace.
     pub fn at(&self, address: IpAddr) -> SocketAddr {
         SocketAddr::new(address, self.port())
     }
 
-    /// Sets the congestion control of the connections accepted from now on.
+    /// Sets the congestion control of later accepted connections.
     ///
     /// # Errors
     /// When the kernel does not have it.
@@ -210,10 +210,10 @@ impl Listener {
         self.socket.set_tcp_congestion(congestion.as_bytes())
     }
 
-    /// The next connection.
+    /// Accepts the next connection.
     ///
     /// # Errors
-    /// [`io::ErrorKind::TimedOut`] when none has come within `timeout`, or its [`patience`].
+    /// [`io::ErrorKind::TimedOut`] when none arrives within `timeout`, or its [`patience`].
     pub fn accept(&self, timeout: Duration) -> io::Result<Accepted> {
         let mut ready = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(patience(timeout)).map_err(io::Error::other)?;
@@ -223,8 +223,8 @@ impl Listener {
         self.accept_waiting()
     }
 
-    /// Connects until a connection gets here that is forwarded, and returns all of them. Those before it are stuck: the
-    /// kernel completes handshakes that a daemon which hangs then does not accept.
+    /// Connects until a connection is forwarded, and returns all connections. Earlier ones are stuck: the
+    /// kernel completes their handshakes, which a hung daemon does not accept.
     ///
     /// # Panics
     /// When none is forwarded within [`PATIENCE`], or when one is refused.
@@ -243,7 +243,7 @@ impl Listener {
         stuck
     }
 
-    /// The next connection, if one is waiting; else [`io::ErrorKind::WouldBlock`].
+    /// Accepts a waiting connection; without one returns [`io::ErrorKind::WouldBlock`].
     pub(crate) fn accept_waiting(&self) -> io::Result<Accepted> {
         let (socket, peer) = self.socket.accept()?;
         let patience = Some(Connector::default().timeout);
@@ -265,10 +265,10 @@ impl AsFd for Listener {
     }
 }
 
-/// Ends a connection with a reset, whatever is still queued (SO_LINGER with a timeout of 0).
+/// Resets a connection and discards queued data (SO_LINGER with a timeout of 0).
 ///
 /// # Errors
-/// None that a connected stream would give.
+/// None for a connected stream.
 pub fn reset(stream: TcpStream) -> io::Result<()> {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO))
 }

@@ -1,4 +1,4 @@
-//! The client's SYN, as the server's kernel received it.
+//! The client's SYN that the server's kernel received.
 
 use std::net::IpAddr;
 
@@ -10,12 +10,12 @@ use etherparse::{
 
 use crate::capture::Segment;
 
-/// How a connection passes the gateway.
+/// Path of a connection through the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Path {
-    /// As two legs: a daemon has opened the one to the server.
+    /// As two legs: a daemon has opened the connection to the server.
     Split,
-    /// As it came from the client.
+    /// Forwarded, unchanged.
     Forwarded,
 }
 
@@ -24,10 +24,10 @@ pub enum Path {
 pub struct SavedSyn(Vec<u8>);
 
 impl SavedSyn {
-    /// Takes the bytes from the IP header on.
+    /// Parses the bytes from the IP header on.
     ///
     /// # Errors
-    /// When they are not a whole IP header followed by a whole TCP header.
+    /// When they are not a complete IP header and a complete TCP header.
     pub fn parse(bytes: Vec<u8>) -> Result<Self> {
         let (ip, _) = LaxIpSlice::from_slice(&bytes)?;
         ensure!(ip.payload_ip_number() == ip_number::TCP, "it has no TCP header");
@@ -35,12 +35,12 @@ impl SavedSyn {
         Ok(Self(bytes))
     }
 
-    /// The whole of it, from the IP header on.
+    /// Returns all bytes, from the IP header on.
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// IPv4 type of service or IPv6 traffic class: DSCP and, in the lowest two bits, ECN.
+    /// Returns the IPv4 type of service or IPv6 traffic class: DSCP and, in the lowest two bits, ECN.
     pub fn traffic_class(&self) -> u8 {
         match self.ip() {
             LaxIpSlice::Ipv4(ip) => ip.header().dcp().value() << 2 | ip.header().ecn().value(),
@@ -48,12 +48,12 @@ impl SavedSyn {
         }
     }
 
-    /// The differentiated services code point (RFC 2474), 0 to 63.
+    /// Returns the DSCP (RFC 2474), 0 to 63.
     pub fn dscp(&self) -> u8 {
         self.traffic_class() >> 2
     }
 
-    /// Time to live, or hop limit.
+    /// Returns the TTL or hop limit.
     pub fn ttl(&self) -> u8 {
         match self.ip() {
             LaxIpSlice::Ipv4(ip) => ip.header().ttl(),
@@ -61,8 +61,8 @@ impl SavedSyn {
         }
     }
 
-    /// Who sent it: pepsal's legs start with the gateway's [`GATEWAY_HOPS`](crate::topology::GATEWAY_HOPS), hosts of the
-    /// testbed with twice as many.
+    /// Returns the path, by the TTL: pepsal's legs start with the gateway's
+    /// [`GATEWAY_HOPS`](crate::topology::GATEWAY_HOPS), hosts of the testbed with twice as many.
     pub fn path(&self) -> Path {
         match self.ttl() <= crate::topology::GATEWAY_HOPS {
             true => Path::Split,
@@ -70,23 +70,23 @@ impl SavedSyn {
         }
     }
 
-    /// Source address.
+    /// Returns the source address.
     pub fn source(&self) -> IpAddr {
         self.ip().source_addr()
     }
 
-    /// Destination address.
+    /// Returns the destination address.
     pub fn destination(&self) -> IpAddr {
         self.ip().destination_addr()
     }
 
-    /// IPv4 options with their padding; empty for IPv6.
+    /// Returns the IPv4 options with their padding; empty for IPv6.
     pub fn ip_options(&self) -> &[u8] {
         Ipv4HeaderSlice::from_slice(&self.0).map_or(&[], |header| header.options())
     }
 
-    /// The IPv6 extension header of protocol number `protocol` (0 hop-by-hop, 60 destination options), from its
-    /// next-header byte on.
+    /// Returns the IPv6 extension header of protocol number `protocol` (0 hop-by-hop, 60 destination
+    /// options), from its next-header byte on.
     pub fn extension_header(&self, protocol: u8) -> Option<&[u8]> {
         let header = Ipv6HeaderSlice::from_slice(&self.0).ok()?;
         let chain = &self.0[header.slice().len()..];
@@ -98,7 +98,7 @@ impl SavedSyn {
         })
     }
 
-    /// What the headers say, and how much payload came with them.
+    /// Returns the header fields, and the number of payload bytes.
     pub fn segment(&self) -> Segment {
         Segment::of_headers(self)
     }

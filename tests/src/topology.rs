@@ -1,4 +1,4 @@
-//! Client, gateway and server, and what lies between them.
+//! Client, gateway and server, and the links between them.
 //!
 //! ```text
 //! client eth0 ──── lan0 gateway sat0 ──── eth0 server                          sat0: veth, TUN, or an emulated link
@@ -20,7 +20,7 @@ use crate::course::Course;
 use crate::emulator::{Emulator, LinkCounters, LinkDelays, LinkProfile};
 use crate::netns::Namespace;
 
-/// IPv4 or IPv6, with the addresses that a topology has in it.
+/// An address family, with its addresses in a topology.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
     /// IPv4
@@ -30,10 +30,10 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both families.
+    /// IPv4 and IPv6.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
-    /// As people write it.
+    /// Returns the name.
     pub fn name(self) -> &'static str {
         match self {
             Self::V4 => "IPv4",
@@ -41,7 +41,7 @@ impl Family {
         }
     }
 
-    /// The family of an address.
+    /// Returns the family of an address.
     pub fn of(address: IpAddr) -> Self {
         match address {
             IpAddr::V4(_) => Self::V4,
@@ -49,60 +49,61 @@ impl Family {
         }
     }
 
-    /// The client's address.
+    /// Returns the client's address.
     pub fn client(self) -> IpAddr {
         LAN.host(self, 2)
     }
 
-    /// The address of an extra client (see [`Builder::extra_clients`]), counted from 0.
+    /// Returns the address of an extra client (see [`Builder::extra_clients`]), counted from 0.
     pub fn extra_client(self, index: u8) -> IpAddr {
         LAN.host(self, 3 + index)
     }
 
-    /// The gateway's address on `lan0`, the client's next hop.
+    /// Returns the gateway's address on `lan0`, the client's next hop.
     pub fn gateway(self) -> IpAddr {
         LAN.host(self, 1)
     }
 
-    /// The server's address.
+    /// Returns the server's address.
     pub fn server(self) -> IpAddr {
         OUTER.host(self, 2)
     }
 
-    /// The address of the server's next hop: the gateway's on `sat0`, or the router's where there is one.
+    /// Returns the address of the server's next hop: the gateway's on `sat0`, or the router's if there is
+    /// one.
     pub fn server_next_hop(self) -> IpAddr {
         OUTER.host(self, 1)
     }
 }
 
-/// What the gateway's interface `sat0` is.
+/// Type of the gateway's interface `sat0`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Link {
     /// One end of a veth pair.
     Veth,
-    /// A link with the profile's impairments: netem on a veth pair where the kernel has it, else [`Link::Tun`].
+    /// A link with the profile's impairments: netem on a veth pair if the kernel has it, else [`Link::Tun`].
     Emulated(LinkProfile),
-    /// A TUN device with our own emulator behind it; [`LinkProfile::UNIMPAIRED`] makes it a mere TUN device.
+    /// A TUN device with the testbed's emulator; with [`LinkProfile::UNIMPAIRED`] a plain TUN device.
     Tun(LinkProfile),
 }
 
-/// Namespaces joined by links, both families routed from end to end. Dropping it removes everything.
+/// Namespaces with links, and routes of both address families. Dropping it removes everything.
 #[derive(Debug)]
 pub struct Topology {
-    // Fields drop in order: the emulator stops before its devices' namespaces go.
+    // Fields drop in order: the emulator stops before the namespaces of its devices end.
     emulator: Option<Emulator>,
-    /// Where connections come from; its interface is `eth0`.
+    /// The client; its interface is `eth0`.
     pub client: Namespace,
-    /// Forwards between `lan0` (towards the client) and `sat0` (towards the server).
+    /// The gateway, between `lan0` (towards the client) and `sat0` (towards the server).
     pub gateway: Namespace,
-    /// Between `sat1` (towards the gateway) and `wan0` (towards the server), where one is asked for.
+    /// The optional router, between `sat1` (towards the gateway) and `wan0` (towards the server).
     pub router: Option<Namespace>,
-    /// Where connections go to; its interface is `eth0`.
+    /// The server; its interface is `eth0`.
     pub server: Namespace,
 }
 
 impl Topology {
-    /// Client, gateway and server over two veth pairs.
+    /// Creates client, gateway and server, connected by two veth pairs.
     ///
     /// # Errors
     /// Without root.
@@ -110,7 +111,7 @@ impl Topology {
         Self::builder().build()
     }
 
-    /// A topology to be varied.
+    /// Returns a builder of a topology.
     pub fn builder() -> Builder {
         Builder {
             link: Link::Veth,
@@ -120,43 +121,45 @@ impl Topology {
         }
     }
 
-    /// Joins gateway and server by a second veth pair, whose ends are `sat2` and `eth1`. No route leads over it but those to
-    /// its own addresses: `10.4.0.1` and `fd04::1` at the gateway, `10.4.0.2` and `fd04::2` at the server.
+    /// Connects gateway and server by a second veth pair, whose ends are `sat2` and `eth1`. Only its own
+    /// addresses are routed over it: `10.4.0.1` and `fd04::1` at the gateway, `10.4.0.2` and `fd04::2` at the
+    /// server.
     ///
     /// # Errors
-    /// When there is one already.
+    /// When it exists.
     pub fn add_second_link(&self) -> Result<()> {
         veth(&self.gateway, "sat2", &self.server, "eth1")?;
         SECOND.assign(&self.gateway, "sat2", 1)?;
         SECOND.assign(&self.server, "eth1", 2)
     }
 
-    /// Makes the link between client and gateway anew, with `lan0` under its name, after one of its ends was deleted.
+    /// Creates the link between client and gateway again, with the name `lan0`, after one of its ends was
+    /// deleted.
     ///
     /// # Errors
-    /// When it is there.
+    /// When the link exists.
     pub fn reconnect_client(&self) -> Result<()> {
         connect_client(&self.client, &self.gateway)
     }
 
-    /// Begins a course on the emulated link and returns the time: see [`Emulator::begin`]. `None` where `sat0` is a veth or netem
-    /// does the work.
+    /// Starts a course on the emulated link and returns the time: see [`Emulator::begin`]. `None` if `sat0`
+    /// is a veth or the link is netem.
     pub fn begin(&self, course: Course) -> Option<Instant> {
         self.emulator.as_ref().map(|emulator| emulator.begin(course))
     }
 
-    /// What the emulator has carried; none where `sat0` is a veth or netem does the work.
+    /// Returns the emulator's counters; `None` if `sat0` is a veth or the link is netem.
     pub fn link_counters(&self) -> Option<LinkCounters> {
         self.emulator.as_ref().map(Emulator::counters)
     }
 
-    /// How long packets have taken on the emulated link; none as above.
+    /// Returns the emulator's delays; `None` if `sat0` is a veth or the link is netem.
     pub fn link_delays(&self) -> Option<LinkDelays> {
         self.emulator.as_ref().map(Emulator::delays)
     }
 }
 
-/// Variants of a [`Topology`].
+/// Builder of a [`Topology`].
 #[derive(Clone, Copy, Debug)]
 pub struct Builder {
     link: Link,
@@ -166,12 +169,12 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// What `sat0` is: a veth by default.
+    /// Sets the type of `sat0`, by default a veth.
     pub fn link(self, link: Link) -> Self {
         Self { link, ..self }
     }
 
-    /// Puts a router between gateway and server: the far end of the satellite link.
+    /// Adds a router between gateway and server: the far end of the satellite link.
     pub fn router(self) -> Self {
         Self {
             has_router: true,
@@ -179,8 +182,8 @@ impl Builder {
         }
     }
 
-    /// Puts a router between gateway and server which answers packets above `mtu` bytes, either way, with ICMP errors.
-    /// All interfaces keep an MTU of 1500, so that no MSS gives the path away.
+    /// Adds a router between gateway and server that sends ICMP errors for packets above `mtu` bytes, in both
+    /// directions. All interfaces keep an MTU of 1500, so that no MSS reveals the path MTU.
     pub fn path_mtu(self, mtu: u16) -> Self {
         Self {
             path_mtu: Some(mtu),
@@ -188,7 +191,7 @@ impl Builder {
         }
     }
 
-    /// Gives the client's namespace `count` more addresses in each family: [`Family::extra_client`].
+    /// Adds `count` addresses of each family to the client's namespace: [`Family::extra_client`].
     pub fn extra_clients(self, count: u8) -> Self {
         Self {
             extra_clients: count,
@@ -196,10 +199,10 @@ impl Builder {
         }
     }
 
-    /// Makes the namespaces and links.
+    /// Creates the namespaces and links.
     ///
     /// # Errors
-    /// Without root; also when the kernel lacks veth or TUN.
+    /// Without root, or when the kernel lacks veth or TUN.
     pub fn build(self) -> Result<Topology> {
         ensure!(
             self.extra_clients <= 250,
@@ -271,12 +274,12 @@ impl Subnet {
     }
 }
 
-/// The time to live, or hop limit, that forwarders send with; it is the kernel's usual one.
+/// TTL or hop limit of gateway and router, the kernel's default.
 pub const GATEWAY_HOPS: u8 = 64;
-/// That of hosts, so that their packets are told from those of a gateway.
+/// TTL or hop limit of hosts, to distinguish their packets from those of a gateway.
 const HOST_HOPS: u8 = 128;
 
-/// A namespace that sends with a time to live of its own.
+/// Creates the namespace of a host, with its TTL.
 fn host(name: &str) -> Result<Namespace> {
     let namespace = neighbour(name)?;
     namespace.sysctl("net.ipv4.ip_default_ttl", HOST_HOPS)?;
@@ -284,7 +287,7 @@ fn host(name: &str) -> Result<Namespace> {
     Ok(namespace)
 }
 
-/// A namespace whose addresses can be used at once and whose transfers learn nothing from earlier ones.
+/// Creates a namespace without duplicate address detection and without saved TCP metrics.
 fn neighbour(name: &str) -> Result<Namespace> {
     let namespace = Namespace::new(name)?;
     namespace.sysctl("net.ipv6.conf.all.accept_dad", 0)?;
@@ -316,7 +319,7 @@ fn veth(near: &Namespace, near_device: &str, far: &Namespace, far_device: &str) 
     far.ip(format!("link set {far_device} up"))
 }
 
-/// Joins `sat0` in the gateway with `device` in its neighbour.
+/// Connects `sat0` in the gateway with `device` in its neighbour.
 fn join(gateway: &Namespace, neighbour: &Namespace, device: &str, link: Link) -> Result<Option<Emulator>> {
     match link {
         Link::Veth => veth(gateway, "sat0", neighbour, device).map(|()| None),
@@ -347,9 +350,9 @@ fn default_route(namespace: &Namespace, subnet: Subnet, host: u8) -> Result<()> 
     ))
 }
 
-/// Routes to the client's subnet and, with a path MTU, both of the router's ways narrowed to it. Routes carry the MTU,
-/// since a veth end with a smaller one swallows its peer's larger packets. 256 is the metric of the kernel's own route to
-/// a subnet, which only a route with the same metric replaces.
+/// Adds the route to the client's subnet and, with a path MTU, sets it on both routes of the router. Routes
+/// carry the MTU, because a veth end with a smaller MTU drops larger packets of its peer. 256 is the metric
+/// of the kernel's route to a subnet, which only a route with the same metric replaces.
 fn route_lan_back(router: &Namespace, path_mtu: Option<u16>) -> Result<()> {
     let mtu = path_mtu.map(|mtu| format!("mtu lock {mtu}")).unwrap_or_default();
     router.ip(format!(
@@ -369,8 +372,8 @@ fn kernel_has_netem() -> Result<bool> {
     Ok(tc.status.success())
 }
 
-/// The kernel's own emulator: what leaves `device` is lost at random, queued up to the limit, serialised and delayed. Its
-/// limit counts packets, those on their way among them.
+/// Adds the kernel's emulator: packets that leave `device` are lost at random, queued up to the limit,
+/// serialised and delayed. Its limit counts packets, including those in flight.
 fn netem(namespace: &Namespace, device: &str, rate_bps: u64, profile: &LinkProfile) -> Result<()> {
     const PACKET_BYTES: u64 = 1500;
     let delay = profile.rtt / 2;

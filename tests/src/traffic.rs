@@ -1,8 +1,8 @@
-//! Verified transfers: pseudo-random bytes one way, digests compared at the end.
+//! Verified transfers: pseudo-random bytes in one direction, with a comparison of digests at the end.
 //!
-//! The client opens a connection and says what it wants: direction, seed and length. The payload follows in that direction.
-//! Last, the server reports the digest of the payload as it sent or received it, the client's address and the client's SYN.
-//! A [`Session`] asks for one download after the other on one connection.
+//! The client opens a connection and sends a request with direction, seed and length. The payload follows in
+//! that direction. Then the server reports the digest of the payload, the client's address and the client's
+//! SYN. A [`Session`] requests several downloads on one connection.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream};
@@ -23,7 +23,7 @@ use crate::socket::{Accepted, Connector, Listener};
 use crate::syn::{Path, SavedSyn};
 use crate::topology::Family;
 
-/// Which way the payload goes, as the client sees it.
+/// Direction of the payload, from the client's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Direction {
     /// Client to server.
@@ -32,7 +32,7 @@ pub enum Direction {
     Download,
 }
 
-/// One transfer to be made.
+/// Parameters of a transfer.
 #[derive(Clone, Debug)]
 pub struct Transfer {
     direction: Direction,
@@ -43,7 +43,7 @@ pub struct Transfer {
     cancel: Cancel,
 }
 
-/// Ends transfers before their time.
+/// Cancels transfers.
 #[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<Mutex<Cancelled>>);
 
@@ -54,17 +54,17 @@ struct Cancelled {
 }
 
 impl Cancel {
-    /// Shuts the connections down at the client's end: their transfers fail at once, and so do those that begin later.
+    /// Shuts down the connections at the client's end: present and later transfers fail at once.
     pub fn cancel(&self) {
         let mut cancelled = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         cancelled.is_cancelled = true;
         for stream in cancelled.open.drain(..).filter_map(|stream| stream.upgrade()) {
-            // Fails on a connection that has just ended, which is as good.
+            // Fails on a closed connection, which has the same effect.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// Whether it has been called for.
+    /// Returns whether [`Cancel::cancel`] was called.
     pub fn is_cancelled(&self) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).is_cancelled
     }
@@ -79,42 +79,42 @@ impl Cancel {
     }
 }
 
-/// A transfer that has run to its end.
+/// Result of a complete transfer.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// From the call of connect to the last byte of the server's report.
+    /// From connect to the last byte of the server's report.
     pub elapsed: Duration,
     /// Payload bytes.
     pub bytes: u64,
-    /// Whether both ends counted and digested the same payload.
+    /// Whether both ends have the same byte count and digest.
     pub intact: bool,
-    /// The client's own address and port.
+    /// The client's local address and port.
     pub local: SocketAddr,
-    /// The client's address and port as the server saw them.
+    /// The client's address and port that the server saw.
     pub peer: SocketAddr,
-    /// The client's SYN as the server's kernel received it.
+    /// The client's SYN that the server received.
     pub syn: SavedSyn,
 }
 
 impl Outcome {
-    /// Its path: [`SavedSyn::path`].
+    /// Returns the path: [`SavedSyn::path`].
     pub fn path(&self) -> Path {
         self.syn.path()
     }
 }
 
 impl Transfer {
-    /// A transfer of `bytes` from client to server.
+    /// Returns a transfer of `bytes` from client to server.
     pub fn upload(bytes: u64) -> Self {
         Self::new(Direction::Upload, bytes)
     }
 
-    /// A transfer of `bytes` from server to client.
+    /// Returns a transfer of `bytes` from server to client.
     pub fn download(bytes: u64) -> Self {
         Self::new(Direction::Download, bytes)
     }
 
-    /// A transfer of `bytes`.
+    /// Returns a transfer of `bytes`.
     pub fn new(direction: Direction, bytes: u64) -> Self {
         Self {
             direction,
@@ -126,31 +126,31 @@ impl Transfer {
         }
     }
 
-    /// The seed of the payload, 1 by default.
+    /// Sets the seed of the payload, 1 by default.
     pub fn seed(self, seed: u64) -> Self {
         Self { seed, ..self }
     }
 
-    /// How the client connects.
+    /// Sets the client's connector.
     pub fn connector(self, connector: Connector) -> Self {
         Self { connector, ..self }
     }
 
-    /// Where to count the payload bytes that the client has written or read so far. (Written ones may still be far from the
-    /// server: [`Server::received`].)
+    /// Sets the counter of payload bytes that the client has written or read. (The server may have received
+    /// less: [`Server::received`].)
     pub fn progress(self, progress: Arc<AtomicU64>) -> Self {
         Self { progress, ..self }
     }
 
-    /// What ends it before its time.
+    /// Sets the handle that can cancel the transfer.
     pub fn cancelled_by(self, cancel: Cancel) -> Self {
         Self { cancel, ..self }
     }
 
-    /// Connects from `namespace` to `server` and moves the payload.
+    /// Connects from `namespace` to `server` and transfers the payload.
     ///
     /// # Errors
-    /// When the connection fails, or ends otherwise than cleanly. A wrong digest is not an error here: see
+    /// When the connection fails, or does not end by FIN. A wrong digest is not an error: see
     /// [`Outcome::intact`].
     pub fn run(&self, namespace: &Namespace, server: SocketAddr) -> Result<Outcome> {
         let start = Instant::now();
@@ -186,7 +186,7 @@ impl Transfer {
     }
 }
 
-/// A connection that is kept from one download to the next.
+/// A connection for several downloads.
 #[derive(Debug)]
 pub struct Session(Arc<TcpStream>);
 
@@ -194,7 +194,7 @@ impl Session {
     /// Connects from `namespace` to `server`.
     ///
     /// # Errors
-    /// When the connection fails, or `cancel` has been called for.
+    /// When the connection fails, or `cancel` was called.
     pub fn open(
         connector: &Connector,
         namespace: &Namespace,
@@ -205,8 +205,8 @@ impl Session {
         Ok(Self(cancel.watch(stream)?))
     }
 
-    /// Asks for `bytes` drawn from `seed` and reads them. Returns the time from the request to the last byte of the server's
-    /// report, and whether both ends digested the same.
+    /// Requests `bytes` generated from `seed` and reads them. Returns the time from the request to the last
+    /// byte of the server's report, and whether both digests are equal.
     ///
     /// # Errors
     /// When the connection ends.
@@ -244,15 +244,15 @@ struct Shared {
 }
 
 impl Server {
-    /// Starts with the namespace's default congestion control.
+    /// Starts a server with the namespace's default congestion control.
     ///
     /// # Errors
-    /// When the namespace has no room for sockets.
+    /// When the sockets cannot be created.
     pub fn start(namespace: &Namespace) -> Result<Self> {
         Self::listen(namespace, None)
     }
 
-    /// Starts with a congestion control of its own, for instance `cubic`.
+    /// Starts a server with a congestion control, for instance `cubic`.
     ///
     /// # Errors
     /// When the kernel does not have it.
@@ -275,7 +275,7 @@ impl Server {
             received: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             is_hushed: AtomicBool::new(false),
-            // Daemons that start meanwhile do not inherit it.
+            // Daemons that start meanwhile must not inherit it.
             stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
             open: Mutex::default(),
         });
@@ -290,27 +290,27 @@ impl Server {
         })
     }
 
-    /// The port it listens on, in both families.
+    /// Returns the port, which is the same for both address families.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Where clients of a [`Topology`](crate::Topology) reach it.
+    /// Returns the server's address in a [`Topology`](crate::Topology).
     pub fn address(&self, family: Family) -> SocketAddr {
         (family.server(), self.port).into()
     }
 
-    /// Payload bytes received so far, over all connections.
+    /// Returns the payload bytes received so far, over all connections.
     pub fn received(&self) -> u64 {
         self.shared.received.load(Ordering::Relaxed)
     }
 
-    /// Says no more of connections that fail, which it does on standard error: for those whose clients cancel transfers.
+    /// Disables messages about failed connections on standard error, for clients that cancel transfers.
     pub fn hush(&self) {
         self.shared.is_hushed.store(true, Ordering::Relaxed);
     }
 
-    /// Ends all connections and accepts no more.
+    /// Closes all connections and accepts no more.
     pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
         self.shared
@@ -318,7 +318,7 @@ impl Server {
             .write(1)
             .expect("the counter of an eventfd takes 1");
         for stream in self.shared.open().drain(..).filter_map(|stream| stream.upgrade()) {
-            // Fails on a connection that has just ended, which is as good.
+            // Fails on a closed connection, which has the same effect.
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
@@ -328,7 +328,7 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.stop();
         if let Some(thread) = self.thread.take() {
-            // A panic there has been printed; panicking here as well would abort.
+            // The panic has been printed; a second panic here would abort.
             let _ = thread.join();
         }
     }
@@ -344,10 +344,10 @@ fn accept_until_stopped(listeners: &[Listener; 2], shared: &Arc<Shared>) {
     while !shared.stopping.load(Ordering::Relaxed) {
         let mut ready = [listeners[0].as_fd(), listeners[1].as_fd(), shared.stop.as_fd()]
             .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-        // Interrupted by a signal or not, the listeners are asked next.
+        // After an interruption too, the listeners are checked next.
         let _ = poll(&mut ready, PollTimeout::NONE);
         for listener in listeners {
-            // What fails here is a connection that was reset before it was accepted.
+            // An error is of a connection that was reset before accept.
             while let Ok(accepted) = listener.accept_waiting() {
                 serve_on_own_thread(accepted, shared);
             }
@@ -359,7 +359,7 @@ fn serve_on_own_thread(accepted: Accepted, shared: &Arc<Shared>) {
     let Accepted { stream, peer, syn } = accepted;
     let stream = Arc::new(stream);
     let mut open = shared.open();
-    // Looked at under the lock, so that no connection escapes `Server::stop`.
+    // Checked under the lock, so that `Server::stop` misses no connection.
     if shared.stopping.load(Ordering::Relaxed) {
         return;
     }
@@ -405,7 +405,7 @@ fn serve(stream: &TcpStream, peer: SocketAddr, syn: SavedSyn, received: &AtomicU
     Ok(())
 }
 
-/// The payload is drawn from the generator in blocks of this size, whatever a write takes.
+/// Block size of the payload generator, independent of the size of writes.
 const BLOCK_BYTES: usize = 64 * 1024;
 
 fn send_payload(mut stream: &TcpStream, seed: u64, bytes: u64, sent: &AtomicU64) -> Result<(u64, u64)> {
@@ -453,12 +453,12 @@ fn retry(mut operation: impl FnMut() -> io::Result<usize>) -> io::Result<usize> 
     }
 }
 
-/// What the client wants.
+/// The client's request.
 struct Request {
     direction: Direction,
     seed: u64,
     bytes: u64,
-    /// Whether the connection ends with it.
+    /// Whether it is the last one of the connection.
     is_last: bool,
 }
 
@@ -475,7 +475,7 @@ impl Request {
         Self::read_next(stream)?.ok_or_else(|| ErrorKind::UnexpectedEof.into())
     }
 
-    /// The next request, if another comes.
+    /// Reads the next request; none at the end of stream.
     fn read_next(mut stream: &TcpStream) -> io::Result<Option<Self>> {
         let mut kind = [0];
         if retry(|| stream.read(&mut kind))? == 0 {
@@ -493,7 +493,7 @@ impl Request {
     }
 }
 
-/// What the server saw.
+/// The server's report.
 struct Report {
     bytes: u64,
     digest: u64,

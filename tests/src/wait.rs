@@ -1,17 +1,17 @@
-//! Waiting for a condition instead of sleeping for a guess.
+//! Waits for conditions, in place of sleeps.
 
 use std::env;
 use std::sync::LazyLock;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long a busy machine may take for what takes milliseconds.
+/// Timeout on a busy machine for operations that take milliseconds.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A time that the machine, and not the daemon, may need: as many times as long as the environment's
-/// `PEPSAL_TEST_SLOWNESS` says, which is 1 if it says nothing.
+/// Returns a timeout that depends on the machine and not on the daemon, multiplied by the environment
+/// variable `PEPSAL_TEST_SLOWNESS`, 1 by default.
 pub fn patience(timeout: Duration) -> Duration {
     static SLOWNESS: LazyLock<u32> = LazyLock::new(|| {
         let slowness = env::var("PEPSAL_TEST_SLOWNESS").ok();
@@ -20,10 +20,10 @@ pub fn patience(timeout: Duration) -> Duration {
     timeout * *SLOWNESS
 }
 
-/// Waits until `condition` holds.
+/// Waits until `condition` is true.
 ///
 /// # Panics
-/// When it still does not after `timeout`, or after its [`patience`]; the message shows the caller's line.
+/// When it is false after `timeout`, or after its [`patience`]; the message has the caller's line.
 #[track_caller]
 pub fn eventually(timeout: Duration, condition: impl FnMut() -> bool) {
     assert!(
@@ -32,7 +32,7 @@ pub fn eventually(timeout: Duration, condition: impl FnMut() -> bool) {
     );
 }
 
-/// Whether `condition` comes to hold within `timeout`.
+/// Returns whether `condition` becomes true within `timeout`.
 pub(crate) fn holds_within(timeout: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + patience(timeout);
     loop {

@@ -49,7 +49,7 @@ fn bad_files_are_refused_with_the_place_before_anything_is_touched() -> Result<(
         ),
         (
             "[link.sat0]\nrate = \"5mbit\"\nrtt = \"1s\"\n[link.sat0]\nrate = \"5mbit\"\nrtt = \"1s\"\n",
-            ":4:7: 'sat0' is there twice",
+            ":4:7: 'sat0' is given twice",
         ),
         (
             "interfaces = [\"lan0\"]\nmetrics.listen = 9300\n",
@@ -61,9 +61,9 @@ fn bad_files_are_refused_with_the_place_before_anything_is_touched() -> Result<(
         ),
         (
             "interfaces = [\"lan0\"]\nproxy.connect-timeout = 0\n",
-            ":2:25: proxy.connect-timeout: '0' is no time to wait",
+            ":2:25: proxy.connect-timeout: '0' is too short",
         ),
-        ("", ": interfaces is missing: name those"),
+        ("", ": interfaces is missing: name the interfaces"),
         (
             "interfaces = [\"lan0\"]\n[steering]\nonly-from = [\"/nosuch\"]\n",
             "/nosuch: cannot be read: ",
@@ -250,7 +250,10 @@ fn reload_of_a_bad_file_keeps_the_running_configuration() -> Result<()> {
             "congestion control 'nosuch' is unknown".to_owned(),
         ),
     ] {
-        let said = scene.reload(configuration, "not reloaded, the running configuration stays: ")?;
+        let said = scene.reload(
+            configuration,
+            "not reloaded, the running configuration stays in effect: ",
+        )?;
         assert!(said.contains(&complaint), "{configuration:?}: {said}");
         assert!(!scene.is_split(Family::V4)?, "{configuration:?}");
         assert!(scene.is_split(Family::V6)?, "{configuration:?}");
@@ -259,21 +262,20 @@ fn reload_of_a_bad_file_keeps_the_running_configuration() -> Result<()> {
     let said = scene.hangup("not reloaded")?;
     assert!(said.contains(&format!("{file}: cannot be read: ")), "{said}");
     let said = scene.reload(good, "reloaded: ")?;
-    assert!(said.contains("nothing changed"), "{said}");
+    assert!(said.contains("no reloadable key changed"), "{said}");
     Ok(())
 }
 
 #[test]
 fn reload_names_what_needs_a_restart_each_time() -> Result<()> {
     let scene = Scene::new("interfaces = [\"lan0\"]\n", &["--drain-timeout", "7s"])?;
-    let other =
-        "interfaces = [\"lan0\", \"sat0\"]\n[proxy]\nport = 5001\nconns = 9\ndrain-timeout = \"9s\"\n";
+    let other = "interfaces = [\"lan0\", \"sat0\"]\n[proxy]\nport = 5001\nmax-connections = 9\ndrain-timeout = \"9s\"\n";
     for _ in 0..2 {
-        let said = scene.reload(other, "proxy.conns: needs a restart, still 2112")?;
+        let said = scene.reload(other, "proxy.max-connections: needs a restart, still 2112")?;
         assert!(said.contains("interfaces: needs a restart, still lan0"), "{said}");
         assert!(said.contains("proxy.port: needs a restart, still 5000"), "{said}");
         assert!(
-            said.contains("nothing changed that applies now"),
+            said.contains("no reloadable key changed"),
             "the command line wins: {said}"
         );
     }

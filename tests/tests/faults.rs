@@ -152,7 +152,7 @@ fn panic_of_a_flow_resets_that_one_and_is_counted() -> Result<()> {
     let exit = bed.daemon.terminate()?;
     assert_eq!(exit.code(), Some(0), "{}", exit.log);
     assert_eq!(exit.counter("panicked"), 3, "{}", exit.log);
-    assert_eq!(exit.log.matches("error in pepsal").count(), 3, "{}", exit.log);
+    assert_eq!(exit.log.matches("internal error").count(), 3, "{}", exit.log);
     Ok(())
 }
 

@@ -455,7 +455,7 @@ fn two_ends_that_open_the_same_connection_at_once_get_one() -> Result<()> {
     ensure!(receive_all(&at_client)? == b"hello");
     drop((at_client, at_server));
     let exit = daemon.terminate()?;
-    assert!(exit.counter("simultaneous") > 0, "{}", exit.log);
+    assert!(exit.counter("simultaneous_open") > 0, "{}", exit.log);
     Ok(())
 }
 

@@ -23,10 +23,10 @@ use tempfile::NamedTempFile;
 fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
     let topology = Topology::new()?;
     let cases: &[(&[&str], &str)] = &[
-        (&["-i", "nosuch0"], "pepsal: interface nosuch0: there is none"),
-        (&["-i", "lan0", "-i", "nosuch0"], "there are lan0, sat0"),
-        (&["-i", "lo"], "pepsal: interface lo: there is none"),
-        (&["-i", ""], "pepsal: interface : there is none"),
+        (&["-i", "nosuch0"], "pepsal: interface nosuch0: no such interface"),
+        (&["-i", "lan0", "-i", "nosuch0"], "present are lan0, sat0"),
+        (&["-i", "lo"], "pepsal: interface lo: no such interface"),
+        (&["-i", ""], "pepsal: interface : no such interface"),
         (
             &["-i", "lan0", "--only", "10.0.0.0/33"],
             "'10.0.0.0/33' is not an IPv4 or IPv6 prefix",
@@ -45,7 +45,7 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
         ),
         (
             &["-i", "lan0", "-c", "0"],
-            "invalid value '0' for '--conns <MAXCONN>'",
+            "invalid value '0' for '--max-connections <N>'",
         ),
         (
             &["-i", "lan0", "--conns-per-client", "many"],
@@ -67,7 +67,7 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
         (&["-i", "lan0", "--mark", "0x1ffffffff"], "is not a 32-bit number"),
         (
             &["-i", "lan0", "--table", "254"],
-            "flows stay in the host's forwarding path, so that pepsal needs no routing table: leave it out",
+            "flows stay in the forwarding path of the host and need no routing table: leave it out",
         ),
         (&["-i", "lan0", "-g", "soon"], "'soon' is not a time"),
         (
@@ -81,7 +81,7 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
         (&["-i", "lan0", "-k", "-n"], "cannot be used with"),
         (
             &["-i", "lan0", "--connect-timeout", "0s"],
-            "'0s' is no time to wait: give more than nothing",
+            "'0s' is too short: give a time above 0",
         ),
         (
             &["-i", "lan0", "--metrics-listen", "300.0.0.1:80"],
@@ -93,7 +93,7 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
         ),
         (
             &["-i", "lan0", "--metrics-listen", "unix:/etc/passwd"],
-            "pepsal: metrics: /etc/passwd is there and is no socket",
+            "pepsal: metrics: /etc/passwd exists and is not a socket",
         ),
         (
             &["-i", "lan0", "--admin-socket", "/nosuch/pepsal.sock"],
@@ -117,11 +117,11 @@ fn bad_arguments_are_one_line_and_leave_nothing_behind() -> Result<()> {
         ),
         (
             &["-i", "lan0", "-M", "999999999"],
-            "pepsal: monitoring-pid 999999999: there is no process of this number: start the monitor first",
+            "pepsal: monitoring-pid 999999999: there is no such process: start the monitor first",
         ),
         (
             &["reload", "999999999"],
-            "pepsal: process 999999999: there is none that this user may look at",
+            "pepsal: process 999999999: no such process, or no permission to read",
         ),
     ];
     for (arguments, complaint) in cases {

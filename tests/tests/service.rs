@@ -59,7 +59,7 @@ fn unknown_user_is_named() -> Result<()> {
     let exit = Daemon::expect_failure(&topology.gateway, &["-i", "lan0", "--user", "nosuch"])?;
     assert_eq!(
         exit.log.trim_end(),
-        "pepsal: user nosuch: there is none of that name: make one, or leave --user out"
+        "pepsal: user nosuch: there is no such user: create it, or leave --user out"
     );
     Ok(())
 }
@@ -217,7 +217,7 @@ fn reload_has_the_same_program_read_again_and_another_one_take_over() -> Result<
     let daemon = Daemon::start_command(command)?;
 
     program.reload(topology, &manager, &daemon)?;
-    daemon.wait_for_log("nothing to read again")?;
+    daemon.wait_for_log("nothing to reload")?;
 
     program.replace()?;
     let open = Session::open(
@@ -227,7 +227,7 @@ fn reload_has_the_same_program_read_again_and_another_one_take_over() -> Result<
         &Cancel::default(),
     )?;
     program.reload(topology, &manager, &daemon)?;
-    daemon.wait_for_log("relieved")?;
+    daemon.wait_for_log("takeover by process")?;
     let named = loop {
         let message = manager.message()?;
         if let Some(process) = message.lines().find_map(|line| line.strip_prefix("MAINPID=")) {

@@ -148,7 +148,7 @@ fn hung_daemon_lets_new_connections_pass_and_resumes() -> Result<()> {
         }
         was_split
     });
-    assert!(bed.daemon.terminate()?.counter("unresponsive") > 0);
+    assert!(bed.daemon.terminate()?.counter("heartbeat_expired") > 0);
     Ok(())
 }
 
@@ -300,7 +300,7 @@ fn syn_cookies_are_followed() -> Result<()> {
     let bed = Bed::on(topology, LAN)?;
     bed.splits()?;
     assert!(
-        bed.daemon.terminate()?.counter("pending") >= 4,
+        bed.daemon.terminate()?.counter("handshake") >= 4,
         "the last segment of each handshake has no socket"
     );
     Ok(())

@@ -48,7 +48,7 @@ fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()
             .collect();
         let upgraded = (0..UPGRADES).try_for_each(|upgrade| {
             let next = network.start(&TAKEOVER)?;
-            daemons[upgrade].wait_for_log("relieved")?;
+            daemons[upgrade].wait_for_log("takeover by process")?;
             daemons.push(next);
             for session in &lasting {
                 let (_, intact) = session.download(100_000, upgrade as u64)?;
@@ -71,7 +71,7 @@ fn ten_upgrades_under_load_refuse_no_connection_and_reset_no_flow() -> Result<()
         assert_eq!(
             exit.code(),
             Some(0),
-            "one that is relieved ends by itself: {}",
+            "a drained instance ends by itself: {}",
             exit.log
         );
     }
@@ -113,7 +113,7 @@ fn connections_that_request_nothing_do_not_delay_a_takeover() -> Result<()> {
     } = Bed::start(&[])?;
     let _silent = silent_connections(&network.topology, &first)?;
     let second = network.start(&TAKEOVER)?;
-    first.wait_for_log("relieved")?;
+    first.wait_for_log("takeover by process")?;
     assert_eq!(network.probe(Family::V4)?, Path::Split);
     assert_eq!(first.wait()?.code(), Some(0));
     drop(second);

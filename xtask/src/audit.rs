@@ -1,4 +1,4 @@
-//! Checks what the workspace and the fuzzer depend on: known vulnerabilities, licences, sources (`deny.toml`).
+//! Checks the dependencies of the workspace and the fuzzer: vulnerabilities, licences, sources (`deny.toml`).
 
 use std::process::Command;
 
@@ -11,7 +11,7 @@ const CARGO_DENY: Tool = Tool {
     version: "^0.20",
 };
 
-/// Installs cargo-deny below the target folder, unless it is there, and runs it.
+/// Installs cargo-deny below the target folder if necessary, and runs it.
 pub fn run() -> Result<()> {
     let program = CARGO_DENY.install()?;
     for workspace in ["Cargo.toml", "fuzz/Cargo.toml"] {

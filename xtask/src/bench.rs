@@ -13,19 +13,20 @@ mod relay;
 mod statistic;
 mod study;
 
-/// What to measure.
+/// Benchmarks.
 #[derive(Subcommand)]
 pub enum Bench {
-    /// Transfers, requests and flows over emulated links, with pepsal in each place and without it.
+    /// Transfers, requests and flows over emulated links, with pepsal at each position and without it.
     Link(link::Options),
-    /// What the proxy costs where there is no link to speak of: rate, processor, memory, beside no proxy and HAProxy.
+    /// Cost of the proxy without a bottleneck link: rate, CPU time, memory, compared with forwarding and
+    /// HAProxy.
     Relay(relay::Options),
-    /// One end of the connections that `relay` measures, told by its standard input what to do.
+    /// One end of the connections that `relay` measures, controlled by its standard input.
     #[command(hide = true, subcommand)]
     RelayEnd(relay::End),
 }
 
-/// Measures, and prints and writes the results.
+/// Runs the benchmark, and prints and writes the results.
 pub fn run(bench: &Bench) -> Result<ExitCode> {
     match bench {
         Bench::Link(options) => link::run(options),

@@ -1,4 +1,4 @@
-//! Building the eBPF object, and the daemon around it.
+//! Builds the eBPF object, and the daemon with it.
 
 use std::{
     path::{Path, PathBuf},
@@ -14,16 +14,17 @@ use crate::{
     toolchain::Toolchain,
 };
 
-/// Names the eBPF object to `pepsal/build.rs`, which embeds it, and to tests that load it themselves.
+/// Environment variable with the path of the eBPF object, for `pepsal/build.rs`, which embeds it, and for
+/// tests that load it.
 pub const OBJECT_VARIABLE: &str = "PEPSAL_EBPF_OBJECT";
 
 const EBPF_TARGET: &str = "bpfel-unknown-none";
 
-/// The compiler arguments of the eBPF object: the instruction set that gives code which the verifier can follow, and
-/// debug info, from which the linker makes BTF.
+/// Compiler arguments of the eBPF object: an instruction set whose code the verifier can follow, and debug
+/// info, from which the linker generates BTF.
 const EBPF_FLAGS: &str = "-C target-cpu=v3 -C debuginfo=2 -C link-arg=--btf";
 
-/// What would make the eBPF build use the compiler, the flags or the libraries of the cargo that runs xtask.
+/// Variables by which the eBPF build would use compiler, flags or libraries of the cargo that runs xtask.
 const FOREIGN_VARIABLES: &[&str] = &[
     "CARGO",
     "CARGO_BUILD_RUSTC",
@@ -39,7 +40,7 @@ const FOREIGN_VARIABLES: &[&str] = &[
     "RUSTUP_TOOLCHAIN",
 ];
 
-/// Installs what is missing, builds the daemon with its eBPF object inside, and returns its absolute path.
+/// Installs missing packages, builds the daemon with its eBPF object, and returns its absolute path.
 pub fn daemon(release: bool) -> Result<PathBuf> {
     let object = ebpf(&setup::run(Needs::Build)?)?;
     daemon_with(&object, release)
@@ -68,9 +69,9 @@ pub fn ebpf(toolchain: &Toolchain) -> Result<PathBuf> {
     Ok(ebpf_target_dir().join(EBPF_TARGET).join("release/pepsal-ebpf"))
 }
 
-/// The command that lints the eBPF programs, or nothing when the toolchain has no clippy.
+/// Returns the command that lints the eBPF programs; `None` without clippy in the toolchain.
 pub fn ebpf_clippy(toolchain: &Toolchain) -> Option<Command> {
-    // Not as `cargo clippy`: cargo would take the one of rustup, which runs another compiler.
+    // Not by `cargo clippy`, which would run rustup's clippy with another compiler.
     let mut clippy = ebpf_cargo(toolchain, "cargo-clippy", "clippy");
     clippy.args(["--", "-D", "warnings"]);
     toolchain.program("cargo-clippy").is_file().then_some(clippy)
@@ -94,7 +95,7 @@ fn ebpf_cargo(toolchain: &Toolchain, program: &str, subcommand: &str) -> Command
         .env("RUSTC", toolchain.program("rustc"))
         // Unlocks `-Z` in a stable compiler.
         .env("RUSTC_BOOTSTRAP", "1")
-        // Two cargos that shared a folder would each throw away what the other built.
+        // Two cargos with the same folder would delete each other's builds.
         .env("CARGO_TARGET_DIR", ebpf_target_dir())
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", toolchain.linker())
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_RUSTFLAGS", EBPF_FLAGS);

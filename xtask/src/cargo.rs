@@ -1,4 +1,4 @@
-//! The cargo that runs xtask, and where its workspace and what it builds are.
+//! The cargo that runs xtask, with its workspace and target folder.
 
 use std::{
     env,
@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-/// The cargo that runs xtask, working on the host's crates, with arguments that are parted by spaces.
+/// Returns a command of the cargo that runs xtask, for the host's crates, with space-separated arguments.
 pub fn cargo(args: &str) -> Command {
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.args(args.split(' ')).current_dir(root());
@@ -14,7 +14,7 @@ pub fn cargo(args: &str) -> Command {
     cargo
 }
 
-/// Where cargo puts what it builds: an absolute path.
+/// Returns the target folder, an absolute path.
 pub fn target_dir() -> PathBuf {
     match env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => std::path::absolute(&dir).unwrap_or(dir.into()),
@@ -22,7 +22,6 @@ pub fn target_dir() -> PathBuf {
     }
 }
 
-/// The workspace's folder.
 pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()

@@ -1,4 +1,4 @@
-//! Compilers that can build the eBPF object: they have their library's source, and are new enough.
+//! Finds compilers that can build the eBPF object: with the source of the library, and new enough.
 
 use std::{env, fmt, fs, path::PathBuf, process::Command, str::FromStr};
 
@@ -6,7 +6,7 @@ use anyhow::{Error, Result};
 
 use crate::shell;
 
-/// The least version of the compiler, major and minor.
+/// Returns the minimum version of the compiler, major and minor.
 pub fn minimum() -> Version {
     env!("CARGO_PKG_RUST_VERSION")
         .parse()
@@ -35,16 +35,16 @@ impl fmt::Display for Version {
     }
 }
 
-/// A compiler: a folder of programs and the versions of what they are made of.
+/// A compiler: the folder of its programs, and its versions.
 pub struct Compiler {
     bin: PathBuf,
     release: Version,
-    /// The major version of its LLVM, which the linker has to share.
+    /// Major version of its LLVM, which the linker has to share.
     pub llvm: u32,
 }
 
 impl Compiler {
-    /// The compiler in a folder, if it is there with the source of its library and is new enough.
+    /// Returns the compiler in a folder, if it exists with the source of its library and is new enough.
     fn find(bin: PathBuf) -> Option<Self> {
         let core = bin.parent()?.join("lib/rustlib/src/rust/library/core");
         if !core.is_dir() || !bin.join("cargo").is_file() {
@@ -55,12 +55,10 @@ impl Compiler {
         (release >= minimum()).then_some(Self { bin, release, llvm })
     }
 
-    /// The compiler of the distribution.
     pub fn system() -> Option<Self> {
         Self::find("/usr/bin".into())
     }
 
-    /// The nightly compiler of rustup.
     pub fn nightly() -> Option<Self> {
         let home = env::var_os("RUSTUP_HOME")
             .map(PathBuf::from)
@@ -73,7 +71,7 @@ impl Compiler {
             .find_map(|entry| Self::find(entry.path().join("bin")))
     }
 
-    /// Where one of its programs is, or would be.
+    /// Returns the path of one of its programs, which may not exist.
     pub fn program(&self, name: &str) -> PathBuf {
         self.bin.join(name)
     }
@@ -85,7 +83,7 @@ impl fmt::Display for Compiler {
     }
 }
 
-/// Release and LLVM's major version from the output of `rustc -vV`.
+/// Parses release and LLVM's major version from the output of `rustc -vV`.
 fn parse_rustc(about: &str) -> Option<(Version, u32)> {
     let field = |name| about.lines().find_map(|line| line.strip_prefix(name));
     let release = field("release: ")?.parse().ok()?;

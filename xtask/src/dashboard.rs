@@ -1,8 +1,8 @@
-//! Whether Grafana and Prometheus can do with what `packaging/` has for them.
+//! Checks Grafana's dashboard and Prometheus' rules in `packaging/`.
 //!
-//! Grafana's own types, which its npm package `@grafana/schema` has, judge the dashboard: the type checker takes the file
-//! as it is for a literal. Prometheus scrapes a daemon at work, and has to have an answer to each of the dashboard's
-//! queries, and to each of the alerts' rules.
+//! The types of Grafana's npm package `@grafana/schema` check the dashboard: the type checker reads the file
+//! as a literal. A Prometheus that scrapes a running daemon has to return data for each query of the
+//! dashboard, and to evaluate each rule.
 
 use std::{
     collections::BTreeMap,
@@ -28,14 +28,14 @@ use crate::{
 const DASHBOARD: &str = "packaging/grafana/pepsal.json";
 const RULES: &str = "packaging/prometheus/pepsal.rules.yml";
 
-/// The version of Grafana whose types are asked.
+/// Version of Grafana's types.
 const SCHEMA: &str = "13.2.3";
 const TYPESCRIPT: &str = "5.9.3";
 
-/// How long Prometheus may take to have seen everything twice.
+/// Timeout until Prometheus has two samples of each metric.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Checks both.
+/// Checks dashboard and rules.
 pub fn run() -> Result<()> {
     ensure!(
         shell::is_root(),
@@ -57,8 +57,8 @@ pub fn run() -> Result<()> {
     check_queries(&dashboard, &daemon)
 }
 
-/// JSON has an enumeration's names as texts, which TypeScript tells from the enumeration. Grafana fills in what a panel's
-/// options leave out.
+/// JSON has strings for enumerations, which TypeScript distinguishes. Grafana has defaults for missing
+/// options of panels.
 const TYPES: &str = "
 type Json<T> = T extends string ? `${T}` : T extends (infer U)[] ? Json<U>[]
     : T extends object ? { [K in keyof T]: Json<T[K]> } : T;
@@ -89,7 +89,7 @@ fn check_types(dashboard: &Value) -> Result<()> {
     Ok(())
 }
 
-/// The dashboard and its panels' options as declarations of Grafana's types.
+/// Returns the dashboard and its panels' options as declarations of Grafana's types.
 fn typed(dashboard: &Value) -> Result<String> {
     let mut text = format!("import type {{ Dashboard }} from '@grafana/schema';\n{TYPES}");
     let mut kinds = BTreeMap::new();
@@ -119,7 +119,6 @@ fn typed(dashboard: &Value) -> Result<String> {
     Ok(text + &panels_text)
 }
 
-/// Those that show something.
 fn panels(dashboard: &Value) -> impl Iterator<Item = &Value> {
     let panels = dashboard["panels"].as_array().into_iter().flatten();
     panels.filter(|panel| panel["type"] != "row")
@@ -152,13 +151,13 @@ fn check_queries(dashboard: &Value, daemon: &Path) -> Result<()> {
             for (title, expression) in &unanswered {
                 println!("{title}: nothing for {expression}");
             }
-            bail!("{} of {count} queries have no answer", unanswered.len());
+            bail!("{} of {count} queries returned no data", unanswered.len());
         }
-        // A rate wants traffic between two scrapes.
+        // A rate needs traffic between two scrapes.
         for family in Family::BOTH {
             Transfer::upload(2_000_000).run(&topology.client, server.address(family))?;
         }
-        // An event: nobody may connect to the listener itself. It is refused one way or the other.
+        // Causes an event: a direct connection to the listener is refused.
         let _ = topology.gateway.run(|| TcpStream::connect(("127.0.0.1", 5000)));
         let mut left = Vec::new();
         for (title, expression) in unanswered {
@@ -168,7 +167,7 @@ fn check_queries(dashboard: &Value, daemon: &Path) -> Result<()> {
         }
         unanswered = left;
     }
-    println!("{count} queries have an answer.");
+    println!("{count} queries returned data.");
     let state = prometheus.get("rules", &[])?;
     let rules = state["data"]["groups"].as_array().into_iter().flatten();
     let rules: Vec<&Value> = rules
@@ -178,7 +177,7 @@ fn check_queries(dashboard: &Value, daemon: &Path) -> Result<()> {
         ensure!(rule["health"] == "ok" && rule["state"] != "firing", "{rule:#}");
     }
     ensure!(!rules.is_empty(), "Prometheus has no rules");
-    println!("{} alerts are evaluated, and none is on.", rules.len());
+    println!("{} alerts are evaluated, and none is firing.", rules.len());
     Ok(())
 }
 
@@ -233,7 +232,7 @@ impl<'a> Prometheus<'a> {
         Ok(prometheus)
     }
 
-    /// The answer to one of the dashboard's queries, with its variables as Grafana would set them.
+    /// Returns the result of a query of the dashboard, with Grafana's values of its variables.
     fn query(&self, expression: &str) -> Result<Vec<Value>> {
         let expression = expression
             .replace("$instance", ".*")
@@ -258,7 +257,7 @@ impl<'a> Prometheus<'a> {
 
 impl Drop for Prometheus<'_> {
     fn drop(&mut self) {
-        // Both fail only for a process that has ended already.
+        // Both fail only for a process that has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = fs::remove_dir_all(&self.folder);

@@ -1,4 +1,5 @@
-//! The Debian package, by cargo-deb: what it holds is in `pepsal/Cargo.toml`, and what only a build can tell is made here.
+//! Builds the Debian package by cargo-deb: `pepsal/Cargo.toml` lists its files, and this module generates
+//! manual pages and completions.
 
 use std::{
     env, fs,
@@ -14,19 +15,19 @@ mod life;
 mod root;
 mod system;
 
-/// How to make the package.
+/// Options of the package.
 #[derive(clap::Args)]
 pub struct Options {
-    /// Also boot a clean Debian in namespaces, and install, start, use, reload, upgrade and purge it there; as root. The
-    /// package has to be made on that release or an older one.
+    /// Also boot a clean Debian in namespaces, and install, start, use, reload, upgrade and purge the package
+    /// there; as root. The package has to be built on that release or an older one.
     #[arg(long)]
     check: bool,
-    /// The release of Debian to check it in.
+    /// Debian release of that system.
     #[arg(long, value_name = "RELEASE", default_value = "trixie", requires = "check")]
     suite: String,
 }
 
-/// Makes the package, and checks it where that is asked for.
+/// Builds the package, and checks it if requested.
 pub fn run(options: &Options) -> Result<()> {
     build::daemon(true)?;
     let tool = tool()?;
@@ -41,7 +42,7 @@ pub fn run(options: &Options) -> Result<()> {
 
 const CARGO_DEB: &str = "3.8.0";
 
-/// cargo-deb, built by the cargo that runs xtask where it is not there yet.
+/// Returns cargo-deb, built by the cargo that runs xtask if necessary.
 fn tool() -> Result<PathBuf> {
     let root = cargo::target_dir().join(format!("tools/cargo-deb-{CARGO_DEB}"));
     let tool = root.join("bin/cargo-deb");
@@ -54,7 +55,7 @@ fn tool() -> Result<PathBuf> {
     Ok(tool)
 }
 
-/// Puts manual pages, completions, examples and Debian's changelog below target/packaging.
+/// Writes manual pages, completions, examples and Debian's changelog below target/packaging.
 fn stage() -> Result<()> {
     let staged = cargo::root().join("target/packaging");
     let _ = fs::remove_dir_all(&staged);
@@ -79,7 +80,7 @@ fn stage() -> Result<()> {
     fs::write(staged.join("changelog"), changelog).context("the changelog was not made")
 }
 
-/// Makes the package, and returns where it is.
+/// Builds the package, and returns its path.
 fn package(tool: &Path) -> Result<PathBuf> {
     let mut command = Command::new(tool);
     command

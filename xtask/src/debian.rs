@@ -1,4 +1,4 @@
-//! Packages of Debian and its relatives: which ones are wanted, which are missing, and their installation.
+//! Finds and installs packages of Debian and its derivatives.
 
 use std::process::{Command, Stdio};
 
@@ -10,13 +10,12 @@ use crate::{
     shell,
 };
 
-/// Whether this system has apt.
 pub fn is_here() -> bool {
     shell::find("apt-get").is_some() && shell::find("dpkg-query").is_some()
 }
 
-/// The packages of the eBPF toolchain, by what apt's lists offer: the compiler, cargo and the library's source of one
-/// version, clippy, and what bpf-linker needs to be built against the compiler's LLVM.
+/// Returns the packages of the eBPF toolchain from apt's lists: compiler, cargo and library source of one
+/// version, clippy, and the build dependencies of bpf-linker for the compiler's LLVM.
 pub fn toolchain_packages() -> Result<Vec<String>> {
     let minimum = compiler::minimum();
     let policy = apt_cache("policy rustc rustc-web")?;
@@ -29,19 +28,19 @@ pub fn toolchain_packages() -> Result<Vec<String>> {
         bail!("package {rustc} uses LLVM {llvm}, which bpf-linker does not support");
     }
     let suffix = rustc.strip_prefix("rustc").unwrap_or_default();
-    // g++ for its library, which LLVM is linked with.
+    // g++ for its library, to which LLVM is linked.
     let packages = format!("{rustc} cargo{suffix} rust{suffix}-src rust{suffix}-clippy llvm-{llvm}-dev g++");
     Ok(packages.split(' ').map(str::to_owned).collect())
 }
 
-/// Whether a package is installed, whole.
+/// Returns whether a package is completely installed.
 pub fn is_installed(package: &str) -> bool {
     let mut query = Command::new("dpkg-query");
     query.args(["--show", "--showformat=${db:Status-Status}", package]);
     shell::output(&mut query).is_ok_and(|status| status == "installed")
 }
 
-/// Fetches the lists of packages anew. A failure matters only if the old lists do not do.
+/// Updates the lists of packages. A failure matters only if the old lists are insufficient.
 pub fn update() {
     shell::heading("Fetching the lists of Debian packages");
     if let Err(error) = shell::run(&mut apt_get("update")) {
@@ -55,7 +54,7 @@ pub fn install(packages: &[String]) -> Result<()> {
     shell::run(apt_get(INSTALL).args(packages))
 }
 
-/// What one types to do by hand what [`update`] and [`install`] do.
+/// Returns the commands that do the work of [`update`] and [`install`] by hand.
 pub fn by_hand(packages: &[String]) -> String {
     format!(
         "\n    sudo apt-get update\n    sudo apt-get {INSTALL} {}",
@@ -63,7 +62,7 @@ pub fn by_hand(packages: &[String]) -> String {
     )
 }
 
-/// `--no-remove`: Debian's rustc and Debian's rustup exclude each other, and which of them to keep is the user's choice.
+/// `--no-remove`: Debian's rustc and rustup exclude each other, and the user decides which to keep.
 const INSTALL: &str = "install --yes --no-remove --no-install-recommends";
 
 /// Waits for other package managers, and keeps percentages out of logs.
@@ -73,7 +72,7 @@ fn apt_get(action: &str) -> Command {
     let mut apt = Command::new("apt-get");
     apt.args(action.split(' ').chain(APT_OPTIONS.split(' ')))
         .env("DEBIAN_FRONTEND", "noninteractive")
-        // Keeps systemd from starting the servers of which tests only want the programs.
+        // Keeps systemd from starting the servers, of which tests need only the programs.
         .env("SYSTEMD_OFFLINE", "1")
         .stdin(Stdio::null());
     apt
@@ -83,8 +82,8 @@ fn apt_cache(args: &str) -> Result<String> {
     shell::output(Command::new("apt-cache").args(args.split(' ')).env("LC_ALL", "C"))
 }
 
-/// The compiler's package from the output of `apt-cache policy`: the one that is installed if it is new enough, as
-/// two exclude each other, or else the newest.
+/// Returns the compiler's package from the output of `apt-cache policy`: the installed one if it is new
+/// enough, since two exclude each other, or else the newest.
 fn choose_compiler(policy: &str, minimum: Version) -> Option<&str> {
     let mut best = None;
     let mut package = "";
@@ -105,7 +104,7 @@ fn choose_compiler(policy: &str, minimum: Version) -> Option<&str> {
     best.map(|(_, _, package)| package)
 }
 
-/// The major version of LLVM in the output of `apt-cache depends --recurse`.
+/// Returns the major version of LLVM from the output of `apt-cache depends --recurse`.
 fn llvm_of(depends: &str) -> Option<u32> {
     let mut names = depends
         .split_whitespace()

@@ -1,7 +1,7 @@
-//! A file moved over an emulated satellite link, with and without pepsal.
+//! Transfers a file over an emulated satellite link, with and without pepsal.
 //!
-//! Every transfer has client, gateway, server and link of its own, so all of them can run at once without disturbing each
-//! other, as long as the machine keeps up with the links' rates.
+//! Every transfer has its own client, gateway, server and link, so all can run concurrently without influence
+//! on each other, if the machine is fast enough for the links' rates.
 
 use std::{
     env,
@@ -52,7 +52,7 @@ pub struct Options {
     daemon: Option<PathBuf>,
 }
 
-/// What the machine can emulate at once without becoming the bottleneck itself.
+/// Rate of links that the machine can emulate concurrently, in bit/s, without being the bottleneck.
 const EMULATED_BPS_AT_ONCE: u64 = 600_000_000;
 
 /// Builds the daemon, runs the transfers as root and prints the table.
@@ -79,7 +79,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         match race.run(contests, &signals) {
             Ok(Some(more)) => finishes.extend(more),
             Ok(None) => return signals.interrupted(),
-            // The signal reached what ran just then, too.
+            // The signal also ended the running child process.
             Err(_) if signals.is_pending() => return signals.interrupted(),
             Err(error) => return Err(error),
         }
@@ -101,7 +101,7 @@ A gateway accelerates what it sends over the link itself. Beside the client it s
 own window lets it; downloads are sent by the server's stock TCP, beyond the link. With pepsal at that end too, both run at
 the speed of the link from the first round trip.";
 
-/// Everything that is compared.
+/// Returns all comparisons.
 fn contests() -> Vec<Contest> {
     let placements = [
         (Direction::Upload, Placement::Nowhere),
@@ -138,7 +138,7 @@ fn introduce(race: &Race) {
         queue_bytes / 1024
     );
     println!(
-        "Client and server: stock TCP with {}, marked AF21. pepsal is told what the link is: --link {}.",
+        "Client and server: stock TCP with {}, marked AF21. pepsal has the option --link {}.",
         lane::STOCK_CONGESTION,
         race.link_argument("sat0")
     );
@@ -148,7 +148,7 @@ fn introduce(race: &Race) {
     );
 }
 
-/// Becomes the same command as root, with the daemon that the user has built.
+/// Executes the same command as root, with the daemon that the user has built.
 fn again_as_root(daemon: &Path) -> Result<ExitCode> {
     let this = env::current_exe().context("cannot find this program's file")?;
     let mut command = shell::as_root(&this)?;

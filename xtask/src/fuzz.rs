@@ -1,4 +1,4 @@
-//! Coverage-guided fuzzing of what reads bytes that others made.
+//! Coverage-guided fuzzing of the parsers of untrusted bytes.
 
 use std::{fs, path::PathBuf, process::Command};
 
@@ -12,19 +12,19 @@ const CARGO_FUZZ: Tool = Tool {
     version: "^0.13",
 };
 
-/// What to fuzz, and for how long.
+/// Options of fuzzing.
 #[derive(clap::Args)]
 pub struct Options {
-    /// What to exercise; all in turn, if none is given.
+    /// Targets to run; all in turn, if none is given.
     #[arg(value_enum)]
     targets: Vec<Target>,
-    /// How long each target is exercised.
+    /// Time for each target, in seconds.
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// Have every access to memory checked as well, which takes longer.
+    /// Check every memory access too, which is slower.
     #[arg(long)]
     address_sanitizer: bool,
-    /// Add to the corpus in the repository what covers something that nothing in it does.
+    /// Add inputs with new coverage to the corpus of the repository.
     #[arg(long)]
     keep: bool,
 }
@@ -32,9 +32,9 @@ pub struct Options {
 /// The binaries in `fuzz/`.
 #[derive(Clone, Copy, ValueEnum)]
 enum Target {
-    /// The packet parser, beside etherparse.
+    /// The packet parser, compared with etherparse.
     Packet,
-    /// The relay, between two ends that do what a script says.
+    /// The relay, between two ends that follow a script.
     Relay,
     /// The configuration file.
     Configuration,
@@ -48,7 +48,7 @@ impl Target {
         value.get_name().to_owned()
     }
 
-    /// The longest input in bytes that says something new.
+    /// Returns the maximum useful length of an input in bytes.
     fn max_len(self) -> u32 {
         match self {
             Self::Relay => 202,
@@ -58,7 +58,7 @@ impl Target {
     }
 }
 
-/// Fuzzes each target for its time. What makes one fail is kept in `fuzz/artifacts`.
+/// Fuzzes each target for its time. Inputs that fail are kept in `fuzz/artifacts`.
 pub fn run(options: &Options) -> Result<()> {
     setup::offer(&[("c++", "g++")])?;
     let program = CARGO_FUZZ.install()?;
@@ -71,7 +71,7 @@ pub fn run(options: &Options) -> Result<()> {
     for target in targets {
         let name = target.name();
         let found = found(&name);
-        fs::create_dir_all(&found).with_context(|| format!("cannot make {}", found.display()))?;
+        fs::create_dir_all(&found).with_context(|| format!("cannot create {}", found.display()))?;
         let corpus = corpus(&name);
         let fuzz = |folders: [&PathBuf; 2], arguments: String| {
             let mut command = cargo_fuzz(&program, options.address_sanitizer);
@@ -83,7 +83,7 @@ pub fn run(options: &Options) -> Result<()> {
         };
         shell::heading(&format!("{name}, for {} s", options.seconds));
         let seconds = options.seconds;
-        // The limit is on one input, so that a hang is found.
+        // The limit is for one input, to find hangs.
         fuzz(
             [&found, &corpus],
             format!("-max_total_time={seconds} -timeout=30 -print_final_stats=1"),
@@ -95,12 +95,10 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Where new inputs go.
 fn found(target: &str) -> PathBuf {
     cargo::target_dir().join("fuzz/found").join(target)
 }
 
-/// The inputs in the repository.
 fn corpus(target: &str) -> PathBuf {
     cargo::root().join("fuzz/corpus").join(target)
 }
@@ -113,7 +111,7 @@ fn cargo_fuzz(program: &PathBuf, address_sanitizer: bool) -> Command {
         .arg("--target-dir")
         .arg(cargo::target_dir().join("fuzz"))
         .current_dir(cargo::root().join("fuzz"))
-        // Unlocks what libFuzzer needs in a stable compiler.
+        // Enables unstable options, which libFuzzer needs, in a stable compiler.
         .env("RUSTC_BOOTSTRAP", "1");
     command
 }

@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, compiler::Compiler, shell};
 
-/// The linker that goes with a compiler.
+/// The linker of a compiler.
 pub struct Linker {
     llvm: u32,
 }
@@ -17,17 +17,16 @@ impl Linker {
     /// The major versions of LLVM that this version of bpf-linker can be built against.
     pub const LLVM: RangeInclusive<u32> = 21..=23;
 
-    /// The linker that shares its LLVM with the compiler.
+    /// Returns the linker for the LLVM of a compiler.
     pub fn of(compiler: &Compiler) -> Self {
         Self { llvm: compiler.llvm }
     }
 
-    /// Where it is, once built.
     pub fn path(&self) -> PathBuf {
         self.root().join("bin/bpf-linker")
     }
 
-    /// Builds it with the cargo that runs xtask.
+    /// Builds the linker with the cargo that runs xtask.
     pub fn build(&self) -> Result<()> {
         shell::heading("Building bpf-linker, which takes a minute or two");
         let (root, scratch) = (self.root(), Self::folder().join("build"));
@@ -40,7 +39,7 @@ impl Linker {
         ]);
         cargo.arg("--root").arg(&root).env("CARGO_TARGET_DIR", &scratch);
         cargo.env("LLVM_PREFIX", format!("/usr/lib/llvm-{}", self.llvm));
-        // Cargo would tell the user to put the folder on the PATH, unless it is there.
+        // With the folder on the PATH, cargo does not suggest to add it.
         let mut path = env::var_os("PATH").unwrap_or_default();
         path.push(":");
         path.push(root.join("bin"));
@@ -49,12 +48,13 @@ impl Linker {
         built.and(removed)
     }
 
-    /// The folder of everything that is made for the toolchain.
+    /// Returns the folder of the built toolchain.
     pub fn folder() -> PathBuf {
         cargo::target_dir().join("bpf-toolchain")
     }
 
-    /// Names both versions, so that a new one of either makes a new linker.
+    /// Returns the folder of this linker; its name has both versions, so that a new version of either builds
+    /// a new linker.
     fn root(&self) -> PathBuf {
         Self::folder().join(format!("bpf-linker-{}-llvm-{}", Self::VERSION, self.llvm))
     }

@@ -32,11 +32,12 @@ mod vm;
 
 use setup::Needs;
 
-/// Build, run and test pepsal. Every command first installs what it lacks, or says how to.
+/// Build, run and test pepsal. Every command first installs missing requirements, or prints how to install
+/// them.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
 enum Xtask {
-    /// Find or install what the other commands need, the eBPF toolchain above all.
+    /// Find or install the requirements of the other commands, such as the eBPF toolchain.
     Setup {
         /// The command to prepare for.
         #[arg(long = "for", value_name = "COMMAND", default_value = "build")]
@@ -57,24 +58,24 @@ enum Xtask {
         #[arg(last = true)]
         args: Vec<OsString>,
     },
-    /// Move a file over an emulated satellite link, with and without pepsal, and show what changes.
+    /// Transfer a file over an emulated satellite link, with and without pepsal, and compare.
     Demo(demo::Options),
-    /// Make a Debian package, in target/debian.
+    /// Build a Debian package, in target/debian.
     Deb(deb::Options),
-    /// Check the dashboard by Grafana's types, and its queries and the alerts by a Prometheus; as root.
+    /// Check the dashboard against Grafana's types, and its queries and the alerts in a Prometheus; as root.
     Dashboard,
-    /// Draw what `pepsal top` shows, as docs/images/top.svg; as root.
+    /// Render `pepsal top` as docs/images/top.svg; as root.
     Screenshot,
-    /// Measure what pepsal brings, and print it beside what it has to.
+    /// Measure gain or cost of pepsal, and compare with the goals.
     #[command(subcommand)]
     Bench(Box<bench::Bench>),
     /// Check format and lints, run the unit tests and, as root, the end-to-end tests.
     Test(test::Options),
     /// Check dependencies for known vulnerabilities, licences and sources.
     Audit,
-    /// Fuzz what reads bytes that others made: packets, the relay's ends, configuration files, requests.
+    /// Fuzz the parsers of untrusted bytes: packets, the relay's ends, configuration files, requests.
     Fuzz(fuzz::Options),
-    /// Make flows of every kind over a lossy link, while the daemon and the gateway are ill-treated, and check every byte.
+    /// Run flows of every kind over a lossy link during fault injection, and check every byte.
     Soak(soak::Options),
     /// Run the end-to-end tests on other kernels, in virtual machines without hardware support.
     VmTest(vm::Options),
@@ -108,7 +109,7 @@ impl Xtask {
     }
 }
 
-/// Becomes the daemon, so that signals and the exit status are its own.
+/// Executes the daemon in this process, which so has its signals and exit status.
 fn load(release: bool, args: &[OsString]) -> Result<ExitCode> {
     let daemon = build::daemon(release)?;
     let mut command = shell::as_root(&daemon)?;

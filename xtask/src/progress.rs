@@ -1,15 +1,14 @@
-//! How far a long command is: one line that changes on a terminal, else a line now and then.
+//! Shows the progress of a long command: one changing line on a terminal, else a line now and then.
 
 use std::{
     io::{IsTerminal as _, Write as _, stdout},
     time::{Duration, Instant},
 };
 
-/// Between two lines where there is no terminal.
+/// Interval of lines without a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 const CLEAR_LINE: &str = "\r\x1b[K";
 
-/// The line.
 pub struct Progress {
     start: Instant,
     shown: Instant,
@@ -17,7 +16,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Begins to count the time.
+    /// Starts the clock.
     pub fn new() -> Self {
         let now = Instant::now();
         Self {
@@ -27,7 +26,7 @@ impl Progress {
         }
     }
 
-    /// Shows how far things are, behind the time that they have taken, if it is time to.
+    /// Shows the elapsed time and the progress, if the interval has passed.
     pub fn show(&mut self, how_far: impl FnOnce() -> String) {
         if !self.is_terminal && self.shown.elapsed() < LINE_INTERVAL {
             return;
@@ -36,7 +35,7 @@ impl Progress {
         let line = format!("{:4.0} s   {}", self.start.elapsed().as_secs_f64(), how_far());
         if self.is_terminal {
             print!("{CLEAR_LINE}{line}");
-            // A terminal that is gone shows no progress, and that is all.
+            // An error of the terminal is no error of the command.
             let _ = stdout().flush();
         } else {
             println!("{line}");

@@ -1,4 +1,4 @@
-//! Numbers with units, as `tc` and people write them.
+//! Parses and formats numbers with units, as in `tc`.
 
 use std::time::Duration;
 
@@ -15,37 +15,37 @@ const SIZES: &[(&str, f64)] = &[
     ("GiB", 1_073_741_824.0),
 ];
 
-/// A rate in bit/s: `50mbit`.
+/// Parses a rate in bit/s: `50mbit`.
 pub fn rate_bps(text: &str) -> Result<u64, String> {
     let rate = with_unit(text, RATES)?;
     within(rate, 1e3, 10e9, "from 1kbit to 10gbit").map(|rate| rate as u64)
 }
 
-/// A time: `600ms`.
+/// Parses a time: `600ms`.
 pub fn duration(text: &str) -> Result<Duration, String> {
     let seconds = with_unit(text, TIMES)?;
     within(seconds, 0.0, 10.0, "from 0s to 10s").map(Duration::from_secs_f64)
 }
 
-/// How long something may take: `150s`.
+/// Parses a timeout: `150s`.
 pub fn patience(text: &str) -> Result<Duration, String> {
     let seconds = with_unit(text, TIMES)?;
     within(seconds, 1.0, 86_400.0, "from 1s to 86400s").map(Duration::from_secs_f64)
 }
 
-/// A probability, written in percent: `1%`.
+/// Parses a probability in percent: `1%`.
 pub fn loss(text: &str) -> Result<f64, String> {
     let share = with_unit(text, SHARES)?;
     within(share, 0.0, 0.5, "from 0% to 50%")
 }
 
-/// A size in bytes: `3MiB`.
+/// Parses a size in bytes: `3MiB`.
 pub fn bytes(text: &str) -> Result<u64, String> {
     let bytes = with_unit(text, SIZES)?;
     within(bytes, 1.0, 1e12, "from 1B to 1000GB").map(|bytes| bytes as u64)
 }
 
-/// A rate, in the largest unit that divides it, as [`rate_bps`] reads it: `50mbit`.
+/// Formats a rate in its largest exact unit, for [`rate_bps`]: `50mbit`.
 pub fn exact_rate(bps: u64) -> String {
     match bps {
         _ if bps.is_multiple_of(1_000_000) => format!("{}mbit", bps / 1_000_000),
@@ -54,7 +54,7 @@ pub fn exact_rate(bps: u64) -> String {
     }
 }
 
-/// A time, in the largest unit that divides it, as [`duration`] reads it: `600ms`.
+/// Formats a time in its largest exact unit, for [`duration`]: `600ms`.
 pub fn exact_time(time: Duration) -> String {
     match time.as_micros() {
         us if us % 1_000 == 0 => format!("{}ms", us / 1_000),
@@ -62,7 +62,7 @@ pub fn exact_time(time: Duration) -> String {
     }
 }
 
-/// A size for people: `3.0 MiB`.
+/// Formats a size: `3.0 MiB`.
 pub fn mebibytes(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / 1_048_576.0)
 }

@@ -1,4 +1,4 @@
-//! The outcome of a series of steps, and of the tests in them.
+//! The results of a series of steps, and of their tests.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -10,12 +10,11 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::shell;
 
-/// What the steps came to.
 #[derive(Default)]
 pub struct Report {
     steps: Vec<Step>,
     tally: Tally,
-    /// Steps that failed without naming a failed test: each counts as one failure.
+    /// Failed steps without a failed test: each counts as one failure.
     broken: usize,
 }
 
@@ -26,7 +25,7 @@ struct Step {
 }
 
 impl Report {
-    /// Runs a step under its heading; its error is printed and remembered.
+    /// Runs a step with a heading; prints and records its error.
     pub fn step<T>(&mut self, name: &'static str, work: impl FnOnce(&mut Tally) -> Result<T>) -> Option<T> {
         shell::heading(name);
         let (passed, failed, start) = (self.tally.passed, self.tally.failed, Instant::now());
@@ -59,7 +58,7 @@ impl Report {
         });
     }
 
-    /// Prints the table, the failed tests and, as the last line, the sums.
+    /// Prints the table, the failed tests and, in the last line, the sums.
     pub fn finish(&self) -> ExitCode {
         shell::heading("summary");
         for Step { name, time, outcome } in &self.steps {
@@ -81,7 +80,6 @@ impl Report {
     }
 }
 
-/// What libtest's output says.
 #[derive(Default)]
 pub struct Tally {
     /// Tests that passed.
@@ -89,14 +87,13 @@ pub struct Tally {
     ignored: usize,
     /// Tests that failed.
     pub failed: usize,
-    /// Names of failed tests.
     pub failures: Vec<String>,
     /// Names in the list of failures that is being read.
     list: Option<Vec<String>>,
 }
 
 impl Tally {
-    /// Runs a `cargo test`, reading its output while it goes to the terminal.
+    /// Runs a `cargo test`, and parses its output while copying it to the terminal.
     pub fn run(&mut self, command: &mut Command) -> Result<()> {
         let line = shell::line(command);
         let mut child = command
@@ -106,7 +103,7 @@ impl Tally {
         let mut output = child.stdout.take().context("standard output is a pipe")?;
         let mut pending = Vec::new();
         let mut chunk = [0; 4096];
-        // By chunk and not by line: libtest writes a test's name before it runs it.
+        // By chunk and not by line: libtest writes the name of a test before it runs.
         loop {
             let n = output.read(&mut chunk).context("cannot read the tests' output")?;
             if n == 0 {
@@ -132,21 +129,21 @@ impl Tally {
         Ok(())
     }
 
-    /// What a whole output says.
     pub fn of(output: &str) -> Self {
         let mut tally = Self::default();
         output.lines().for_each(|line| tally.line(line));
         tally
     }
 
-    /// How many tests ran to an end.
+    /// Returns the number of completed tests.
     pub fn total(&self) -> usize {
         self.passed + self.failed
     }
 
     fn line(&mut self, line: &str) {
         if line == "failures:" {
-            // Comes twice: before the output of the failed tests, and before the list of their names.
+            // This line occurs twice: before the output of the failed tests, and before the list of their
+            // names.
             self.list = Some(Vec::new());
         } else if let Some(result) = line.strip_prefix("test result: ") {
             let words: Vec<_> = result.split_whitespace().collect();

@@ -1,4 +1,4 @@
-//! A picture of `pepsal top` for the documents: the real program in a terminal of its own, while flows of several clients
+//! Renders `pepsal top` for the documents: the real program in a terminal, while flows of several clients
 //! cross an emulated satellite link.
 
 use std::{
@@ -25,10 +25,10 @@ use crate::{
 const COLUMNS: u16 = 132;
 const ROWS: u16 = 18;
 
-/// Long enough for the plots to have a history.
+/// Time to fill the plots.
 const WATCHED: Duration = Duration::from_secs(40);
 
-/// Builds the daemon and draws docs/images/top.svg.
+/// Builds the daemon and writes docs/images/top.svg.
 pub fn run() -> Result<()> {
     let daemon = build::daemon_with(&build::ebpf(&setup::run(Needs::Demo)?)?, false)?;
     ensure!(
@@ -65,7 +65,7 @@ pub fn run() -> Result<()> {
                 .seed(seed)
                 .cancelled_by(cancel.clone());
             let (client, address) = (&topology.client, server.address(family));
-            // It is cut short in the end, which is an error.
+            // The transfer is interrupted at the end, which is an error.
             scope.spawn(move || transfer.run(client, address));
             thread::sleep(Duration::from_secs(1));
         }
@@ -93,7 +93,7 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-/// A program on a terminal, which script(1) gives it.
+/// A program in a terminal of script(1).
 struct Terminal {
     script: Child,
     screen: Arc<Mutex<vt100::Parser>>,
@@ -115,7 +115,7 @@ impl Terminal {
             let mut buffer = [0; 65_536];
             while let Ok(length @ 1..) = output.read(&mut buffer) {
                 let mut screen = reader.lock().unwrap_or_else(PoisonError::into_inner);
-                // What gives the terminal back would clear it.
+                // The sequence that restores the terminal would clear the screen.
                 if !buffer[..length].windows(8).any(|bytes| bytes == b"\x1b[?1049l") {
                     screen.process(&buffer[..length]);
                 }
@@ -124,10 +124,10 @@ impl Terminal {
         Ok(Self { script, screen })
     }
 
-    /// What it shows after some time.
+    /// Returns the screen after some time.
     fn after(mut self, time: Duration) -> Result<vt100::Parser> {
         thread::sleep(time);
-        // Its last picture is complete before it takes the key.
+        // Its last screen is complete before it reads the key.
         self.script
             .stdin
             .take()
@@ -148,7 +148,7 @@ const PALETTE: [&str; 16] = [
     "#d08770", "#b9d3a2", "#f0d9a4", "#9bb7d4", "#c9a6c3", "#a3d4e0", "#eceff4",
 ];
 
-/// Draws what a terminal shows. Each run of cells is stretched to its cells' width, whatever font there is.
+/// Renders a screen as SVG. Each run of cells is stretched to the width of its cells, for any font.
 fn svg(screen: &vt100::Screen) -> String {
     let (width, height) = (f32::from(COLUMNS) * CELL.0, f32::from(ROWS) * CELL.1);
     let mut svg = format!(
@@ -169,7 +169,7 @@ fn svg(screen: &vt100::Screen) -> String {
     svg + "</svg>\n"
 }
 
-/// Neighbouring cells of one style.
+/// Adjacent cells of one style.
 struct Run {
     row: u16,
     column: u16,

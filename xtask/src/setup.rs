@@ -1,4 +1,4 @@
-//! Finding, installing or explaining what the other commands need.
+//! Finds or installs the requirements of the other commands, or prints how to install them.
 
 use std::fs::{self, File};
 
@@ -8,7 +8,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use crate::{compiler::Compiler, debian, linker::Linker, shell, toolchain::Toolchain};
 
-/// What to prepare for; each needs what the ones before it need.
+/// Command to prepare for; each includes the requirements of those before it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum Needs {
     /// Building the daemon: the eBPF toolchain.
@@ -19,7 +19,7 @@ pub enum Needs {
     Soak,
     /// The benchmark of links.
     Bench,
-    /// The benchmark of the relay; what it compares with is offered, not needed.
+    /// The benchmark of the relay; HAProxy is optional.
     BenchRelay,
     /// All tests.
     Test,
@@ -27,7 +27,7 @@ pub enum Needs {
     Vm,
 }
 
-/// Programs that a command runs, each with the Debian package that has it.
+/// Programs of a command, each with its Debian package.
 const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Demo, "ip", "iproute2"),
     (Needs::Soak, "nft", "nftables"),
@@ -47,20 +47,20 @@ const PROGRAMS: &[(Needs, &str, &str)] = &[
     (Needs::Vm, "qemu-system-x86_64", "qemu-system-x86"),
 ];
 
-/// The way without packages.
 const WITH_RUSTUP: &str = "
     rustup toolchain install nightly --component rust-src
     cargo install cargo-binstall && cargo binstall bpf-linker";
 
-/// Returns the toolchain for the eBPF object, after installing what is missing. Silent when nothing is.
+/// Returns the toolchain for the eBPF object, after installing missing packages. Prints nothing if none is
+/// missing.
 pub fn run(needs: Needs) -> Result<Toolchain> {
     let ready = || Toolchain::find().filter(|_| missing_programs(needs).next().is_none());
     if let Some(toolchain) = ready() {
         return Ok(toolchain);
     }
-    // Another xtask may be installing the same things.
-    fs::create_dir_all(Linker::folder()).context("cannot make the folder of the eBPF toolchain")?;
-    let lock = File::create(Linker::folder().join("lock")).context("cannot make the lock of setup")?;
+    // Another xtask may be installing at the same time.
+    fs::create_dir_all(Linker::folder()).context("cannot create the folder of the eBPF toolchain")?;
+    let lock = File::create(Linker::folder().join("lock")).context("cannot create the lock of setup")?;
     let _lock = Flock::lock(lock, FlockArg::LockExclusive)
         .map_err(|(_, error)| error)
         .context("cannot lock setup")?;
@@ -77,11 +77,11 @@ pub fn run(needs: Needs) -> Result<Toolchain> {
     Toolchain::find().context("the eBPF toolchain is installed, but cannot link an empty program")
 }
 
-/// Installs programs that a command can do without, each with its Debian package, where that is possible: as root on
-/// Debian and its relatives.
+/// Installs optional programs, each with its Debian package, if possible: as root on Debian and its
+/// derivatives.
 ///
 /// # Errors
-/// Says in one line what is missing and what to type.
+/// One line with the missing programs and the command to install them.
 pub fn offer(programs: &[(&str, &str)]) -> Result<()> {
     let missing = || {
         programs
@@ -109,14 +109,14 @@ pub fn offer(programs: &[(&str, &str)]) -> Result<()> {
     )
 }
 
-/// Those programs that are not on this system, with their Debian packages.
+/// Returns the missing programs with their Debian packages.
 fn missing_programs(needs: Needs) -> impl Iterator<Item = (&'static str, &'static str)> {
     PROGRAMS.iter().filter_map(move |&(command, program, package)| {
         (command <= needs && shell::find(program).is_none()).then_some((program, package))
     })
 }
 
-/// Installs missing packages, or fails with what to type.
+/// Installs missing packages, or fails with the commands to type.
 fn install_packages(needs: Needs) -> Result<()> {
     if !debian::is_here() {
         bail!("{}", without_packages(needs));
@@ -126,7 +126,7 @@ fn install_packages(needs: Needs) -> Result<()> {
         return Ok(());
     }
     if shell::is_root() {
-        // Old lists name packages that are gone, and compilers that are too old.
+        // Old lists have removed packages, and compilers that are too old.
         debian::update();
         packages = missing_packages(needs);
     }
@@ -152,7 +152,7 @@ fn missing_packages(needs: Needs) -> Result<Vec<String>> {
     Ok(packages)
 }
 
-/// What to install where there is no apt.
+/// Returns the instructions for systems without apt.
 fn without_packages(needs: Needs) -> String {
     let mut text = "something is missing, install it and try again:".to_owned();
     if Toolchain::find().is_none() {

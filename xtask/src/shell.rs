@@ -1,4 +1,4 @@
-//! Running other programs: as root where needed, and with an error that names the command.
+//! Runs other programs: as root if necessary, and with errors that name the command.
 
 use std::{
     env,
@@ -9,12 +9,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
-/// Announces a step that takes time or changes the system.
+/// Prints the heading of a step that takes time or changes the system.
 pub fn heading(text: &str) {
     println!("==> {text}");
 }
 
-/// Runs a command to its end, its output going to the terminal.
+/// Runs a command, with its output on the terminal.
 pub fn run(command: &mut Command) -> Result<()> {
     let status = command
         .status()
@@ -25,7 +25,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command to its end and returns what it wrote to standard output.
+/// Runs a command and returns its standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command
         .output()
@@ -37,7 +37,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A command as one would type it, without the folder of its program.
+/// Returns a command line as typed, without the folder of its program.
 pub fn line(command: &Command) -> String {
     let program = Path::new(command.get_program());
     let words = program.file_name().into_iter().chain(command.get_args());
@@ -48,7 +48,8 @@ pub fn line(command: &Command) -> String {
         .into_owned()
 }
 
-/// Where a program is, or nothing. Administrators' folders count, which a user's PATH often lacks.
+/// Returns the path of a program, if it exists. Includes the folders of administrators, which a user's PATH
+/// often lacks.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -57,12 +58,12 @@ pub fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// Whether this process may do everything.
+/// Returns whether this process runs as root.
 pub fn is_root() -> bool {
     nix::unistd::geteuid().is_root()
 }
 
-/// A command that runs a program as root: the program itself, or sudo with it.
+/// Returns a command that runs a program as root: the program itself, or sudo with it.
 pub fn as_root(program: &Path) -> Result<Command> {
     if is_root() {
         return Ok(Command::new(program));

@@ -1,4 +1,4 @@
-//! Signals that end a command, kept until what it has made is taken down.
+//! Blocks the signals that end a command, until its clean-up is done.
 
 use std::{os::fd::AsFd as _, process::ExitCode, time::Duration};
 
@@ -11,11 +11,11 @@ use nix::{
     },
 };
 
-/// Where SIGINT, SIGTERM and SIGHUP arrive instead of ending the process.
+/// Receives SIGINT, SIGTERM and SIGHUP, which then do not end the process.
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Blocks them in this thread and in those that it starts from now on.
+    /// Blocks the signals in this thread and in threads that it starts.
     pub fn block() -> Result<Self> {
         let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
         signals.thread_block().context("cannot block signals")?;
@@ -24,19 +24,17 @@ impl Signals {
             .context("cannot wait for signals")
     }
 
-    /// Whether one has come.
     pub fn is_pending(&self) -> bool {
         self.come_within(Duration::ZERO).unwrap_or_default()
     }
 
-    /// Waits for one.
     pub fn come_within(&self, timeout: Duration) -> Result<bool> {
         let mut ready = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
         let timeout = PollTimeout::try_from(timeout).context("the tick fits")?;
         Ok(poll(&mut ready, timeout)? > 0)
     }
 
-    /// The exit status that a shell gives to a program which the signal that has come has ended.
+    /// Returns the exit status of a shell for a program that the received signal ended.
     pub fn interrupted(&self) -> Result<ExitCode> {
         let signal = self.0.read_signal()?.context("a signal is pending")?;
         eprintln!("\nInterrupted; everything is taken down.");

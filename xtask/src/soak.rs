@@ -1,7 +1,7 @@
-//! Flows of every kind over a lossy link, while the daemon and the gateway are ill-treated.
+//! Runs flows of every kind over a lossy link during fault injection.
 //!
-//! Every byte is checked at the end that receives it. A flow may break only where a fault accounts for it, and a flow that
-//! breaks must not look complete: an orderly end before the last byte counts as loss, whatever was done to the daemon.
+//! The receiver of every byte checks it. A flow may break only by a fault that explains it, and a broken flow
+//! must not look complete: an end by FIN before the last byte counts as loss, under any fault.
 
 use std::{
     env,
@@ -32,10 +32,10 @@ use crate::{
     table::{Align, aligned},
 };
 
-/// How long, and which faults and flows.
+/// Options of the soak.
 #[derive(Args)]
 pub struct Options {
-    /// How long flows are made and faults injected.
+    /// Duration in minutes.
     #[arg(long, default_value_t = 2.0)]
     minutes: f64,
     /// Seed of flows, faults and losses.
@@ -46,19 +46,19 @@ pub struct Options {
     daemon: Option<PathBuf>,
 }
 
-/// 40 Mbit/s, 60 ms, and a packet in 200 lost: short enough for many flows, lossy enough for many repetitions.
+/// 40 Mbit/s, 60 ms, 0.5 % loss: short enough for many flows, with enough losses for many retransmissions.
 const LINK: LinkProfile = LinkProfile::symmetric(40_000_000, Duration::from_millis(60), 0.005);
 
 /// Flows that are open at once.
 const WORKERS: usize = 24;
 
-/// From the end of one fault to the next, on average.
+/// Mean time from the end of one fault to the next.
 const FAULT_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How long flows may take to end once no more are begun.
+/// Timeout of open flows at the end of the run.
 const QUIET: Duration = Duration::from_secs(30);
 
-/// Runs it and prints what it came to.
+/// Runs the soak and prints the results.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let daemon = match &options.daemon {
         Some(daemon) => daemon.clone(),
@@ -75,7 +75,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     soak(length, options.seed, &daemon)
 }
 
-/// The command that soaks a built daemon for some minutes, as root.
+/// Returns the command that soaks a built daemon for some minutes, as root.
 pub fn command(daemon: &Path, minutes: f64) -> Result<std::process::Command> {
     let mut command = shell::as_root(&env::current_exe().context("cannot find this program's file")?)?;
     command
@@ -107,7 +107,7 @@ fn soak(length: Duration, seed: u64, daemon: &Path) -> Result<ExitCode> {
     let mut random = fastrand::Rng::with_seed(seed);
     let mut progress = Progress::new();
 
-    // What kills the daemon comes first, so that the one that is there then can be measured at both ends of the rest.
+    // Faults that kill the daemon come first, so that the measurements of the second half are of one process.
     let start = Instant::now();
     let halves = [
         (Fault::ALL, start + length / 2),
@@ -118,7 +118,7 @@ fn soak(length: Duration, seed: u64, daemon: &Path) -> Result<ExitCode> {
         let flows = Flows::start(&topology.client, &server, &totals, WORKERS, random.u64(..));
         let mut pending = Vec::new();
         while Instant::now() < until {
-            // Each of them once, before any comes again.
+            // Each fault once, before any is repeated.
             if pending.is_empty() {
                 pending.extend_from_slice(faults);
                 random.shuffle(&mut pending);
@@ -134,7 +134,7 @@ fn soak(length: Duration, seed: u64, daemon: &Path) -> Result<ExitCode> {
             }
             if Instant::now() < until {
                 bed.inflict(fault, &totals)
-                    .with_context(|| format!("cannot inflict: {fault}"))?;
+                    .with_context(|| format!("cannot inject: {fault}"))?;
             }
         }
         flows.stop();
@@ -147,7 +147,7 @@ fn soak(length: Duration, seed: u64, daemon: &Path) -> Result<ExitCode> {
     report(&totals, &vitals, start.elapsed(), &log)
 }
 
-/// Prints the tables and says whether all is well.
+/// Prints the tables and returns whether the run passed.
 fn report(totals: &Totals, vitals: &[Vitals], time: Duration, log: &str) -> Result<ExitCode> {
     println!("{}", aligned(&totals.rows(time), [Align::Left, Align::Right]));
     println!("{}", aligned(&totals.fault_rows(), [Align::Left, Align::Right]));

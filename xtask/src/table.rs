@@ -1,15 +1,13 @@
 //! Tables in a terminal.
 
-/// Which side of its column a cell stands at.
+/// Alignment of a column.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Align {
-    /// Words.
     Left,
-    /// Numbers.
     Right,
 }
 
-/// Rows under each other, in columns as wide as their widest cell.
+/// Formats rows in columns of minimum width.
 pub fn aligned<const N: usize>(rows: &[[String; N]], alignment: [Align; N]) -> String {
     let widths: [usize; N] = std::array::from_fn(|column| {
         rows.iter()
@@ -33,7 +31,7 @@ pub fn aligned<const N: usize>(rows: &[[String; N]], alignment: [Align; N]) -> S
     table
 }
 
-/// The same as Markdown (GitHub's), the first row being the heading.
+/// Formats rows as GitHub's Markdown; the first row is the heading.
 pub fn markdown<const N: usize>(rows: &[[String; N]], alignment: [Align; N]) -> String {
     let Some((heading, rows)) = rows.split_first() else {
         return String::new();

@@ -1,4 +1,4 @@
-//! All checks and tests in a row, with their results summed up.
+//! Runs all checks and tests, and prints a summary.
 
 use std::{ffi::OsStr, path::Path, process::ExitCode};
 
@@ -12,13 +12,13 @@ use crate::{
     shell, soak,
 };
 
-/// Names the daemon to the end-to-end tests.
+/// Environment variable with the path of the daemon, for the end-to-end tests.
 const DAEMON_VARIABLE: &str = "PEPSAL_BIN";
 
-/// How long flows are made and faults injected.
+/// Duration of the soak, in minutes.
 const SOAK_MINUTES: f64 = 1.0;
 
-/// Which tests to run. By default all: format, lints, unit tests, end-to-end tests and soak.
+/// Options of the tests. By default all run: format, lints, unit tests, end-to-end tests and soak.
 #[derive(clap::Args)]
 pub struct Options {
     /// Run the unit tests only.
@@ -46,7 +46,7 @@ impl Options {
     }
 }
 
-/// Runs the chosen steps. A failure does not keep later steps from running, unless they need what failed.
+/// Runs the chosen steps. After a failure, later steps run unless they depend on it.
 pub fn run(options: &Options) -> ExitCode {
     let mut report = Report::default();
     let toolchain = report.step("setup", |_| setup::run(Needs::Test));

@@ -1,4 +1,4 @@
-//! Cargo's extensions that some commands need: installed below the target folder, for this workspace alone.
+//! Cargo extensions of some commands: installed below the target folder, for this workspace only.
 
 use std::path::PathBuf;
 
@@ -6,22 +6,21 @@ use anyhow::Result;
 
 use crate::{cargo, shell};
 
-/// An extension, as crates.io has it.
+/// An extension of crates.io.
 pub struct Tool {
-    /// The crate, and its program.
     pub name: &'static str,
-    /// A requirement, as in a manifest.
+    /// Version requirement, as in a manifest.
     pub version: &'static str,
 }
 
 impl Tool {
-    /// Installs it unless it is there, and returns its program.
+    /// Installs the extension if necessary, and returns its program.
     pub fn install(&self) -> Result<PathBuf> {
         let root = cargo::target_dir().join("tools");
         let program = root.join("bin").join(self.name);
         if !program.is_file() {
             shell::heading(&format!("Installing {}", self.name));
-            // Not optimised: it takes longer to compile than it ever runs.
+            // Without optimisation: compiling takes longer than all its runs.
             let mut install = cargo::cargo("install --quiet --locked --debug --root");
             install
                 .arg(&root)

@@ -1,5 +1,5 @@
-//! Toolchains that can build the eBPF object: a compiler with its library's source, and a linker that reads what the
-//! compiler writes.
+//! Finds toolchains for the eBPF object: a compiler with its library's source, and a linker that reads its
+//! output.
 
 use std::{
     env, fmt, fs,
@@ -18,8 +18,8 @@ pub struct Toolchain {
 }
 
 impl Toolchain {
-    /// The first toolchain that works: rustup's nightly with a bpf-linker on the PATH, or the distribution's compiler
-    /// with the linker that setup made for it.
+    /// Returns the first working toolchain: rustup's nightly with a bpf-linker on the PATH, or the
+    /// distribution's compiler with the linker built by setup.
     pub fn find() -> Option<Self> {
         let nightly = || Self::pair(Compiler::nightly()?, shell::find("bpf-linker")?);
         let system = || {
@@ -30,27 +30,26 @@ impl Toolchain {
         nightly().or_else(system)
     }
 
-    /// Puts a compiler and a linker together, if an empty program comes out of them.
+    /// Returns a compiler with a linker, if they can build an empty program.
     fn pair(compiler: Compiler, linker: PathBuf) -> Option<Self> {
         let toolchain = Self { compiler, linker };
         (toolchain.linker.is_file() && toolchain.links()).then_some(toolchain)
     }
 
-    /// Where a program of the toolchain is, or would be.
+    /// Returns the path of a program of the toolchain, which may not exist.
     pub fn program(&self, name: &str) -> PathBuf {
         self.compiler.program(name)
     }
 
-    /// Where bpf-linker is.
     pub fn linker(&self) -> &Path {
         &self.linker
     }
 
-    /// Whether the linker starts and understands the compiler.
+    /// Returns whether the linker starts and can read the compiler's output.
     fn links(&self) -> bool {
         let folder = env::temp_dir().join(format!("pepsal-probe-{}", std::process::id()));
         let result = self.link_empty_program(&folder);
-        // What stays behind is harmless.
+        // A remaining folder is harmless.
         let _ = fs::remove_dir_all(&folder);
         result.is_ok()
     }

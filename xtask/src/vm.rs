@@ -1,8 +1,8 @@
-//! The end-to-end tests inside virtual machines, on kernels that the host does not run.
+//! Runs the end-to-end tests in virtual machines, on other kernels than the host's.
 //!
-//! A kernel comes as Debian packages and is booted by virtme-ng with the host's own files as its root, so that the programs
-//! built here run there as they are. The processor is emulated, which needs no privilege and works everywhere, and is some
-//! ten times slower: the tests are told to be as much more patient.
+//! Kernels are Debian packages, booted by virtme-ng with the host's file system as root, so that programs
+//! built here run unchanged. The CPU is emulated, which needs no privilege and works on every host, and is
+//! about ten times slower: the tests get longer timeouts.
 
 use std::{
     path::PathBuf,
@@ -27,10 +27,10 @@ use crate::{
     signals::Signals,
 };
 
-/// Which kernels, and which tests.
+/// Options of the tests in virtual machines.
 #[derive(Args)]
 pub struct Options {
-    /// Kernels: 5.10, 6.1, 6.12 or newest. By default all that pepsal promises to run on, which are those but 5.10.
+    /// Kernels: 5.10, 6.1, 6.12 or newest. By default all supported kernels: those except 5.10.
     #[arg(value_name = "KERNEL")]
     kernels: Vec<Release>,
     /// Run every test file. By default those that compare rates and times are left out, which emulation distorts.
@@ -44,10 +44,10 @@ pub struct Options {
     filter: Vec<String>,
 }
 
-/// Test files that are run when nobody chooses: what steering, legs and life cycle ask of a kernel.
+/// Default test files: those that depend most on the kernel.
 const CHOSEN: [&str; 4] = ["packets", "steering", "relay", "lifecycle"];
 
-/// How long one test file may take in a machine.
+/// Timeout of one test file in a machine.
 const PATIENCE: Duration = Duration::from_secs(30 * 60);
 
 /// Builds daemon and tests, boots one machine after the other, and prints the table.
@@ -126,7 +126,7 @@ fn chosen(options: &Options, built: Vec<(String, PathBuf)>) -> Result<Vec<(Strin
     };
     let names: Vec<&str> = built.iter().map(|(name, _)| name.as_str()).collect();
     if let Some(unknown) = wanted.iter().find(|name| !names.contains(name)) {
-        bail!("there is no test file {unknown}: there are {}", names.join(", "));
+        bail!("no test file {unknown}; there are {}", names.join(", "));
     }
     let program = |name: &&str| built.iter().find(|(built, _)| built == name).cloned();
     wanted

@@ -1,4 +1,4 @@
-//! The file's text, as arguments of the command line.
+//! Converts the text of a configuration file to command-line arguments.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,23 +20,21 @@ use crate::{
     link::spec::{self, Draft},
 };
 
-/// What a key was given.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Given {
-    /// The field of [`Options`](crate::config::options::Options) that the key stands for.
+    /// The field of [`Options`](crate::config::options::Options).
     pub option: &'static str,
-    /// The arguments that say the same.
+    /// Equivalent command-line arguments.
     pub arguments: Vec<String>,
-    /// The key's name.
     name: String,
-    /// Where in the text the key is.
+    /// Byte offset of the key in the text.
     at: usize,
 }
 
-/// Reads a file's text.
+/// Parses the text of a file.
 ///
 /// # Errors
-/// Everything that is wrong with it, in its order.
+/// All errors of the text, in order.
 pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     let mut reader = Reader {
         text: Text::new(file, content),
@@ -49,7 +47,7 @@ pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
         let span = error.span().unwrap_or_default();
         let what = match error.message() {
             "duplicate key" => format!(
-                "'{}' is there twice",
+                "'{}' is given twice",
                 content.get(span.clone()).unwrap_or_default()
             ),
             message => format!("not TOML: {message}"),
@@ -59,7 +57,7 @@ pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     reader.document(document.get_ref());
     reader.contradictions();
     reader.problems.sort_by_key(|(at, _)| *at);
-    // What comes after an error in the syntax may be misread at the same place once more.
+    // After a syntax error the parser may report the same position again.
     reader.problems.dedup_by_key(|(at, _)| *at);
     match reader.problems.is_empty() {
         true => Ok(reader.given),
@@ -67,7 +65,7 @@ pub fn read(file: &Path, content: &str) -> Result<Vec<Given>, Vec<Problem>> {
     }
 }
 
-/// Whether two options exclude each other.
+/// Returns whether two options exclude each other.
 pub fn exclude_each_other(command: &Command, one: &str, other: &str) -> bool {
     let excludes = |one: &str, other: &str| {
         let arg = command.get_arguments().find(|arg| arg.get_id() == one);
@@ -119,7 +117,7 @@ impl Reader<'_> {
             };
         };
         match self.arguments(key, value) {
-            // A false says nothing that the command line would have to override.
+            // `false` has no argument.
             Some(arguments) if !arguments.is_empty() => self.given.push(Given {
                 option: key.option,
                 arguments,
@@ -130,7 +128,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A key and its value as they would be typed. `None` when they cannot be, which has been noted then.
+    /// Returns the command-line arguments of a key and its value; `None` after a recorded problem.
     fn arguments(&mut self, key: &'static Key, value: &Spanned<DeValue<'_>>) -> Option<Vec<String>> {
         let arg = self
             .command
@@ -145,7 +143,7 @@ impl Reader<'_> {
             (ArgAction::SetTrue, DeValue::Boolean(false)) => return Some(Vec::new()),
             (ArgAction::SetTrue, _) => "true or false is expected",
             (ArgAction::Append, DeValue::Array(array)) if array.is_empty() && has_default => {
-                "the list is empty: write what it is to have, or leave the key out"
+                "the list is empty: give a value, or leave the key out"
             }
             (ArgAction::Append, DeValue::Array(array)) => {
                 return Some(self.list(key, &long, array).into_iter().map(typed).collect());
@@ -176,14 +174,14 @@ impl Reader<'_> {
         texts
     }
 
-    /// The text of a value that its option takes.
+    /// Returns the text of a value, if its option accepts it.
     fn valid(&mut self, key: &Key, long: &str, value: &Spanned<DeValue<'_>>) -> Option<String> {
         let at = value.span().start;
         let Some(text) = scalar(value.get_ref()) else {
             let kind = kind(value.get_ref());
             self.problem(
                 at,
-                &format!("{}: {kind} where a text or a number is expected", key.name),
+                &format!("{}: {kind} where a string or a number is expected", key.name),
             );
             return None;
         };
@@ -194,7 +192,7 @@ impl Reader<'_> {
             );
             return None;
         }
-        // Nothing is required beside --explain.
+        // --explain needs no other option.
         let argument = format!("--{long}={text}");
         match self.command.try_get_matches_from_mut(["--explain", &argument]) {
             Ok(_) => Some(text),
@@ -254,7 +252,7 @@ impl Reader<'_> {
                 let kind = kind(value.get_ref());
                 self.problem(
                     value_at,
-                    &format!("link.{interface}.{key}: {kind} where a text or a number is expected"),
+                    &format!("link.{interface}.{key}: {kind} where a string or a number is expected"),
                 );
                 continue;
             };
@@ -319,9 +317,9 @@ fn scalar(value: &DeValue<'_>) -> Option<String> {
 
 fn kind(value: &DeValue<'_>) -> &'static str {
     match value {
-        DeValue::String(_) => "a text",
-        DeValue::Integer(_) => "a whole number",
-        DeValue::Float(_) => "a fraction",
+        DeValue::String(_) => "a string",
+        DeValue::Integer(_) => "an integer",
+        DeValue::Float(_) => "a float",
         DeValue::Boolean(_) => "true or false",
         DeValue::Datetime(_) => "a date",
         DeValue::Array(_) => "a list",
@@ -329,19 +327,19 @@ fn kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-/// What clap says of a value, without its own way of saying where that was.
+/// Returns clap's error about a value, without clap's reference to the command line.
 fn complaint(error: &clap::Error, value: &str) -> String {
     let source = std::error::Error::source(error);
     match (error.kind(), source) {
         (ErrorKind::ValueValidation, Some(source)) if source.is::<std::num::ParseIntError>() => {
-            format!("'{value}' is not a whole number that fits")
+            format!("'{value}' is not an integer in range")
         }
         (ErrorKind::ValueValidation, Some(source)) => source.to_string(),
         (ErrorKind::InvalidValue, _) => {
             use clap::error::{ContextKind, ContextValue};
             match error.get(ContextKind::ValidValue) {
-                Some(ContextValue::Strings(valid)) => format!("'{value}' is none of {}", valid.join(", ")),
-                _ => format!("'{value}' is not a value that it takes"),
+                Some(ContextValue::Strings(valid)) => format!("'{value}' is not one of {}", valid.join(", ")),
+                _ => format!("'{value}' is not a valid value"),
             }
         }
         _ => error.to_string().lines().next().unwrap_or_default().to_owned(),
@@ -396,7 +394,7 @@ mod tests {
             ),
             (
                 "interfaces = [1.5]",
-                "p.toml:1:15: interfaces: a fraction where a text or a number is expected",
+                "p.toml:1:15: interfaces: a float where a string or a number is expected",
             ),
             (
                 "interfaces = [\"a\", \"a\"]",
@@ -404,19 +402,19 @@ mod tests {
             ),
             (
                 "proxy.port = [1]",
-                "p.toml:1:14: proxy.port: a list where a text or a number is expected",
+                "p.toml:1:14: proxy.port: a list where a string or a number is expected",
             ),
             (
                 "proxy.port = 70000",
                 "p.toml:1:14: proxy.port: '70000' is not a port: give a number from 1",
             ),
             (
-                "proxy.conns = 0",
-                "p.toml:1:15: proxy.conns: 0 is not in 1..=1000000",
+                "proxy.max-connections = 0",
+                "p.toml:1:25: proxy.max-connections: 0 is not in 1..=1000000",
             ),
             (
                 "proxy.threads = \"x\"",
-                "p.toml:1:17: proxy.threads: 'x' is not a whole number that fits",
+                "p.toml:1:17: proxy.threads: 'x' is not an integer in range",
             ),
             (
                 "proxy.idle-timeout = \"3 weeeks\"",
@@ -428,7 +426,7 @@ mod tests {
             ),
             (
                 "steering.source = \"me\"",
-                "p.toml:1:19: steering.source: 'me' is none of client, gateway",
+                "p.toml:1:19: steering.source: 'me' is not one of client, gateway",
             ),
             (
                 "steering.replicate = []",
@@ -456,7 +454,7 @@ mod tests {
             ),
             (
                 "[link.sat0]\nrate = 5.5\nrtt = \"1s\"",
-                "p.toml:2:8: link.sat0.rate: a fraction where a text",
+                "p.toml:2:8: link.sat0.rate: a float where a string",
             ),
             (
                 "[link.sat0]\nrate = \"5mbit\"",
@@ -472,7 +470,7 @@ mod tests {
             ),
             (
                 "[link.s]\nrate = \"5mbit\"\nrtt = \"1s\"\n[link.s]\nrate = \"9mbit\"",
-                "p.toml:4:7: 's' is there twice",
+                "p.toml:4:7: 's' is given twice",
             ),
         ] {
             let found = problems(content);

@@ -1,17 +1,16 @@
-//! The keys of the configuration file. Each stands for an option of the command line, which says what its values are.
+//! The keys of the configuration file. Each corresponds to an option, whose parser reads its value.
 
-/// One key.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Key {
-    /// Its name with that of its table, like `proxy.port`.
+    /// With its table, like `proxy.port`.
     pub name: &'static str,
-    /// The field of [`Options`](crate::config::options::Options) that it stands for.
+    /// The field of [`Options`](crate::config::options::Options).
     pub option: &'static str,
-    /// When a changed value applies.
+    /// Time at which a changed value applies.
     pub applies: Applies,
 }
 
-/// When a changed value applies.
+/// Time at which a changed value applies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Applies {
     /// At a reload.
@@ -30,13 +29,13 @@ const fn key(name: &'static str, option: &'static str, applies: Applies) -> Key 
 
 use Applies::{AtStart, Live};
 
-/// All of them but the links', in the order of the documentation.
+/// All keys except those of links, in the order of the documentation.
 pub const KEYS: &[Key] = &[
     key("interfaces", "interfaces", AtStart),
     key("daemon", "daemon", AtStart),
     key("log.level", "log_level", Live),
     key("proxy.port", "port", AtStart),
-    key("proxy.conns", "max_connections", AtStart),
+    key("proxy.max-connections", "max_connections", AtStart),
     key("proxy.conns-per-client", "max_connections_per_client", AtStart),
     key("proxy.threads", "threads", AtStart),
     key("proxy.logfile", "logfile", AtStart),
@@ -44,7 +43,7 @@ pub const KEYS: &[Key] = &[
     key("proxy.user", "user", AtStart),
     key("proxy.runtime-dir", "runtime_dir", AtStart),
     key("proxy.gc-interval", "gc_interval", Live),
-    key("proxy.plifetime", "pending_lifetime", Live),
+    key("proxy.pending-timeout", "pending_lifetime", Live),
     key("proxy.connect-timeout", "connect_timeout", Live),
     key("proxy.idle-timeout", "idle_timeout", Live),
     key("proxy.drain-timeout", "drain_timeout", Live),
@@ -68,32 +67,32 @@ pub const KEYS: &[Key] = &[
     key("admin.socket", "admin_socket", AtStart),
 ];
 
-/// Keys that there were, and why there are none any more.
+/// Removed keys, with the message for each.
 pub const REMOVED: &[(&str, &str)] = &[("steering.table", crate::config::options::TABLE_REMOVED)];
 
-/// The table whose tables are links: `[link.sat0]`.
+/// The table of links: `[link.sat0]`.
 pub const LINK: &str = "link";
 
-/// The field of [`Options`](crate::config::options::Options) that links are in.
+/// The field of [`Options`](crate::config::options::Options) for links.
 pub const LINKS: &str = "links";
 
-/// The key of a name.
+/// Returns the key of this name.
 pub fn find(name: &str) -> Option<&'static Key> {
     KEYS.iter().find(|key| key.name == name)
 }
 
-/// The tables that keys are in.
+/// Returns the table of each key.
 pub fn tables() -> impl Iterator<Item = &'static str> {
     KEYS.iter().filter_map(|key| Some(key.name.split_once('.')?.0))
 }
 
-/// What somebody may have meant who wrote a name that nobody knows, perhaps in the wrong table.
+/// Returns the known name most similar to a misspelt one, also of another table.
 pub fn suggest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let plain = name.to_ascii_lowercase().replace('_', "-");
     let (table, written) = plain.rsplit_once('.').unwrap_or(("", &plain));
     let likeness = |candidate: &'a str| {
         let (own, part) = candidate.rsplit_once('.').unwrap_or(("", candidate));
-        // The first knows common beginnings, the second letters that changed places.
+        // Jaro-Winkler weighs common prefixes, Damerau-Levenshtein transposed letters.
         let nearly = strsim::damerau_levenshtein(written, part) <= 1;
         let likeness = strsim::jaro_winkler(written, part).max(if nearly { 0.9 } else { 0.0 });
         (likeness + if own == table { 0.05 } else { 0.0 }, candidate)
@@ -112,7 +111,7 @@ mod tests {
     use super::*;
     use crate::config::options;
 
-    /// What only makes sense on the command line.
+    /// Options without a key.
     const COMMAND_LINE_ONLY: [&str; 9] = [
         "command",
         "config",

@@ -1,9 +1,8 @@
 //! The configuration: the command line, and the file that it names.
 //!
-//! The file is the command line by other means. Each of its keys stands for an option ([`keys`]), its values are judged by
-//! the option's own parser, and what comes of it is one command line, in which options that were typed take the place of the
-//! file's. So there is nothing that the one can say and the other cannot, and nothing that they mean
-//! differently.
+//! The file is converted to command-line arguments. Each key corresponds to an option ([`keys`]), whose
+//! parser reads its value, and options of the command line override those of the file. So both accept the
+//! same values with the same meaning.
 
 pub(crate) mod options;
 mod file;
@@ -20,30 +19,33 @@ use std::{
 
 use clap::{ArgMatches, FromArgMatches, parser::ValueSource};
 
-pub use crate::config::keys::{Applies, KEYS, Key};
-pub use crate::config::problem::{Problem, Text};
+pub use crate::config::problem::Problem;
+pub(crate) use crate::config::{
+    keys::{Applies, KEYS, Key},
+    problem::Text,
+};
 
 use crate::{config::options::Options, link::spec::LinkSpec, wire::selection::Rule};
 
-/// What the daemon runs with, and where it is from.
+/// The options of the daemon, and their sources.
 #[derive(Debug, Clone)]
 pub struct Configuration {
-    /// What the command line and the file say together.
+    /// The merged options of command line and file.
     pub options: Options,
     matches: ArgMatches,
     arguments: Vec<OsString>,
-    /// Where relative paths start.
+    /// Base of relative paths.
     directory: PathBuf,
 }
 
 impl Configuration {
-    /// Reads the file that a command line names, if it names one.
+    /// Parses a command line, and the configuration file that it names.
     ///
     /// # Errors
-    /// Everything that is wrong with the file.
+    /// All errors of the file.
     ///
     /// # Panics
-    /// When the command line itself is wrong: it has been parsed before.
+    /// On an invalid command line, which the caller has parsed before.
     pub fn load(arguments: Vec<OsString>) -> Result<Self, Vec<Problem>> {
         let directory = env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
         Self::load_in(directory, arguments)
@@ -52,7 +54,7 @@ impl Configuration {
     /// Reads the file again.
     ///
     /// # Errors
-    /// Everything that is wrong with it.
+    /// All errors of the file.
     pub fn reload(&self) -> Result<Self, Vec<Problem>> {
         Self::load_in(self.directory.clone(), self.arguments.clone())
     }
@@ -92,7 +94,7 @@ impl Configuration {
         })?;
         let mut options = Options::from_arg_matches(&matches).expect("clap made both");
         if let (Some(file), true, false) = (&file, options.interfaces.is_empty(), options.explain) {
-            let what = "interfaces is missing: name those whose new connections are to be intercepted, like \
+            let what = "interfaces is missing: name the interfaces to intercept, like \
                         interfaces = [\"lan0\", \"sat0\"]";
             return Err(vec![Problem::of_file(file, what)]);
         }
@@ -113,7 +115,7 @@ impl Configuration {
         })
     }
 
-    /// What another configuration says differently.
+    /// Returns the keys whose values differ in `other`.
     pub fn changes_to(&self, other: &Self) -> Vec<Change> {
         let of_key = |key: &Key| {
             let (before, now) = (self.values(key), other.values(key));
@@ -146,7 +148,7 @@ impl Configuration {
         interfaces.into_iter().filter_map(of_link).collect()
     }
 
-    /// A key's values as they were written, and the rules of the lists that it names.
+    /// Returns the values of a key as written, and the rules of the lists that it names.
     fn values(&self, key: &Key) -> Vec<String> {
         let raw = self.matches.get_raw(key.option).into_iter().flatten();
         let mut values: Vec<String> = raw.map(|value| value.to_string_lossy().into_owned()).collect();
@@ -180,23 +182,19 @@ impl Configuration {
     }
 }
 
-/// What a key has that was given no value.
+/// Shown for a key without a value.
 const NOTHING: &str = "none";
 
-/// Longer lists are counted, not shown.
+/// Maximum length of a shown list; longer lists are counted.
 const SHOWN: usize = 4;
 
-/// A key that has another value than before.
+/// A changed key.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Change {
-    /// Its name.
-    pub key: String,
-    /// The value that it had.
-    pub before: String,
-    /// The value that it has.
-    pub now: String,
-    /// When that applies.
-    pub applies: Applies,
+    pub(crate) key: String,
+    pub(crate) before: String,
+    pub(crate) now: String,
+    pub(crate) applies: Applies,
 }
 
 impl fmt::Display for Change {
@@ -220,7 +218,7 @@ fn read_text(directory: &Path, file: &Path) -> Result<String, Vec<Problem>> {
         .map_err(|error| vec![Problem::of_file(file, &format!("cannot be read: {error}"))])
 }
 
-/// Reads a list of rules: one a line; what follows a `#` is a comment.
+/// Reads a list of rules: one per line; `#` starts a comment.
 fn read_rules(directory: &Path, list: &Path) -> Result<Vec<Rule>, Vec<Problem>> {
     let content = read_text(directory, list)?;
     let text = Text::new(list, &content);
@@ -243,7 +241,7 @@ fn read_rules(directory: &Path, list: &Path) -> Result<Vec<Rule>, Vec<Problem>> 
     }
 }
 
-/// `pepsal check`: says what is wrong with a file, a line for each problem, or what it asks for.
+/// Runs `pepsal check`: prints each error of a file in a line, or a summary of the file.
 pub fn check(file: &Path) -> ExitCode {
     let arguments = ["pepsal".into(), "--config".into(), file.into()];
     match Configuration::load(arguments.into()) {
@@ -255,7 +253,7 @@ pub fn check(file: &Path) -> ExitCode {
     }
 }
 
-/// Says what is wrong, a line for each problem.
+/// Prints one line for each problem, and returns the exit code.
 pub fn refuse(problems: &[Problem]) -> ExitCode {
     for problem in problems {
         eprintln!("{problem}");
@@ -288,7 +286,7 @@ mod tests {
     use super::*;
     use crate::{link::profile::LinkProfile, observe::log::LogLevel};
 
-    /// A directory with files, gone with its value.
+    /// A directory with files, removed on drop.
     struct Directory(PathBuf);
 
     impl Directory {
@@ -320,7 +318,7 @@ mod tests {
 
     #[test]
     fn the_command_line_wins_over_the_file_and_its_lists_replace() {
-        let file = "interfaces = [\"a\", \"b\"]\nproxy.port = 1\nproxy.conns = 7\ntcp.cork = true\nlog.level = \"warn\"\n\
+        let file = "interfaces = [\"a\", \"b\"]\nproxy.port = 1\nproxy.max-connections = 7\ntcp.cork = true\nlog.level = \"warn\"\n\
                     steering.only = [\"10.0.0.0/8\"]\n[link.a]\nrate = \"5mbit\"\nrtt = \"1s\"";
         let directory = Directory::new("precedence", &[("p.toml", file)]);
         let options = directory.load(&[]).unwrap().options;
@@ -398,7 +396,7 @@ mod tests {
         let running = directory.load(&["-p", "1"]).unwrap();
         assert_eq!(running.changes_to(&running.reload().unwrap()), []);
 
-        let now = "interfaces = [\"a\"]\nproxy.conns = 9\nproxy.port = 3\nsteering.only-from = [\"l\"]\n\
+        let now = "interfaces = [\"a\"]\nproxy.max-connections = 9\nproxy.port = 3\nsteering.only-from = [\"l\"]\n\
                    link.a = { rate = \"9mbit\", rtt = \"1s\" }";
         fs::write(directory.0.join("p.toml"), now).unwrap();
         fs::write(directory.0.join("l"), "11.0.0.0/8").unwrap();
@@ -407,7 +405,7 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "proxy.conns: needs a restart, still 2112",
+                "proxy.max-connections: needs a restart, still 2112",
                 "proxy.idle-timeout 1h -> 1day",
                 "steering.only-from (other rules)",
                 "link.a rate=5mbit,rtt=1s -> rate=9mbit,rtt=1s",
@@ -457,7 +455,7 @@ mod tests {
         for key in KEYS {
             let raw = |matches: &ArgMatches| -> Vec<OsString> {
                 let raw = matches.get_raw(key.option).into_iter().flatten();
-                // What is a list in the file is separated by commas on the command line.
+                // A list of the file is comma-separated on the command line.
                 raw.flat_map(|value| {
                     value
                         .to_str()

@@ -1,4 +1,4 @@
-//! The daemon's options: PEPsal's under their own letters, and pepsal's.
+//! The daemon's options: PEPsal's, with the same letters, and pepsal's.
 
 use std::{num::NonZeroU16, path::PathBuf, time::Duration};
 
@@ -15,14 +15,14 @@ use crate::{
     wire::{claims, mark::Mark, selection::Rule},
 };
 
-/// How to run the proxy.
+/// Options of the daemon.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
-    /// Read what is not given here from this file; SIGHUP reads it again
+    /// Configuration file for options that are not on the command line; SIGHUP reloads it
     #[arg(short = 'F', long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 
-    /// Intercept new TCP connections that arrive on this interface (repeatable): name every interface by which packets of
+    /// Intercept new TCP connections that arrive on this interface (repeatable). Name every interface on which packets of
     /// clients arrive
     #[arg(
         short = 'i',
@@ -32,14 +32,14 @@ pub struct Options {
     )]
     pub interfaces: Vec<String>,
 
-    /// What is known of the link behind an interface (repeatable): its rate and round trip, from which follow the windows,
-    /// buffers, pacing and timeouts of every leg that leaves through it. Other keys: up (the rate that this gateway sends
-    /// at), cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, user-timeout, keepalive, connect-timeout,
+    /// Profile of the link behind an interface (repeatable): its rate and round-trip time, from which pepsal derives windows,
+    /// buffers, pacing and timeouts of every leg that leaves through it. Other keys: up (the rate in the direction from this
+    /// gateway), cc, iw, pacing, rcvbuf, sndbuf, unsent, mss, rto-min, rto-max, user-timeout, keepalive, connect-timeout,
     /// weights=equal|dscp, share=subscriber|leg, peer=pepsal
     #[arg(long = "link", value_name = "INTERFACE,rate=RATE,rtt=TIME[,KEY=VALUE…]")]
     pub links: Vec<LinkSpec>,
 
-    /// Print what follows from each --link, and where every value comes from, and do nothing else
+    /// Print the profile that is derived from each --link, with the source of every value, and exit
     #[arg(long)]
     pub explain: bool,
 
@@ -47,16 +47,16 @@ pub struct Options {
     #[arg(short = 'd', long)]
     pub daemon: bool,
 
-    /// Take over from the instance that intercepts on these interfaces, without a gap: it leaves new connections to this one
-    /// and ends when its own have. The mark has to be the same; where no instance runs, this is an ordinary start
+    /// Take over from the instance that intercepts on these interfaces, without a gap: this instance gets the new connections,
+    /// the other one drains and exits. Both need the same mark. Without another instance, this is an ordinary start
     #[arg(long)]
     pub takeover: bool,
 
-    /// Log more: debug, then trace (-vv); RUST_LOG overrides
+    /// Log level debug, or trace (-vv); RUST_LOG overrides it
     #[arg(short = 'v', long, action = clap::ArgAction::Count)]
     pub verbose: u8,
 
-    /// Least severity of what is logged; RUST_LOG overrides
+    /// Log level; RUST_LOG overrides it
     #[arg(
         long,
         value_name = "LEVEL",
@@ -65,7 +65,7 @@ pub struct Options {
     )]
     pub log_level: LogLevel,
 
-    /// Port of the proxy's own listeners, inside its own network namespace
+    /// TCP port of the listeners, in the network namespace of the client legs
     #[arg(
         short = 'p',
         long,
@@ -76,19 +76,20 @@ pub struct Options {
     )]
     pub port: NonZeroU16,
 
-    /// Most connections to handle at once; further ones pass through untouched
+    /// Maximum number of connections; further ones are not intercepted
     #[arg(
         short = 'c',
-        long = "conns",
-        value_name = "MAXCONN",
+        long = "max-connections",
+        alias = "conns",
+        value_name = "N",
         default_value_t = 2112,
         value_parser = clap::value_parser!(u32).range(1..=1_000_000),
         help_heading = "Proxy"
     )]
     pub max_connections: u32,
 
-    /// Most connections of one client at once, by its IPv4 address or the /64 of its IPv6 address; further ones pass through
-    /// untouched; 0 for no bound
+    /// Maximum number of connections of one client, by its IPv4 address or the /64 of its IPv6 address; further ones are not
+    /// intercepted; 0 for no limit
     #[arg(
         long = "conns-per-client",
         value_name = "N",
@@ -98,11 +99,11 @@ pub struct Options {
     )]
     pub max_connections_per_client: u32,
 
-    /// Append a table of the flows to this file every five minutes
+    /// Append the flow table to this file every five minutes
     #[arg(short = 'l', long, value_name = "LOGFILE", help_heading = "Proxy")]
     pub logfile: Option<PathBuf>,
 
-    /// How often to collect pending connections that are past their lifetime (seconds, or with a unit)
+    /// Interval at which expired pending connections are reset (seconds, or with a unit)
     #[arg(
         short = 'g',
         long,
@@ -114,11 +115,12 @@ pub struct Options {
     )]
     pub gc_interval: Duration,
 
-    /// Lifetime of a pending connection: one that was accepted, but not by the server (seconds, or with a unit)
+    /// Lifetime of a pending connection, whose server leg is not connected yet (seconds, or with a unit)
     #[arg(
         short = 't',
-        long = "plifetime",
-        value_name = "LIFETIME",
+        long = "pending-timeout",
+        alias = "plifetime",
+        value_name = "DURATION",
         default_value = "5h",
         value_parser = duration,
         help_heading = "Proxy"
@@ -135,7 +137,7 @@ pub struct Options {
     )]
     pub threads: Option<u16>,
 
-    /// Tell this process when 99 % of MAXCONN are in use (SIGUSR1) and when 95 % are again (SIGUSR2)
+    /// Process that gets SIGUSR1 when 99 % of -c connections are in use, and SIGUSR2 when 95 % are in use again
     #[arg(
         short = 'M',
         long = "monitoring-pid",
@@ -145,11 +147,11 @@ pub struct Options {
     )]
     pub monitoring_pid: Option<i32>,
 
-    /// Run as this user, with the capabilities that are needed; files and sockets have to be open to that user
+    /// Run as this user, with the required capabilities; this user needs access to all files and sockets
     #[arg(long, value_name = "NAME", help_heading = "Proxy")]
     pub user: Option<String>,
 
-    /// Directory in which instances claim their interfaces; those that could have one in common have to share it
+    /// Directory of the lock files by which instances claim interfaces; all instances of a host need the same
     #[arg(
         long,
         value_name = "PATH",
@@ -158,27 +160,27 @@ pub struct Options {
     )]
     pub runtime_dir: PathBuf,
 
-    /// How long the server may take to answer before the client's connection is reset
+    /// Time until a server leg is connected; after it the client's connection is reset
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = some_time, help_heading = "Proxy")]
     pub connect_timeout: Duration,
 
-    /// How long an open flow may carry nothing before it is reset; 0 for ever
+    /// Time without data after which an open flow is reset; 0 disables it
     #[arg(long, value_name = "DURATION", default_value = "1day", value_parser = duration, help_heading = "Proxy")]
     pub idle_timeout: Duration,
 
-    /// How long open flows may go on after SIGTERM or SIGINT before they are reset
+    /// Time for open flows to end after SIGTERM or SIGINT; after it they are reset
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration, help_heading = "Proxy")]
     pub drain_timeout: Duration,
 
-    /// Where metrics are served: ADDRESS:PORT, unix:/PATH, or none [default: 127.0.0.1:9300]
-    #[arg(long, value_name = "WHERE", help_heading = "Observation")]
+    /// Listen address of the metrics endpoint: ADDRESS:PORT, unix:/PATH, or none [default: 127.0.0.1:9300]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Observability")]
     pub metrics_listen: Option<Place>,
 
-    /// Socket that the commands status, flows, clients, top and close talk to, or none [default: /run/pepsal/pepsal.sock]
-    #[arg(long, value_name = "PATH", help_heading = "Observation")]
+    /// Unix socket for the commands status, flows, clients, top and close, or none [default: /run/pepsal/pepsal.sock]
+    #[arg(long, value_name = "PATH", help_heading = "Observability")]
     pub admin_socket: Option<PathBuf>,
 
-    /// Selection, steering and what is carried over to the server leg.
+    /// Options of selection, steering and replication.
     #[command(flatten)]
     pub steering: SteeringOptions,
 
@@ -186,7 +188,7 @@ pub struct Options {
     #[command(flatten)]
     pub tcp: TcpArgs,
 
-    /// Accepted for PEPsal's sake and ignored: no sniffer is needed
+    /// Ignored, accepted for compatibility with PEPsal: no sniffer is needed
     #[arg(
         short = 's',
         long = "sniff-interface",
@@ -197,7 +199,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// The level that -v or --log-level ask for.
+    /// Returns the log level of -v or --log-level.
     pub fn level(&self) -> LogLevel {
         match self.verbose {
             0 => self.log_level,
@@ -228,50 +230,50 @@ pub fn command() -> Command {
     Options::augment_args(Command::new("pepsal"))
 }
 
-/// Which connections are intercepted, and what of them reaches the server.
+/// Options of selection, steering and replication.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Steering")]
 pub struct SteeringOptions {
-    /// Intercept only what a rule takes (repeatable): [dst=|src=]PREFIX[:PORTS], port=PORTS, [IPv6]:PORTS; PORTS is 80
-    /// or 8000-8099. Destination, source and port are judged apart; the longest prefix, then the narrowest range, wins
+    /// Intercept only connections that match a rule (repeatable): [dst=|src=]PREFIX[:PORTS], port=PORTS,
+    /// [IPv6]:PORTS; PORTS is 80 or 8000-8099. Destination, source and port match independently; the longest
+    /// prefix, then the narrowest range, wins
     #[arg(long, value_name = "RULE")]
     pub only: Vec<Rule>,
 
-    /// Leave alone what a rule takes (repeatable), written as for --only
+    /// Do not intercept connections that match a rule (repeatable); the syntax is that of --only
     #[arg(long, value_name = "RULE")]
     pub bypass: Vec<Rule>,
 
-    /// Rules for --only from a file, one a line (repeatable)
+    /// File with rules for --only, one per line (repeatable)
     #[arg(long, value_name = "FILE")]
     pub only_from: Vec<PathBuf>,
 
-    /// Rules for --bypass from a file, one a line (repeatable)
+    /// File with rules for --bypass, one per line (repeatable)
     #[arg(long, value_name = "FILE")]
     pub bypass_from: Vec<PathBuf>,
 
-    /// Packet mark of server legs' packets on their way into the host, where it is cleared, and the bits of the mark that it
-    /// may touch
+    /// Packet mark of server legs' packets until they enter the host, where it is cleared; MASK has the bits that pepsal uses
     #[arg(long, value_name = "VALUE[/MASK]", default_value = "0x10000000/0x10000000")]
     pub mark: Mark,
 
-    /// Refused: no routes are added to the host any more
+    /// Refused: pepsal adds no routes to the host
     #[arg(long, value_name = "NUMBER", hide = true, value_parser = removed_table)]
     table: Option<u32>,
 
-    /// Source address of server legs: the client's, or the gateway's, as an ordinary socket of the host
-    #[arg(long, value_name = "WHOSE", default_value = "client")]
+    /// Source address of server legs: the client's, or the gateway's (an ordinary socket of the host)
+    #[arg(long, value_name = "ADDRESS", default_value = "client")]
     pub source: Source,
 
-    /// What of the client's SYN is carried over to the server leg
+    /// Header fields of the client's SYN that are copied to the server leg
     #[arg(
         long,
-        value_name = "WHAT",
+        value_name = "FIELD",
         value_delimiter = ',',
         default_value = "dscp,options"
     )]
     pub replicate: Vec<Replicate>,
 
-    /// Log every intercepted SYN from the kernel
+    /// Log every intercepted SYN, from the eBPF program
     #[arg(long)]
     pub log_syns: bool,
 }
@@ -284,11 +286,11 @@ pub struct TcpArgs {
     #[arg(short = 'f', long)]
     pub fastopen: bool,
 
-    /// Acknowledge at once (TCP_QUICKACK)
+    /// Disable delayed acknowledgements (TCP_QUICKACK)
     #[arg(short = 'q', long)]
     pub quickack: bool,
 
-    /// Send at once (TCP_NODELAY), which is the default: a relay that waits delays what the sender did not
+    /// Disable Nagle's algorithm (TCP_NODELAY), which is the default
     #[arg(short = 'n', long)]
     pub nodelay: bool,
 
@@ -296,7 +298,7 @@ pub struct TcpArgs {
     #[arg(short = 'k', long, conflicts_with = "nodelay")]
     pub cork: bool,
 
-    /// Congestion control of both legs; the kernel's module is loaded when needed
+    /// Congestion control of both legs; its kernel module is loaded if necessary
     #[arg(
         short = 'C',
         long = "congestion-algo",
@@ -335,22 +337,23 @@ fn connections_per_client(text: &str) -> Result<u32, String> {
         .ok_or_else(|| format!("'{text}' is no number of connections: give 1 to 1000000, or 0 for no bound"))
 }
 
-/// The reason why there is no routing table to choose.
+/// The error message of the removed option `--table`.
 pub const TABLE_REMOVED: &str =
-    "flows stay in the host's forwarding path, so that pepsal needs no routing table: leave it out";
+    "flows stay in the forwarding path of the host and need no routing table: leave it out";
 
 fn removed_table(_: &str) -> Result<u32, String> {
     Err(TABLE_REMOVED.to_owned())
 }
 
-/// A time: plain seconds as PEPsal takes them, or a number with a unit.
+/// Parses a time other than zero.
 fn some_time(text: &str) -> Result<Duration, String> {
     match duration(text)? {
-        Duration::ZERO => Err(format!("'{text}' is no time to wait: give more than nothing")),
+        Duration::ZERO => Err(format!("'{text}' is too short: give a time above 0")),
         time => Ok(time),
     }
 }
 
+/// Parses a time: seconds without a unit, as in PEPsal, or a number with a unit.
 fn duration(text: &str) -> Result<Duration, String> {
     if text.bytes().all(|b| b.is_ascii_digit())
         && let Ok(seconds) = text.parse::<u32>()

@@ -1,21 +1,21 @@
-//! What is wrong with a file, and where.
+//! Errors of a configuration file, with their positions.
 
 use std::{
     fmt,
     path::{Path, PathBuf},
 };
 
-/// One thing that is wrong, as one line: `FILE:LINE:COLUMN: what`.
+/// An error, as one line: `FILE:LINE:COLUMN: what`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     file: PathBuf,
-    /// Line and column, from one; none for a problem with the file as a whole.
+    /// Line and column, from one; `None` for an error of the whole file.
     position: Option<(usize, usize)>,
     what: String,
 }
 
 impl Problem {
-    /// One with the file as a whole.
+    /// Creates an error of the whole file.
     pub fn of_file(file: &Path, what: &str) -> Self {
         Self {
             file: file.to_owned(),
@@ -35,7 +35,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// A file's text, for finding positions in it.
+/// The text of a file, to find positions in it.
 #[derive(Debug, Clone, Copy)]
 pub struct Text<'a> {
     file: &'a Path,
@@ -43,12 +43,12 @@ pub struct Text<'a> {
 }
 
 impl<'a> Text<'a> {
-    /// The text of a file.
+    /// Indexes the lines of a text.
     pub fn new(file: &'a Path, content: &'a str) -> Self {
         Self { file, content }
     }
 
-    /// A problem at a byte of the text. Columns count characters.
+    /// Creates an error at a byte offset of the text. Columns count characters.
     pub fn problem(&self, at: usize, what: &str) -> Problem {
         let mut end = at.min(self.content.len());
         while !self.content.is_char_boundary(end) {

@@ -1,4 +1,4 @@
-//! The other end of the admin socket.
+//! The client of the admin socket.
 
 use std::{
     io::{self, BufRead, BufReader, Write},
@@ -15,10 +15,10 @@ use crate::observe::{
     protocol::{Answer, Question, Reply, Request, VERSION},
 };
 
-/// How long an answer may take: longer than rates are measured at most.
+/// Timeout of a reply, longer than the maximum interval of rates.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Which daemon is meant.
+/// Option that selects the daemon.
 #[derive(Debug, Clone, Args)]
 pub struct Socket {
     /// The daemon's admin socket
@@ -26,16 +26,15 @@ pub struct Socket {
     path: PathBuf,
 }
 
-/// A connection to the daemon.
 pub struct Client {
     stream: BufReader<UnixStream>,
 }
 
 impl Socket {
-    /// Connects.
+    /// Connects to the daemon.
     ///
     /// # Errors
-    /// When no daemon is there, or this user may not ask it.
+    /// When no daemon listens, or this user has no permission.
     pub fn connect(&self) -> Result<Client> {
         let shown = self.path.display();
         let stream = UnixStream::connect(&self.path).map_err(|error| match error.kind() {
@@ -43,7 +42,7 @@ impl Socket {
                 anyhow!("no daemon listens at {shown}: is it running, and with this --admin-socket?")
             }
             io::ErrorKind::PermissionDenied => {
-                anyhow!("no permission for {shown}: be root, or in the socket's group")
+                anyhow!("no permission for {shown}: run as root, or as a member of the socket's group")
             }
             _ => anyhow!("cannot connect to {shown}: {error}"),
         })?;
@@ -55,10 +54,10 @@ impl Socket {
 }
 
 impl Client {
-    /// Asks, and waits for the answer.
+    /// Sends a request, and waits for the reply.
     ///
     /// # Errors
-    /// What the daemon says is wrong, or why there is no answer.
+    /// The daemon's error, or the error of the connection.
     pub fn ask(&mut self, question: Question) -> Result<Answer> {
         let request = Request {
             version: VERSION,
@@ -69,16 +68,17 @@ impl Client {
         self.stream
             .get_mut()
             .write_all(&line)
-            .context("cannot ask the daemon")?;
+            .context("cannot send the request to the daemon")?;
         let mut answer = String::new();
         self.stream
             .read_line(&mut answer)
-            .context("the daemon does not answer")?;
+            .context("cannot read the reply of the daemon")?;
         if answer.is_empty() {
-            bail!("the daemon has closed the connection without an answer");
+            bail!("the daemon closed the connection without a reply");
         }
-        let reply: Reply = serde_json::from_str(&answer)
-            .context("the daemon's answer cannot be read: is it of another version than this command?")?;
+        let reply: Reply = serde_json::from_str(&answer).context(
+            "cannot parse the reply of the daemon: is its version another than that of this command?",
+        )?;
         match reply.answer {
             Answer::Error(error) => bail!(error),
             answer => Ok(answer),

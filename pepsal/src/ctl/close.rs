@@ -10,24 +10,24 @@ use crate::{
     observe::protocol::{Answer, Question},
 };
 
-/// Which flows.
+/// Options of `pepsal close`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// The flow's number, its client's address and port, or the address of a client whose flows are all meant
+    /// Flow number, client address and port, or client address for all flows of the client
     flow: String,
 
     #[command(flatten)]
     socket: Socket,
 }
 
-/// Resets them, and names each.
+/// Resets the flows, and prints each.
 ///
 /// # Errors
-/// When there is none, or no daemon.
+/// When no flow matches, or no daemon replies.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let flow = arguments.flow.clone();
     let Answer::Closed(closed) = arguments.socket.connect()?.ask(Question::Close { flow })? else {
-        bail!("the daemon answers something else");
+        bail!("unexpected reply of the daemon");
     };
     for flow in closed {
         println!("closed {}: {} to {}", flow.id, flow.client, flow.server);

@@ -13,10 +13,10 @@ use crate::{
     },
 };
 
-/// Which flows, and how they are shown.
+/// Options of `pepsal flows`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Print what the daemon answers: {"total":N,"list":[…]}, see docs/admin-protocol.md
+    /// Print the daemon's reply as JSON: {"total":N,"list":[…]}, see docs/admin-protocol.md
     #[arg(long)]
     json: bool,
 
@@ -28,11 +28,11 @@ pub struct Arguments {
     #[arg(long, value_name = "PREFIX")]
     server: Option<String>,
 
-    /// Only flows to this port of the server
+    /// Only flows to this server port
     #[arg(long)]
     port: Option<u16>,
 
-    /// Only flows with a leg behind this interface
+    /// Only flows with a leg on this interface
     #[arg(long)]
     interface: Option<String>,
 
@@ -40,15 +40,15 @@ pub struct Arguments {
     #[arg(long)]
     state: Option<FlowState>,
 
-    /// What comes first: the flow that has most of this
+    /// Sort key, in descending order
     #[arg(long, value_name = "BY", default_value = "age")]
     sort: Sort,
 
-    /// At most so many flows; 0 is all
+    /// Maximum number of flows; 0 is all
     #[arg(long, value_name = "N", default_value_t = 0)]
     limit: usize,
 
-    /// Time over which rates are measured; 0 for the whole life of each flow
+    /// Time over which rates are measured; 0 is the lifetime of each flow
     #[arg(long, value_name = "DURATION", default_value = "500ms", value_parser = crate::units::time)]
     interval: Duration,
 
@@ -56,10 +56,10 @@ pub struct Arguments {
     socket: Socket,
 }
 
-/// Shows them.
+/// Prints the flows.
 ///
 /// # Errors
-/// When there is no daemon, or it does not take the question.
+/// When no daemon replies, or it rejects the request.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let question = FlowsQuestion {
         client: arguments.client.clone(),
@@ -72,7 +72,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         interval_ms: arguments.interval.as_millis().try_into().unwrap_or(u64::MAX),
     };
     let Answer::Flows(flows) = arguments.socket.connect()?.ask(Question::Flows(question))? else {
-        bail!("the daemon answers something else");
+        bail!("unexpected reply of the daemon");
     };
     match arguments.json {
         true => println!("{}", serde_json::to_string(&flows)?),
@@ -81,7 +81,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Two lines for each flow, the client's leg above the server's.
+/// Returns two lines for each flow, the client leg above the server leg.
 fn show(flows: &Flows) -> String {
     let headings = [
         "ID",
@@ -162,7 +162,7 @@ fn rows(flow: &FlowStatus) -> [Vec<String>; 2] {
     ]
 }
 
-/// Which leg limits what is sent by a leg, and by what.
+/// Returns the leg that limits a direction, and the cause.
 pub fn limited(limit: Option<Limit>) -> String {
     let Some(Limit { leg, by }) = limit else {
         return "-".into();

@@ -1,5 +1,5 @@
-//! The commands that an operator types: what the daemon does ([`status`], [`flows`], [`clients`], [`top`]), and ending flows
-//! ([`close`]). They ask the daemon over its admin socket ([`client`]). [`doctor`] asks the host. [`reload`] is for service managers.
+//! The commands of the operator: the state of the daemon ([`status`], [`flows`], [`clients`], [`top`]) and the reset of flows ([`close`]),
+//! by the admin socket ([`client`]). [`doctor`] checks the host. [`reload`] is for service managers.
 
 pub(crate) mod client;
 pub mod clients;

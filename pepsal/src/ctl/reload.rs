@@ -1,7 +1,7 @@
-//! `pepsal reload`: what a service manager runs to have the daemon reload, and to have the next version follow it.
+//! `pepsal reload`: the reload command of a service manager, which also starts the takeover by a new version.
 //!
-//! The daemon cannot start its successor itself, since it has given up starting processes. The service manager can, in
-//! the service's own sandbox: this is what it starts.
+//! The daemon cannot start its successor, because its system call filter refuses new processes. The service
+//! manager can run this command, in the sandbox of the service.
 
 use std::{
     env,
@@ -19,25 +19,25 @@ use nix::{
     unistd::Pid,
 };
 
-/// Which daemon.
+/// Options of `pepsal reload`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Its process
+    /// Process id of the daemon
     #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
     process: i32,
 }
 
-/// Sends SIGHUP to a daemon that runs this very program. Where the program was replaced since, starts this one with the
-/// daemon's arguments, and ends when it has taken over.
+/// Sends SIGHUP to a daemon that runs this program file. If the file was replaced since, executes the new one
+/// with the daemon's arguments and `--takeover`; it exits after the takeover.
 ///
 /// # Errors
-/// When there is no such process, or it is not to be signalled or looked at. What a successor fails for, it says itself,
-/// and the daemon goes on.
+/// When the process does not exist, or this user has no permission for it. A successor that fails prints its
+/// own error, and the daemon continues.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let process = arguments.process;
     let folder = format!("/proc/{process}");
     let folder = Path::new(&folder);
-    let unknown = || format!("process {process}: there is none that this user may look at");
+    let unknown = || format!("process {process}: no such process, or no permission to read /proc/{process}");
     if is_same(&folder.join("exe")).with_context(unknown)? {
         kill(Pid::from_raw(process), Signal::SIGHUP)
             .with_context(|| format!("cannot signal process {process}"))?;
@@ -46,25 +46,26 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let line = fs::read(folder.join("cmdline")).with_context(unknown)?;
     let mut line = words(&line);
     let name = line.next().unwrap_or_else(|| "pepsal".into());
-    let mut successor = Command::new(env::current_exe().context("cannot tell this program's file")?);
+    let mut successor =
+        Command::new(env::current_exe().context("cannot find the executable of this program")?);
     successor.arg0(name).args(successor_arguments(line));
     Err(successor.exec()).context("cannot start the successor")
 }
 
-/// Whether a process's program is the file that this process runs, also after its name went to another.
+/// Returns whether a process runs the same file as this process, also after a rename.
 fn is_same(program: &Path) -> Result<bool> {
     let (other, own) = (fs::metadata(program)?, fs::metadata("/proc/self/exe")?);
     Ok((other.dev(), other.ino()) == (own.dev(), own.ino()))
 }
 
-/// The arguments in proc_pid_cmdline(5), each of which a zero byte ends.
+/// Splits the arguments of proc_pid_cmdline(5), each of which ends with a zero byte.
 fn words(line: &[u8]) -> impl Iterator<Item = OsString> {
     let line = line.strip_suffix(&[0]).unwrap_or(line);
     line.split(|byte| *byte == 0)
         .map(|word| OsString::from_vec(word.to_vec()))
 }
 
-/// Those of a daemon, and what makes its successor of one: which may be a successor itself.
+/// Returns the arguments of the successor: those of the daemon with `--takeover` and `--daemon`, each once.
 fn successor_arguments(line: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut arguments: Vec<OsString> = line.collect();
     for (long, short) in [("--takeover", None), ("--daemon", Some("-d"))] {

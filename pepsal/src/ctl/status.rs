@@ -1,4 +1,4 @@
-//! `pepsal status`: what the daemon is attached to, how it is used, and what is missing.
+//! `pepsal status`: attachments, counters, links and problems of the daemon.
 
 use std::{collections::BTreeMap, process::ExitCode};
 
@@ -10,10 +10,10 @@ use crate::{
     observe::protocol::{Answer, Question, Status},
 };
 
-/// How it is shown.
+/// Options of `pepsal status`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Print what the daemon answers, see docs/admin-protocol.md
+    /// Print the daemon's reply as JSON, see docs/admin-protocol.md
     #[arg(long)]
     json: bool,
 
@@ -21,19 +21,19 @@ pub struct Arguments {
     socket: Socket,
 }
 
-/// Shows it. The exit code is 1 when something is missing.
+/// Prints the status. The exit code is 1 when there is a problem.
 ///
 /// # Errors
-/// When there is no daemon.
+/// When no daemon replies.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let Answer::Status(status) = arguments.socket.connect()?.ask(Question::Status)? else {
-        bail!("the daemon answers something else");
+        bail!("unexpected reply of the daemon");
     };
     match arguments.json {
         true => println!("{}", serde_json::to_string(&status)?),
         false => print!("{}", show(&status)),
     }
-    Ok(match status.missing.is_empty() {
+    Ok(match status.problems.is_empty() {
         true => ExitCode::SUCCESS,
         false => ExitCode::FAILURE,
     })
@@ -43,10 +43,10 @@ fn show(status: &Status) -> String {
     let mut lines = vec![
         format!(
             "pepsal {}, process {}, up {}, {}",
-            status.pepsal,
+            status.version,
             status.pid,
             text::age(status.uptime_seconds),
-            if status.missing.is_empty() {
+            if status.problems.is_empty() {
                 "ready"
             } else {
                 "NOT READY"
@@ -82,21 +82,21 @@ fn show(status: &Status) -> String {
             let does = if on.intercepts {
                 "intercepts"
             } else {
-                "recognises legs"
+                "replies only"
             };
             vec![on.name.clone(), does.into(), on.attached_by.clone()]
         })
         .collect();
     let mut shown = lines.join("\n") + "\n";
-    shown.push_str(&text::table(&["INTERFACE", "DOES", "BY"], &rows, 3));
+    shown.push_str(&text::table(&["INTERFACE", "MODE", "ATTACHED BY"], &rows, 3));
     if !status.links.is_empty() {
         shown.push('\n');
         shown.push_str(&links(status));
     }
-    for what in &status.missing {
-        shown.push_str(&format!("\nmissing: {what}"));
+    for problem in &status.problems {
+        shown.push_str(&format!("\nproblem: {problem}"));
     }
-    if !status.missing.is_empty() {
+    if !status.problems.is_empty() {
         shown.push('\n');
     }
     shown
@@ -114,16 +114,27 @@ fn links(status: &Status) -> String {
                 text::round_trip(Some(link.rtt_seconds)),
                 text::rate(link.ceiling_bytes_per_second as f64),
                 text::rate(rate),
-                text::rate(link.used_bytes_per_second),
-                format!("{:.0} %", 100.0 * link.used_bytes_per_second / rate.max(1.0)),
-                format!("{:.0} ms", 1e3 * link.queueing_seconds),
+                text::rate(link.throughput_bytes_per_second),
+                format!(
+                    "{:.0} %",
+                    100.0 * link.throughput_bytes_per_second / rate.max(1.0)
+                ),
+                format!("{:.0} ms", 1e3 * link.queueing_delay_seconds),
                 link.state.replace('_', " "),
             ]
         })
         .collect();
     text::table(
         &[
-            "LINK", "CC", "RTT", "CEILING", "RATE", "USED", "SHARE", "QUEUE", "STATE",
+            "LINK",
+            "CC",
+            "RTT",
+            "CEILING",
+            "RATE",
+            "THROUGHPUT",
+            "UTILIZATION",
+            "QUEUE",
+            "STATE",
         ],
         &rows,
         2,
@@ -137,7 +148,7 @@ fn or_none(names: &[String]) -> String {
     }
 }
 
-/// A line with those that are not zero.
+/// Returns a line with the counters that are not zero.
 fn counts(what: &str, counts: &BTreeMap<String, u64>) -> Option<String> {
     let seen = counts.iter().filter(|(_, n)| **n > 0);
     let seen: Vec<String> = seen.map(|(name, n)| format!("{name} {n}")).collect();

@@ -1,11 +1,11 @@
-//! How figures look at the terminal.
+//! Formats figures for the terminal.
 
-/// Bytes, in three or four characters and a unit.
+/// Formats bytes, in three or four characters and a unit.
 pub fn bytes(bytes: u64) -> String {
     scaled(bytes as f64, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB", "PiB"])
 }
 
-/// A rate in bits per second, given in bytes per second.
+/// Formats a rate in bits per second, from bytes per second.
 pub fn rate(bytes_per_second: f64) -> String {
     scaled(
         bytes_per_second * 8.0,
@@ -25,7 +25,6 @@ fn scaled(mut value: f64, step: f64, units: &[&str]) -> String {
     format!("{value:.digits$} {}", units[unit])
 }
 
-/// A round trip.
 pub fn round_trip(seconds: Option<f64>) -> String {
     match seconds {
         None => "-".into(),
@@ -34,7 +33,7 @@ pub fn round_trip(seconds: Option<f64>) -> String {
     }
 }
 
-/// A time that passes, by its two largest units.
+/// Formats a duration, by its two largest units.
 pub fn age(seconds: f64) -> String {
     let s = seconds as u64;
     match s {
@@ -45,7 +44,8 @@ pub fn age(seconds: f64) -> String {
     }
 }
 
-/// Rows below their headings, each column as wide as it has to be. Columns from `right` on are flush right.
+/// Formats rows below their headings, with columns of minimum width. Columns from `right` on are
+/// right-aligned.
 pub fn table(headings: &[&str], rows: &[Vec<String>], right: usize) -> String {
     let width = |column: usize| {
         let cells = rows.iter().map(|row| row[column].chars().count());

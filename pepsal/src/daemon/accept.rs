@@ -1,4 +1,4 @@
-//! Accepts connections, and gives each to a worker.
+//! Accepts connections, and passes each to a worker.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// Accepts for as long as it is polled.
+/// Accepts connections; never returns.
 pub async fn accept(pair: Arc<Pair>, shared: Arc<Shared>, workers: Arc<Workers>) {
     join_all(
         pair.iter()
@@ -35,7 +35,7 @@ async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Worker
     loop {
         match listener.async_io(Interest::READABLE, accept).await {
             Ok((server, socket, client)) => {
-                // Others are not accepted from such listeners.
+                // Always IP addresses on these listeners.
                 let (Some(server), Some(client)) = (server.as_socket(), client.as_socket()) else {
                     continue;
                 };
@@ -44,7 +44,7 @@ async fn accept_from(listener: &Listener, shared: &Arc<Shared>, workers: &Worker
                 let shared = shared.clone();
                 workers.spawn(move || flow::serve(socket, client, server, shared));
             }
-            // The client was faster to leave.
+            // The client has closed the connection already.
             Err(error) if is_of_connection(&error) => {}
             Err(error) => {
                 shared.metrics.count(Event::AcceptFailed);

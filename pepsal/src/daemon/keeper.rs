@@ -1,5 +1,4 @@
-//! What has to be looked after while flows come and go: the sign of life, places that were never taken, the alarms at
-//! the limit, the periodic table.
+//! Periodic work: heartbeat, expiry of SYN records, PEPsal's signals at the limit, and the flow table file.
 
 use std::{
     fs::{File, OpenOptions},
@@ -29,44 +28,45 @@ use crate::{
     wire::programs::Programs,
 };
 
-/// How often the keeper makes its round; the programs take a daemon for hung that misses six of them.
+/// Interval of the keeper; after six missed heartbeats the programs intercept no new connections.
 pub const ROUND: Duration = Duration::from_millis(500);
 
-/// How long a handshake may take before its place is given up: longer than a SYN cookie's way over two satellite hops.
+/// Time limit of a handshake, after which its record is removed: longer than a SYN cookie's round trip over
+/// two satellite hops.
 const HANDSHAKE: Duration = Duration::from_secs(30);
-/// The same at the limit, when waiting for the absent shuts out the present.
+/// The same at the limit, where expired records block other connections.
 const HANDSHAKE_WHEN_FULL: Duration = Duration::from_secs(5);
-/// How often places are looked for that nobody will take.
+/// Interval of the search for expired records.
 const EXPIRY_INTERVAL: Duration = Duration::from_secs(2);
 
-/// PEPsal's interval between two tables.
+/// PEPsal's interval of the flow table.
 const TABLE_INTERVAL: Duration = Duration::from_secs(300);
 
-/// The keeper's memory from round to round.
+/// State of the periodic work.
 pub struct Keeper {
     limit: u64,
     crowded: bool,
-    /// When a connection was last refused a place, as long as the limit is what it was refused for.
+    /// Time of the last refusal, while the limit is reached.
     full: Option<Instant>,
     refused: u64,
     intercepted: u64,
-    /// Whether connections were being set up when that was last looked at.
+    /// Whether the last search found handshakes in progress.
     unsettled: bool,
-    /// The walk over the map of flows that is under way, on a thread that may block.
+    /// The search that is running, on a thread that may block.
     expiry: Option<JoinHandle<(u64, u64)>>,
     next_expiry: Instant,
     monitor: Option<Monitor>,
     table_file: Option<File>,
     next_table: Instant,
-    /// Who restarts a daemon whose keeper makes no rounds.
+    /// Its watchdog restarts a daemon whose keeper hangs.
     pub service_manager: ServiceManager,
 }
 
 impl Keeper {
-    /// Opens the file for the tables and the monitoring process.
+    /// Opens the flow table file and the monitoring process.
     ///
     /// # Errors
-    /// When the file cannot be opened, or there is no such process.
+    /// When the file or the process cannot be opened.
     pub fn new(limit: u32, monitor: Option<i32>, table_file: Option<&Path>) -> Result<Self> {
         let open = |path: &Path| {
             let file = OpenOptions::new().create(true).append(true).open(path);
@@ -88,9 +88,9 @@ impl Keeper {
         })
     }
 
-    /// One round.
+    /// Does the work of one interval.
     ///
-    /// There is no sign of life while a worker is stuck: connections that it would be given were lost.
+    /// Sends no heartbeat while a worker hangs, because the connections of that worker would be lost.
     pub fn round(&mut self, programs: &mut Programs, shared: &Arc<Shared>, workers: &Workers) {
         if workers.are_alive() {
             if let Err(error) = programs.beat() {
@@ -106,7 +106,7 @@ impl Keeper {
         }
     }
 
-    /// Writes a table to the file, when there is one.
+    /// Appends a flow table to the file, if one is configured.
     pub fn write_table(&mut self, shared: &Shared) {
         if let Some(file) = &mut self.table_file
             && let Err(error) = write!(file, "{}", shared.table)
@@ -115,10 +115,11 @@ impl Keeper {
         }
     }
 
-    /// Nothing is listed as long as no SYN was intercepted since all of them were settled.
+    /// Removes expired SYN records. Skips the search if no SYN was intercepted since the last one, and none
+    /// was in progress then.
     fn expire(&mut self, programs: &Programs, shared: &Arc<Shared>) {
         if let Some(expiry) = self.expiry.take_if(|expiry| expiry.is_finished()) {
-            // One that panicked is begun again.
+            // After a panic the search is repeated.
             let (expired, young) = expiry.now_or_never().and_then(Result::ok).unwrap_or((0, 1));
             for _ in 0..expired {
                 shared.metrics.count(Event::RecordExpired);
@@ -136,7 +137,7 @@ impl Keeper {
             Some(_) => HANDSHAKE_WHEN_FULL,
             None => HANDSHAKE,
         };
-        // At a high limit it takes longer than a round may.
+        // With a large map the search takes longer than the interval.
         let shared = shared.clone();
         self.expiry = Some(spawn_blocking(move || {
             shared.table.expire(age, HANDSHAKE_WHEN_FULL)
@@ -148,19 +149,20 @@ impl Keeper {
             if self.full.is_none() {
                 warn!(
                     limit = self.limit,
-                    "at the limit of connections: new ones pass through untouched"
+                    "at the limit of connections: new connections are not intercepted"
                 );
             }
             self.full = Some(Instant::now());
         }
         self.refused = refused;
-        // Places may be taken by handshakes that never end, which are not open: those have to have been given up.
+        // Entries may belong to incomplete handshakes, which do not count as open: those have to expire
+        // first.
         let is_over = |refusal: Instant| refusal.elapsed() > HANDSHAKE_WHEN_FULL + EXPIRY_INTERVAL;
         if self.full.is_some_and(is_over) && open * 100 < self.limit * 95 {
             self.full = None;
             info!(open, passed = refused, "below the limit of connections again");
         }
-        // PEPsal's alarms.
+        // PEPsal's signals.
         if !self.crowded && open * 100 >= self.limit * 99 {
             self.crowded = true;
             self.alarm(Signal::USR1);
@@ -178,7 +180,7 @@ impl Keeper {
     }
 }
 
-/// The process that the alarms go to. The descriptor stays that process's when its number is another's.
+/// The process that gets the signals. The descriptor stays valid after the process id is reused.
 struct Monitor {
     process: OwnedFd,
     pid: i32,
@@ -192,7 +194,7 @@ impl Monitor {
         match pidfd_open(number, PidfdFlags::empty()) {
             Ok(process) => Ok(Self { process, pid }),
             Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => bail!(
-                "monitoring-pid {pid}: there is no process of this number: start the monitor first, or leave the option out"
+                "monitoring-pid {pid}: there is no such process: start the monitor first, or leave the option out"
             ),
             Err(error) => {
                 Err(error).with_context(|| format!("monitoring-pid {pid}: cannot open the process"))

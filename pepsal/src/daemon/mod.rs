@@ -1,6 +1,7 @@
-//! The daemon: its start ([`start`]), what it looks after while flows come and go ([`keeper`], [`network`], [`reload`]), and its
-//! end ([`stop`]). Connections are accepted ([`accept`]) for threads that carry flows ([`workers`]). [`privileges`] are given up
-//! before, and the [`service_manager`] is notified of all of it.
+//! The daemon: start ([`start`]), periodic work and events while it runs ([`keeper`], [`network`],
+//! [`reload`]), and stop ([`stop`]). [`accept`] accepts connections for the threads that relay flows
+//! ([`workers`]). The daemon drops [`privileges`] before the first connection, and notifies the
+//! [`service_manager`] of changes of its state.
 
 pub mod privileges;
 mod start;
@@ -35,11 +36,12 @@ use crate::{
     },
 };
 
-/// Runs the proxy until it is told to stop. `cgroup` is the control group of this process, for initial windows, or why
-/// there is none, `namespaces` are those of the legs. `ready` is called once connections are intercepted.
+/// Runs the proxy until a signal stops it. `cgroup` is the control group of this process, for initial
+/// windows, or the reason why there is none; `namespaces` are those of the legs. Calls `ready` once
+/// connections are intercepted.
 ///
 /// # Errors
-/// Whatever keeps it from starting, as one line for the user. Nothing stays behind then.
+/// The error of a failed start, as one line for the user. A failed start leaves nothing in the host.
 pub async fn run(
     configuration: Configuration,
     log: &Log,
@@ -61,10 +63,10 @@ pub async fn run(
     if let Some(successor) = proxy.serve(stopping, &mut hangup, &mut reloader).await {
         let process = successor.process();
         proxy.hand_over(successor).await;
+        let process = process.map_or_else(|| "of unknown number".to_owned(), |process| process.to_string());
         info!(
-            process,
             flows = proxy.shared.table.count(),
-            "relieved: new connections are another's"
+            "takeover by process {process}: draining"
         );
         tokio::select! {
             () = proxy.finish(stop::HANDSHAKES_LEFT) => {}
@@ -74,14 +76,14 @@ pub async fn run(
     }
     info!(
         flows = proxy.shared.table.count(),
-        "stopping: new connections pass through"
+        "stopping: new connections are not intercepted"
     );
     let drain = reloader.options().drain_timeout;
     proxy.keeper.service_manager.stopping(drain);
     tokio::select! {
         () = proxy.drain(drain) => {}
         () = stopped(&mut terminate, &mut interrupt) => {
-            info!("stopping at once");
+            info!("second signal: resetting all flows");
             proxy.reset_flows().await;
         }
     }
@@ -98,7 +100,8 @@ async fn stopped(terminate: &mut Signal, interrupt: &mut Signal) {
 }
 
 impl Proxy {
-    /// Accepts and looks after things until `stop`, or until another instance wants to take over.
+    /// Accepts connections and handles events until `stop`, or until another instance requests a takeover,
+    /// which is returned.
     async fn serve(
         &mut self,
         stop: impl Future<Output = ()>,

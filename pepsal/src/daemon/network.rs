@@ -1,4 +1,4 @@
-//! Follows the host's interfaces, which come, go and change.
+//! Follows changes of the host's interfaces.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,9 +16,9 @@ use crate::{
 };
 
 impl Proxy {
-    /// Puts back what others removed, and follows interfaces that come, go and change.
+    /// Restores removed devices and programs, and follows added, removed and changed interfaces.
     pub async fn adapt(&mut self) {
-        // Changes come in bursts, and what is done here causes some.
+        // Changes arrive in bursts, and this function causes some itself.
         sleep(Duration::from_millis(20)).await;
         self.changes.skip_pending();
         let before: Vec<String> = self.attachments.intercepting().map(str::to_owned).collect();
@@ -45,8 +45,8 @@ impl Proxy {
         self.follow(&interfaces::list().await?).await
     }
 
-    /// Goes by the interfaces that are present: the packet sizes of legs and devices, the kernel's map of interfaces, and the
-    /// attachments, with which new connections are intercepted.
+    /// Applies the present interfaces to the MTUs of legs and devices, the kernel's map of interfaces, and
+    /// the attachments.
     pub(super) async fn follow(&mut self, interfaces: &Interfaces) -> Result<()> {
         follow_mtus(interfaces, &self.shared, &mut self.clients, &mut self.servers).await?;
         let intercepted = &self.intercepted;
@@ -70,7 +70,7 @@ pub fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
                 .map(|interface| interface.name.as_str())
                 .collect();
             bail!(
-                "interface {name}: there is none of that name that can be intercepted; there are {}",
+                "interface {name}: no such interface that can be intercepted; present are {}",
                 names.join(", ")
             );
         }
@@ -78,7 +78,7 @@ pub fn check_interfaces(wanted: &[String], present: &Interfaces) -> Result<()> {
     Ok(())
 }
 
-/// Lets legs, and both ends' segment sizes, go by the packet sizes of the interfaces.
+/// Applies the MTUs of the interfaces to legs and devices.
 async fn follow_mtus(
     interfaces: &Interfaces,
     shared: &Shared,

@@ -14,8 +14,8 @@ use crate::{
 /// Returns the profile of every `--link`.
 ///
 /// # Errors
-/// For a link without an interface, and for a congestion control that the kernel does not have.
-pub fn link_profiles(
+/// For a link without an interface, or a congestion control that the kernel does not have.
+pub(crate) fn link_profiles(
     options: &Options,
     interfaces: &Interfaces,
     rate_control: &Result<RateControl>,
@@ -35,12 +35,12 @@ pub fn link_profiles(
 /// Returns the profiles for `--explain`, which needs no interfaces.
 ///
 /// # Errors
-/// For two links behind one interface, and for more links than the kernel side has room for.
+/// For two links on one interface, or more links than [`LINKS_MAX`].
 pub fn explain(options: &Options) -> Result<Vec<LinkProfile>> {
     derive(options, &RateControl::register())
 }
 
-/// The profiles name `rate_control`, which has to be kept for as long as they are used.
+/// Derives the profiles. They refer to `rate_control`, which has to outlive them.
 fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<LinkProfile>> {
     for (i, spec) in options.links.iter().enumerate() {
         if options.links[..i]
@@ -63,9 +63,7 @@ fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<L
         Ok(registered) => registered.congestion.clone(),
         Err(error) => {
             let best = congestion::best();
-            warn!(
-                "legs of links use {best}, since pepsal's own congestion control is not to be had: {error:#}"
-            );
+            warn!("legs of links use {best}: pepsal's own congestion control is unavailable: {error:#}");
             best
         }
     };
@@ -73,7 +71,6 @@ fn derive(options: &Options, rate_control: &Result<RateControl>) -> Result<Vec<L
     Ok(options.links.iter().map(profile).collect())
 }
 
-/// Logs a profile.
-pub fn announce(profile: &LinkProfile) {
+pub(crate) fn announce(profile: &LinkProfile) {
     info!("legs that leave through {}:\n{profile}", profile.interface);
 }

@@ -1,4 +1,4 @@
-//! The running proxy, and the tasks that all flows need.
+//! The running proxy, and its tasks for all flows.
 
 use std::sync::Arc;
 
@@ -29,15 +29,15 @@ use crate::{
     },
 };
 
-/// Everything that is set up, in the order in which it is taken down again: the programs stop redirecting before the
-/// devices go.
+/// The resources of the proxy, in the order of their removal: programs stop redirecting before the devices
+/// are removed.
 pub struct Proxy {
     pub observatory: Observatory,
     pub attachments: Attachments,
     pub programs: Programs,
     pub clients: Device,
     pub servers: Device,
-    /// None once another has taken over, like `requests`.
+    /// None after a takeover, like `requests`.
     pub claims: Option<Claims>,
     pub requests: Option<Arc<Requests>>,
     pub rate_control: Result<RateControl>,
@@ -53,7 +53,7 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Accepts from these listeners.
+    /// Starts to accept from these listeners.
     pub fn accept_from(&mut self, pairs: &[Arc<Pair>]) {
         for pair in pairs {
             let accept = accept(pair.clone(), self.shared.clone(), self.workers.clone());
@@ -61,7 +61,7 @@ impl Proxy {
         }
     }
 
-    /// Has the filter of flows know those that are open, and forget those that are not, with every generation.
+    /// Writes the open flows to the filter of flows in every generation.
     pub fn keep_filter(&mut self) {
         let (filter, flows) = (self.programs.filter().clone(), self.programs.flows().clone());
         let mut generations = interval_at(Instant::now() + GENERATION, GENERATION);
@@ -69,21 +69,21 @@ impl Proxy {
             loop {
                 generations.tick().await;
                 let (filter, flows) = (filter.clone(), flows.clone());
-                // Without the list the generation stays, and with it all flows.
+                // Without the list the generation does not change, so all flows stay in the filter.
                 let advance = move || {
                     flows
                         .try_all()
                         .map(|all| filter.advance(all.iter().map(|(key, _)| key)))
                 };
                 if let Ok(Err(error)) = spawn_blocking(advance).await {
-                    warn!("cannot read the kernel's map of flows: {error}");
+                    warn!("cannot read the kernel's flow map: {error}");
                 }
             }
         };
         self.attend(&Handle::current(), keep);
     }
 
-    /// Divides the rates of these links.
+    /// Starts the budgets of these links.
     pub fn keep_budgets(&mut self, links: &[Arc<Link>]) {
         for link in links {
             let budget = link.budget.clone();
@@ -91,8 +91,8 @@ impl Proxy {
         }
     }
 
-    /// Runs what all flows need beside what this task does itself. A daemon that no longer accepts, but shows that it is
-    /// alive, would swallow every new connection: so a panic there is the daemon's own, whose death lets them pass.
+    /// Runs a task for all flows. A daemon that sends heartbeats without accepting would lose every new
+    /// connection, so a panic in the task ends the daemon, and new connections pass.
     fn attend(&mut self, runtime: &Handle, task: impl Future<Output = ()> + Send + 'static) {
         let task = self.accepting.clone().run_until_cancelled_owned(task);
         self.attendants.spawn_on(

@@ -1,7 +1,8 @@
-//! SIGHUP: the file is read again, and what can change while flows are open changes.
+//! Reload at SIGHUP: reads the configuration file again, and applies the keys that can change while flows are
+//! open.
 //!
-//! Everything that may fail comes first. So the new configuration is taken over whole, but for what needs a restart, or
-//! not at all.
+//! All steps that may fail come first, so that the new configuration applies completely, except keys that
+//! need a restart, or not at all.
 
 use anyhow::{Result, bail};
 use pepsal_ebpf::LINKS_MAX;
@@ -20,20 +21,20 @@ use crate::{
     wire::{interfaces, selection::Selection},
 };
 
-/// What was read: a configuration and its rules, worked out.
+/// A parsed configuration with its compiled selection rules.
 type Read = Result<(Configuration, Selection), Vec<Problem>>;
 
-/// Reads the configuration again and compares it with the one that runs.
+/// Reloads the configuration and compares it with the one in effect.
 pub struct Reloader<'a> {
     log: &'a Log,
-    /// What needs a restart is still as it says.
+    /// The configuration of the start, for keys that need a restart.
     started: Configuration,
     running: Configuration,
     reading: JoinSet<Read>,
 }
 
 impl<'a> Reloader<'a> {
-    /// One for a daemon that was started with this configuration.
+    /// Creates it for a daemon that was started with this configuration.
     pub fn new(configuration: Configuration, log: &'a Log) -> Self {
         Self {
             log,
@@ -43,20 +44,20 @@ impl<'a> Reloader<'a> {
         }
     }
 
-    /// What the daemon goes by now, but for what needs a restart.
+    /// Returns the options in effect, except keys that need a restart.
     pub fn options(&self) -> &Options {
         &self.running.options
     }
 
-    /// Whether nothing is being read.
+    /// Returns whether no reload is in progress.
     pub fn is_idle(&self) -> bool {
         self.reading.is_empty()
     }
 
-    /// Begins to read. Long lists of rules take their time, and meanwhile the daemon has to show that it is alive.
+    /// Starts to read the file on a blocking thread, because long lists of rules would delay the heartbeat.
     pub fn read(&mut self) {
         if self.running.options.config.is_none() {
-            return info!("nothing to read again: no --config was given");
+            return info!("nothing to reload: no --config was given");
         }
         let running = self.running.clone();
         self.reading.spawn_blocking(move || {
@@ -67,25 +68,25 @@ impl<'a> Reloader<'a> {
         });
     }
 
-    /// What was read, once it is; never when nothing is being read.
+    /// Returns the result of reading; never resolves without a reload in progress.
     pub async fn next(&mut self) -> Option<Result<Read, JoinError>> {
         self.reading.join_next().await
     }
 
-    /// Lets what was read hold, unless something is wrong with it.
+    /// Applies a read configuration, unless it has an error.
     pub async fn apply(&mut self, read: Result<Read, JoinError>, proxy: &mut Proxy) {
         let (configuration, selection) = match read {
             Ok(Ok(read)) => read,
             Ok(Err(problems)) => {
                 return warn!(
-                    "not reloaded, the running configuration stays: {}",
+                    "not reloaded, the running configuration stays in effect: {}",
                     first(&problems)
                 );
             }
-            Err(error) => return warn!("not reloaded, the running configuration stays: {error}"),
+            Err(error) => return warn!("not reloaded, the running configuration stays in effect: {error}"),
         };
         if let Err(error) = proxy.reconfigure(&configuration.options, &selection).await {
-            return warn!("not reloaded, the running configuration stays: {error:#}");
+            return warn!("not reloaded, the running configuration stays in effect: {error:#}");
         }
         if let Err(error) = self.log.set(configuration.options.level())
             && configuration.options.level() != self.running.options.level()
@@ -105,7 +106,7 @@ fn first(problems: &[Problem]) -> String {
     }
 }
 
-/// One line with what changed, and one for each key that needs a restart.
+/// Logs one line with the changes, and one for each key that needs a restart.
 fn report(running: &Configuration, started: &Configuration, now: &Configuration) {
     let of = |changes: Vec<Change>, applies| -> Vec<String> {
         let those = changes.iter().filter(|change| change.applies == applies);
@@ -113,7 +114,7 @@ fn report(running: &Configuration, started: &Configuration, now: &Configuration)
     };
     let changed = of(running.changes_to(now), Applies::Live);
     match changed.is_empty() {
-        true => info!("reloaded: nothing changed that applies now"),
+        true => info!("reloaded: no reloadable key changed"),
         false => info!("reloaded: {}", changed.join("; ")),
     }
     for waiting in of(started.changes_to(now), Applies::AtStart) {
@@ -122,7 +123,7 @@ fn report(running: &Configuration, started: &Configuration, now: &Configuration)
 }
 
 impl Proxy {
-    /// Takes other options over: all that apply while flows are open, or none.
+    /// Applies new options: all that can change while flows are open, or none.
     async fn reconfigure(&mut self, options: &Options, selection: &Selection) -> Result<()> {
         let legs = leg_config(options, self.clients.namespace())?;
         let interfaces = interfaces::list().await?;
@@ -131,7 +132,7 @@ impl Proxy {
         let (known, next) = (links.all(), links.prepare(profiles));
         if next.links.len() > LINKS_MAX as usize {
             bail!(
-                "more than {LINKS_MAX} links had a profile since the start: restart to forget the former ones"
+                "more than {LINKS_MAX} links had a profile since the start: restart to remove the former ones"
             );
         }
         let new = next.links[known.len()..].to_vec();
@@ -139,14 +140,14 @@ impl Proxy {
             let _entered = self.workers.acceptor().enter();
             listener::bind_links(&legs, &new)
         })?;
-        // A pair that is not kept leaves its slot empty.
+        // A dropped pair leaves its slot empty.
         self.programs.register(
             self.listeners.pairs.len() as u32,
             pairs.iter().map(|pair| pair.descriptors()),
         )?;
         self.programs.select(selection)?;
 
-        // From here on nothing fails.
+        // No step fails from here on.
         for link in &next.links {
             if !known.iter().any(|known| known.profile == link.profile) {
                 announce(&link.profile);
@@ -160,7 +161,7 @@ impl Proxy {
         let epoch = self.shared.settings.load().collector.epoch;
         let settings = settings(options, legs, epoch);
         self.shared.settings.store(settings.into());
-        // Which interface has which link.
+        // Updates the link of each interface.
         self.adapt().await;
         Ok(())
     }

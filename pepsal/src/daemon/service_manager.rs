@@ -1,4 +1,4 @@
-//! What the service manager is told (sd_notify(3)): nothing where there is none, which is known by `NOTIFY_SOCKET`.
+//! Notifications to the service manager (sd_notify(3)); none without `NOTIFY_SOCKET`.
 
 use std::time::Duration;
 
@@ -8,24 +8,24 @@ use tracing::debug;
 
 use crate::host::cgroup;
 
-/// What the service manager gets on top of the time to drain, for what else a stop takes.
+/// Time of a stop beyond the drain timeout.
 const STOP_ALLOWANCE: Duration = Duration::from_secs(10);
 
-/// The service manager, and what it knows of us.
+/// The service manager, and the last notified state.
 #[derive(Debug, Default)]
 pub struct ServiceManager {
     flows: Option<usize>,
-    /// It watches over another process now, and would only wonder.
+    /// Whether another process is the main process of the service.
     has_another: bool,
 }
 
 impl ServiceManager {
-    /// Connections are intercepted.
+    /// Notifies that connections are intercepted.
     pub fn ready(&mut self) {
         self.tell(&[NotifyState::Ready]);
     }
 
-    /// A sign of life, for the watchdog, and the number of open flows when it has changed.
+    /// Sends a watchdog notification, with the number of open flows if it has changed.
     pub fn alive(&mut self, flows: usize) {
         if self.flows.replace(flows) == Some(flows) {
             self.tell(&[NotifyState::Watchdog]);
@@ -38,15 +38,15 @@ impl ServiceManager {
         }
     }
 
-    /// The configuration is being read again; [`ServiceManager::ready`] ends it, whatever became of it.
+    /// Notifies of a reload; [`ServiceManager::ready`] ends it, after success or failure.
     pub fn reloading(&mut self) {
         match NotifyState::monotonic_usec_now() {
             Ok(now) => self.tell(&[NotifyState::Reloading, now]),
-            Err(error) => debug!("cannot tell the time of a reload: {error}"),
+            Err(error) => debug!("cannot read the time of a reload: {error}"),
         }
     }
 
-    /// Another process is the service's main one from now on, if it is one of the service's at all.
+    /// Notifies of the new main process, if it belongs to the same service.
     pub fn succeeded_by(&mut self, process: i32) {
         if cgroup::is_of_same_service(process) {
             self.tell(&[NotifyState::MainPid(process.unsigned_abs())]);
@@ -54,7 +54,7 @@ impl ServiceManager {
         }
     }
 
-    /// Gives signs of life for as long as it is polled, for when the keeper makes no rounds any more.
+    /// Sends watchdog notifications after the keeper has stopped; never returns.
     pub async fn keep_alive(&self, interval: Duration) {
         loop {
             self.tell(&[NotifyState::Watchdog]);
@@ -62,7 +62,8 @@ impl ServiceManager {
         }
     }
 
-    /// New connections pass, and open flows have `drain` to end: the service manager must not kill before that.
+    /// Notifies of a stop, with the drain timeout, before which the service manager must not kill the
+    /// process.
     pub fn stopping(&mut self, drain: Duration) {
         let extension = u32::try_from((drain + STOP_ALLOWANCE).as_micros()).unwrap_or(u32::MAX);
         self.tell(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(extension)]);
@@ -73,7 +74,7 @@ impl ServiceManager {
             return;
         }
         if let Err(error) = sd_notify::notify(states) {
-            debug!("the service manager cannot be told: {error}");
+            debug!("cannot notify the service manager: {error}");
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::{
     tcp::congestion::{self, Congestion},
 };
 
-/// Returns the settings of flows that start from now on. `legs` was made of the same options; `epoch` is the start of the
+/// Returns the settings of new flows. `legs` is derived from the same options; `epoch` is the start of the
 /// daemon.
 pub fn settings(options: &Options, legs: LegConfig, epoch: Instant) -> Settings {
     Settings {
@@ -28,26 +28,24 @@ pub fn settings(options: &Options, legs: LegConfig, epoch: Instant) -> Settings 
     }
 }
 
-/// Returns how legs are made. `namespace` is one of the legs' namespaces.
+/// Returns the settings of legs. `namespace` is one of the legs' namespaces.
 ///
 /// # Errors
-/// For a congestion control that the kernel does not have, and for pepsal's own, which needs a link.
+/// For a congestion control that the kernel does not have, or for pepsal's, which needs a link.
 pub fn leg_config(options: &Options, namespace: &Namespace) -> Result<LegConfig> {
     let inside = namespace.run(congestion::default)?;
     let legs = LegConfig::new(options.legs(), &inside);
     for algorithm in legs.congestion() {
         if let Congestion::Own(_) = algorithm {
-            bail!(
-                "congestion control '{algorithm}' sends at a link's rate: it goes with --link, not with -C"
-            );
+            bail!("congestion control '{algorithm}' needs a link's rate: use it with --link, not with -C");
         }
         congestion::check(algorithm)?;
     }
     Ok(legs)
 }
 
-/// Whether a leg's congestion control ignores congestion marks: BBR's first version does, and pepsal's own, which links have
-/// unless they name another.
+/// Returns whether the congestion control of a leg ignores congestion marks (CE), as BBR's first version and
+/// pepsal's own, the default of links, do.
 pub fn ignores_marks(options: &Options) -> Result<bool> {
     let default = congestion::default()?;
     let tcp = &options.tcp;

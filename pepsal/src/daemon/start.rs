@@ -1,7 +1,7 @@
 //! The start: check, load, go live, settle.
 //!
-//! Nothing is intercepted before it goes live, and a start that fails leaves nothing behind. After another instance, that one
-//! goes on as before until this one settles, with its claims.
+//! No connection is intercepted before it goes live, and a failed start leaves nothing in the host. During a
+//! takeover the previous instance continues until this one settles, when it hands over its claims.
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
@@ -50,10 +50,10 @@ use crate::{
 };
 
 impl Proxy {
-    /// Sets everything up. `cgroup` is the control group of this process, or why there is none.
+    /// Starts the proxy. `cgroup` is the control group of this process, or the reason why there is none.
     ///
     /// # Errors
-    /// The first thing that keeps it from starting, as one line for the user.
+    /// The first error of the start, as one line for the user.
     pub async fn start(options: &Options, cgroup: Result<OwnCgroup>, namespaces: Namespaces) -> Result<Self> {
         let checked = Checked::new(options, &namespaces).await?;
         let loaded = checked.load(options, cgroup, namespaces).await?;
@@ -62,11 +62,11 @@ impl Proxy {
     }
 }
 
-/// Whether this instance is the first on its interfaces.
+/// Whether another instance has the interfaces.
 enum Standing {
-    /// No other instance has them: it has claimed them.
+    /// No other instance has the interfaces: this one has claimed them.
     Own(Claims),
-    /// Another instance has them, until it hands its claims over.
+    /// Another instance has the interfaces until the takeover.
     After(Predecessor),
 }
 
@@ -86,7 +86,7 @@ impl Standing {
         matches!(self, Self::After(_))
     }
 
-    /// The process before, as the programs know it.
+    /// Returns the process id of the previous instance, for the programs.
     fn predecessor(&self) -> Option<u32> {
         match self {
             Self::Own(_) => None,
@@ -104,14 +104,14 @@ struct Checked {
     legs: LegConfig,
     rate_control: Result<RateControl>,
     links: Arc<Links>,
-    /// Flows that there may be at once; the pipes are for their relays.
+    /// Maximum number of flows; `pipes` is that of their relays' pipes.
     limit: u32,
     pipes: usize,
     keeper: Keeper,
 }
 
 impl Checked {
-    /// Checks what the options ask for against this host, and claims the interfaces unless another instance has them.
+    /// Checks the options against this host, and claims the interfaces unless another instance has them.
     async fn new(options: &Options, namespaces: &Namespaces) -> Result<Self> {
         if options.sniff_interface.is_some() {
             warn!(
@@ -125,7 +125,7 @@ impl Checked {
         let requests = Requests::listen(&directory)?;
         namespaces.settle(ignores_marks(options)?)?;
         let legs = leg_config(options, &namespaces.clients)?;
-        // For links that a reload adds too, when nothing can be loaded any more.
+        // At every start, because a reload may add links when the privilege for it is dropped.
         let rate_control = RateControl::register();
         let profiles = link_profiles(options, &interfaces, &rate_control)?;
         profiles.iter().for_each(announce);
@@ -145,7 +145,7 @@ impl Checked {
         })
     }
 
-    /// Makes the devices, loads the programs, gives up what that takes, and binds the listeners.
+    /// Creates the devices, loads the programs, drops the privileges for that, and binds the listeners.
     async fn load(
         self,
         options: &Options,
@@ -159,16 +159,16 @@ impl Checked {
         if let Err(error) = cgroup.and_then(|cgroup| programs.enable_initial_windows(cgroup)) {
             info!("legs start with the kernel's initial window: {error:#}");
         }
-        // The programs are loaded. All other threads are started by these three, from here on.
+        // The programs are loaded. These three threads start all later ones.
         privileges::drop_loading()?;
         for device in [&clients, &servers] {
             device.namespace().run(privileges::drop_loading)?;
         }
-        // Server legs are made on these threads.
+        // The workers create server legs.
         let workers = servers.namespace().run(|| start_workers(options))?;
         let mut attachments = Attachments::new(self.standing.is_after(), self.directory.clone());
-        // Before any socket: the kernel closes a dead process's descriptors from the highest to the lowest, and the resets of
-        // its sockets leave through these programs.
+        // Before any socket: the kernel closes the descriptors of a killed process from the highest to the
+        // lowest, and the resets of its sockets leave through these programs.
         attachments.attach_device(&mut programs, &clients)?;
         attachments.attach_device(&mut programs, &servers)?;
         let listeners = clients.namespace().run(|| {
@@ -208,7 +208,7 @@ fn start_workers(options: &Options) -> Result<Workers> {
     Workers::start(threads).context("cannot start the worker threads")
 }
 
-/// Devices, programs, threads and listeners before the first connection, in the order in which they are taken down.
+/// Devices, programs, threads and listeners before the first connection, in the order of their removal.
 struct Loaded {
     listeners: Listeners,
     attachments: Attachments,
@@ -220,7 +220,8 @@ struct Loaded {
 }
 
 impl Loaded {
-    /// Attaches to the interfaces: new connections are accepted from now on, unless another instance takes them before.
+    /// Attaches to the interfaces: from here on new connections are intercepted, during a takeover behind the
+    /// previous instance.
     async fn go_live(mut self, options: &Options) -> Result<Live> {
         let changes = Changes::subscribe()?;
         let shared = Arc::new(self.shared(options)?);
@@ -295,14 +296,15 @@ impl Loaded {
     }
 }
 
-/// A proxy that intercepts. After another instance, that one intercepts too until it hands its claims over.
+/// A proxy that intercepts. During a takeover the previous instance intercepts too, until it hands over its
+/// claims.
 struct Live {
     proxy: Proxy,
     standing: Standing,
 }
 
 impl Live {
-    /// Requests the claims from the other instance, if there is one, and is ready.
+    /// Takes the claims over from the previous instance, if there is one, and reports readiness.
     async fn settle(self, options: &Options) -> Result<Proxy> {
         let Self { mut proxy, standing } = self;
         let claims = match standing {
@@ -311,22 +313,23 @@ impl Live {
         };
         proxy.claims = Some(claims);
         proxy.observatory.view.set_ready(true);
-        // All that may have taken long, on a busy machine, and the first round is still to come.
+        // Sends a heartbeat: on a busy machine the start may take long, and the keeper has not run yet.
         proxy.programs.beat()?;
         Ok(proxy)
     }
 }
 
-/// Takes the claims over. Open flows stay with the other instance.
+/// Takes over the claims. Open flows stay with the previous instance.
 async fn take_over(predecessor: Predecessor, proxy: &mut Proxy, options: &Options) -> Result<Claims> {
     let process = predecessor.process;
     let claims = predecessor.take_over().await?;
     proxy.attachments.taken_over();
     info!(
         process,
-        "taken over: the process before goes on with its open flows"
+        "takeover done: the previous process drains its open flows"
     );
-    // The addresses of its metrics and its admin socket are free only now, when there is no way back.
+    // The previous instance has just released its metrics address and admin socket, so an error here cannot
+    // undo the takeover.
     let metrics = options.metrics_listen.as_ref();
     if let Err(error) = proxy.observatory.open(metrics, options.admin_socket.as_deref()) {
         warn!("{error:#}");

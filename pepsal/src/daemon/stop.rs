@@ -1,4 +1,4 @@
-//! The end: after a takeover, by a drain, or at once.
+//! The stop: after a takeover, by a drain, or at once.
 
 use std::time::Duration;
 
@@ -12,17 +12,17 @@ use crate::{
     wire::claims::Successor,
 };
 
-/// How long a stop waits for handshakes that are under way.
+/// Time for which a stop waits for handshakes in progress.
 const HANDSHAKES: Duration = Duration::from_secs(2);
-/// The same when nobody waits for the stop: long enough for answers that had to be repeated.
+/// The same after a takeover: long enough for retransmissions.
 pub const HANDSHAKES_LEFT: Duration = Duration::from_secs(10);
-/// How long flows may take to end at once.
+/// Time limit of resetting all flows.
 const RESETS: Duration = Duration::from_secs(2);
-/// How long a stop waits until the peers have acknowledged the last FINs. After that nobody repeats them.
+/// Time for which a stop waits for acknowledgements of the last FINs, which cannot be retransmitted after it.
 const LAST_FINS: Duration = Duration::from_secs(5);
 
 impl Proxy {
-    /// Leaves everything but the open flows to another instance.
+    /// Hands over to another instance, except the open flows.
     pub async fn hand_over(&mut self, successor: Successor) {
         if let Err(error) = self.programs.retire() {
             warn!("{error:#}");
@@ -31,7 +31,7 @@ impl Proxy {
         self.requests = None;
         self.observatory.view.set_ready(false);
         self.observatory.close().await;
-        // Before it can speak for itself.
+        // Before the successor notifies the service manager itself.
         if let Some(process) = successor.process() {
             self.keeper.service_manager.succeeded_by(process);
         }
@@ -40,7 +40,7 @@ impl Proxy {
         }
     }
 
-    /// Lets open flows come to their end, those too whose handshake is completed within `handshakes`.
+    /// Waits for the end of all flows, including those whose handshake completes within `handshakes`.
     pub async fn finish(&self, handshakes: Duration) {
         let _ = timeout(handshakes, async {
             while self.shared.table.pending() > 0 {
@@ -51,7 +51,7 @@ impl Proxy {
         self.workers.finished().await;
     }
 
-    /// Has new connections pass, lets open flows come to their end, and ends at `deadline` those that have not.
+    /// Stops interception, waits for the end of open flows, and resets the remaining ones after `deadline`.
     pub async fn drain(&mut self, deadline: Duration) {
         self.observatory.view.set_ready(false);
         self.programs.close();
@@ -66,14 +66,14 @@ impl Proxy {
         }
     }
 
-    /// Ends all flows, by a reset of both legs, before what their packets pass is taken away.
+    /// Resets both legs of all flows, before the programs and devices that their packets need are removed.
     pub async fn reset_flows(&mut self) {
         self.keeper.write_table(&self.shared);
         self.shared.stop.cancel();
         let _ = timeout(RESETS, self.workers.finished()).await;
     }
 
-    /// Waits until the peers have acknowledged the last FINs, bounded, before the devices go.
+    /// Waits, with a limit, until the peers have acknowledged the last FINs, and then removes the devices.
     pub async fn take_down(self) {
         self.accepting.cancel();
         let _ = timeout(LAST_FINS, async {
@@ -84,7 +84,7 @@ impl Proxy {
         .await;
     }
 
-    /// What became of everything, in two lines.
+    /// Logs all counters, in two lines.
     pub fn report(&mut self) {
         let metrics = &self.shared.metrics;
         let (up, down) = metrics.bytes();

@@ -1,9 +1,9 @@
-//! The threads that carry flows, each with a runtime of its own.
+//! The worker threads, which relay flows, each with its own runtime.
 //!
-//! A flow stays with the worker that it was given to. What a worker finds ready in one look at its sockets it serves
-//! without waking another, whose processor has other work where gateways are busy: sixteen flows at full rate go a third
-//! faster so than on a runtime that moves tasks between its threads. Accepting is a worker's business too: a thread of its
-//! own for it would be one more to wake for every connection.
+//! A flow stays on its worker. A worker serves all its ready sockets without waking another worker, whose CPU
+//! has other work on a busy gateway: sixteen flows at full rate are a third faster than on a runtime that
+//! moves tasks between threads. One worker also accepts: a separate thread would have to be woken for every
+//! connection.
 
 use std::{
     io,
@@ -23,46 +23,46 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-/// How many turns of flows that a worker has may come before it looks for a new one: on a slow machine a turn takes many
-/// milliseconds.
-const NEWCOMERS_WAIT_FOR: u32 = 5;
+/// tokio's `global_queue_interval`: polls of local tasks between two looks at the injection queue. On a slow
+/// machine one poll takes many milliseconds.
+const INJECTION_INTERVAL: u32 = 5;
 
-/// How often each thread shows that it is alive. The timers of flows are longer, so that setting one need not wake the
+/// Interval of each thread's heartbeat. Timers of flows are longer, so that setting one need not wake the
 /// thread that sets it.
-const ROUND: Duration = Duration::from_millis(500);
-/// After this it is asked. A thread with many flows looks at its timers late, on a slow machine very late, and at newcomers
-/// soon.
+const BEAT_INTERVAL: Duration = Duration::from_millis(500);
+/// Age after which a thread gets a probe by its injection queue: a thread with many flows handles timers
+/// late, and injected tasks soon.
 const LATE: Duration = Duration::from_millis(750);
-/// A thread that has not come round for so long is stuck, and its flows with it.
-const STUCK: Duration = Duration::from_millis(1500);
+/// Age after which a thread counts as hung, with its flows.
+const HUNG: Duration = Duration::from_millis(1500);
 
-/// All workers. Their threads last as long as the process.
+/// All workers. Their threads run until the process exits.
 pub struct Workers(Vec<Worker>);
 
 struct Worker {
     runtime: Handle,
-    /// Many of them wake the thread once, and what they take is from its own memory.
-    newcomers: UnboundedSender<Newcomer>,
+    /// The injection queue: several tasks wake the thread once, and their memory is allocated by it.
+    injected: UnboundedSender<Injected>,
     flows: TaskTracker,
-    came_round: Arc<Round>,
+    heartbeat: Arc<Heartbeat>,
 }
 
-/// Begins a flow on the runtime that it is called in.
-type Newcomer = Box<dyn FnOnce() + Send>;
+/// Starts a flow on the current runtime.
+type Injected = Box<dyn FnOnce() + Send>;
 
-/// When a thread last came round.
-struct Round {
+/// The last heartbeat of a thread.
+struct Heartbeat {
     epoch: Instant,
     last_ms: AtomicU64,
-    /// Whether it was asked since.
-    asked: AtomicBool,
+    /// Whether a probe was sent since.
+    probed: AtomicBool,
 }
 
 impl Workers {
-    /// Starts that many threads, one at least.
+    /// Starts `count` threads, at least one.
     ///
     /// # Errors
-    /// When a thread or its descriptors cannot be had.
+    /// When a thread or its descriptors cannot be created.
     pub fn start(count: usize) -> io::Result<Self> {
         (0..count.max(1))
             .map(Worker::start)
@@ -70,7 +70,7 @@ impl Workers {
             .map(Self)
     }
 
-    /// Gives a flow to the worker that has the fewest.
+    /// Passes a flow to the worker with the fewest flows.
     pub fn spawn<F>(&self, flow: impl FnOnce() -> F + Send + 'static)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -82,22 +82,22 @@ impl Workers {
                 flows.spawn(flow());
                 drop(arriving);
             };
-            // A worker's runtime ends with the process.
-            let _ = worker.newcomers.send(Box::new(begin));
+            // The receiver exists until the process exits.
+            let _ = worker.injected.send(Box::new(begin));
         }
     }
 
-    /// The runtime of the worker that accepts connections for all.
+    /// Returns the runtime of the worker that accepts connections for all.
     pub fn acceptor(&self) -> &Handle {
         &self.0[0].runtime
     }
 
-    /// Whether no thread is stuck.
+    /// Returns whether no thread hangs.
     pub fn are_alive(&self) -> bool {
         self.0.iter().all(Worker::is_alive)
     }
 
-    /// Waits until no flow is left.
+    /// Waits for the end of all flows.
     pub async fn finished(&self) {
         join_all(self.0.iter().map(|worker| {
             worker.flows.close();
@@ -111,46 +111,46 @@ impl Worker {
     fn start(number: usize) -> io::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_all()
-            .global_queue_interval(NEWCOMERS_WAIT_FOR)
+            .global_queue_interval(INJECTION_INTERVAL)
             .build()?;
-        let (newcomers, arriving) = unbounded_channel();
-        runtime.spawn(welcome(arriving));
+        let (injected, queue) = unbounded_channel();
+        runtime.spawn(start_injected(queue));
         let worker = Self {
             runtime: runtime.handle().clone(),
-            newcomers,
+            injected,
             flows: TaskTracker::new(),
-            came_round: Arc::new(Round::now()),
+            heartbeat: Arc::new(Heartbeat::now()),
         };
-        let came_round = worker.came_round.clone();
+        let heartbeat = worker.heartbeat.clone();
         thread::Builder::new()
             .name(format!("pepsal-{number}"))
-            .spawn(move || runtime.block_on(come_round(&came_round)))?;
+            .spawn(move || runtime.block_on(beat(&heartbeat)))?;
         Ok(worker)
     }
 
     fn is_alive(&self) -> bool {
-        let (round, age) = (&self.came_round, self.came_round.age());
-        if age > LATE && !round.asked.swap(true, Ordering::Relaxed) {
-            let round = round.clone();
-            let _ = self.newcomers.send(Box::new(move || round.renew()));
+        let (heartbeat, age) = (&self.heartbeat, self.heartbeat.age());
+        if age > LATE && !heartbeat.probed.swap(true, Ordering::Relaxed) {
+            let heartbeat = heartbeat.clone();
+            let _ = self.injected.send(Box::new(move || heartbeat.renew()));
         }
-        age < STUCK
+        age < HUNG
     }
 }
 
-impl Round {
+impl Heartbeat {
     fn now() -> Self {
         Self {
             epoch: Instant::now(),
             last_ms: AtomicU64::new(0),
-            asked: AtomicBool::new(false),
+            probed: AtomicBool::new(false),
         }
     }
 
     fn renew(&self) {
         let now = self.epoch.elapsed().as_millis() as u64;
         self.last_ms.store(now, Ordering::Relaxed);
-        self.asked.store(false, Ordering::Relaxed);
+        self.probed.store(false, Ordering::Relaxed);
     }
 
     fn age(&self) -> Duration {
@@ -159,18 +159,18 @@ impl Round {
     }
 }
 
-async fn welcome(mut arriving: UnboundedReceiver<Newcomer>) {
-    while let Some(begin) = arriving.recv().await {
+async fn start_injected(mut queue: UnboundedReceiver<Injected>) {
+    while let Some(begin) = queue.recv().await {
         begin();
     }
 }
 
-async fn come_round(round: &Round) {
-    let mut rounds = interval(ROUND);
-    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+async fn beat(heartbeat: &Heartbeat) {
+    let mut beats = interval(BEAT_INTERVAL);
+    beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
-        rounds.tick().await;
-        round.renew();
+        beats.tick().await;
+        heartbeat.renew();
     }
 }
 
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn one_stuck_worker_is_told_from_idle_ones() {
+    fn one_hung_worker_is_told_from_idle_ones() {
         let workers = Workers::start(2).unwrap();
         assert!(workers.are_alive());
         let ((release, stuck), (begin, begun)) = (mpsc::channel::<()>(), mpsc::channel());

@@ -1,13 +1,13 @@
-//! The reasons for which flows end, as they are logged and counted.
+//! Close reasons of flows, as they are logged and counted.
 
 use std::io;
 
 use thiserror::Error;
 
-/// Why a flow ended.
+/// Close reason of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum CloseReason {
-    /// Both ends had said all.
+    /// Both directions ended by FIN.
     #[error("finished")]
     Finished,
     /// The client reset its connection.
@@ -16,44 +16,43 @@ pub enum CloseReason {
     /// The server reset its connection.
     #[error("server reset")]
     ServerReset,
-    /// The client did not acknowledge any more.
+    /// The user timeout of the client leg expired.
     #[error("client timed out")]
     ClientTimedOut,
-    /// The server did not acknowledge any more.
+    /// The user timeout of the server leg expired.
     #[error("server timed out")]
     ServerTimedOut,
     /// The server refused the connection.
     #[error("refused")]
     Refused,
-    /// No route to the server, or a router said so.
+    /// No route to the server, or an ICMP destination unreachable message.
     #[error("unreachable")]
     Unreachable,
-    /// The server did not answer in time.
+    /// The server leg was not connected within the connect timeout.
     #[error("connect timeout")]
     ConnectTimeout,
-    /// The connection stayed pending past its lifetime.
-    #[error("pending too long")]
-    PendingTooLong,
-    /// The server leg could not be made here.
+    /// The flow was pending longer than its lifetime.
+    #[error("pending timeout")]
+    PendingTimeout,
+    /// The server leg could not be created on this host.
     #[error("local failure")]
     LocalFailure,
-    /// Its task panicked, which is an error in pepsal.
+    /// The task of the flow panicked, which is an error in pepsal.
     #[error("panicked")]
     Panicked,
-    /// Nothing moved for too long.
+    /// No byte was relayed within the idle timeout.
     #[error("idle timeout")]
     IdleTimeout,
-    /// pepsal was stopped.
+    /// The daemon stopped.
     #[error("shutdown")]
     Shutdown,
-    /// The operator closed it.
+    /// The operator closed the flow (`pepsal close`).
     #[error("administrative")]
     Administrative,
 }
 
 impl CloseReason {
-    /// Every reason.
-    pub const ALL: &[Self] = &[
+    pub(crate) const ALL: &[Self] = &[
         Self::Finished,
         Self::ClientReset,
         Self::ServerReset,
@@ -62,7 +61,7 @@ impl CloseReason {
         Self::Refused,
         Self::Unreachable,
         Self::ConnectTimeout,
-        Self::PendingTooLong,
+        Self::PendingTimeout,
         Self::LocalFailure,
         Self::Panicked,
         Self::IdleTimeout,
@@ -70,13 +69,13 @@ impl CloseReason {
         Self::Administrative,
     ];
 
-    /// Its name in metrics.
-    pub fn name(self) -> String {
+    /// Returns the label value in metrics.
+    pub(crate) fn name(self) -> String {
         self.to_string().replace(' ', "_")
     }
 
-    /// The reason why a connection to a server could not be made.
-    pub fn of_connect(error: &io::Error) -> Self {
+    /// Returns the close reason for an error of `connect`.
+    pub(crate) fn of_connect(error: &io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::ConnectionRefused => Self::Refused,
             io::ErrorKind::HostUnreachable | io::ErrorKind::NetworkUnreachable => Self::Unreachable,

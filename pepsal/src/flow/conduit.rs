@@ -1,6 +1,5 @@
-//! What bytes pass through on their way from one socket to the other: a pipe for splice, or a buffer for messages so small
-//! that copying them costs less, and where no pipe is to be had. Both are borrowed from a pool that bounds how many there
-//! are.
+//! The buffer between two sockets: a pipe for splice(2), or a byte buffer for small messages and for the case
+//! without a free pipe. Both come from a pool that limits their number.
 
 use std::{
     io,
@@ -21,14 +20,14 @@ use nix::{
 
 use crate::tcp::options;
 
-/// Most bytes in a pipe: the size from which one flow over veth is as fast as plain forwarding.
+/// Maximum bytes in a pipe: the size from which one flow over veth is as fast as plain forwarding.
 const PIPE_BYTES: usize = 256 << 10;
 
-/// Fewest slots of a pipe, the kernel's `PIPE_DEF_BUFFERS`. A slot takes one fragment of a packet, however small that is
-/// and however large a page.
+/// Minimum slots of a pipe, the kernel's `PIPE_DEF_BUFFERS`. A slot takes one fragment of a packet, of any
+/// size.
 const PIPE_SLOTS: usize = 16;
 
-/// Returns the size to ask F_SETPIPE_SZ for, in bytes, of which the kernel makes one slot for each page. With pages of up to
+/// Returns the size for F_SETPIPE_SZ, in bytes; the kernel makes one slot for each page. With pages of up to
 /// 64 KiB it is within fs.pipe-max-size, 1 MiB by default.
 fn pipe_size(page_bytes: usize) -> usize {
     PIPE_BYTES.max(PIPE_SLOTS * page_bytes)
@@ -40,31 +39,31 @@ fn page_bytes() -> usize {
     page.and_then(|bytes| bytes.try_into().ok()).unwrap_or(4096)
 }
 
-/// Bytes that a buffer holds.
+/// Size of a buffer, in bytes.
 const BUFFER_BYTES: usize = 64 << 10;
 
-/// What is less than this is a message: it is copied.
-pub const MESSAGE_BYTES: usize = 16 << 10;
+/// Bytes below which data are a message, which is copied.
+pub(crate) const MESSAGE_BYTES: usize = 16 << 10;
 
-/// Of `send(2)`, which nix leaves out.
+/// `MSG_MORE` of send(2), which nix does not define.
 const MSG_MORE: MsgFlags = MsgFlags::from_bits_retain(libc::MSG_MORE);
 
-/// Pipes, and buffers, that are kept for the next user while nobody needs them.
+/// Maximum number of idle pipes, and of idle buffers, in the pool.
 const KEPT: usize = 64;
 
-/// The pool that conduits come from and go back to.
+/// The pool of conduits.
 #[derive(Debug)]
 pub struct ConduitPool {
     idle: Mutex<Vec<Pipe>>,
     idle_buffers: Mutex<Vec<Box<[u8]>>>,
     pipes: AtomicUsize,
     most_pipes: usize,
-    /// Bytes.
+    /// In bytes.
     pipe_size: usize,
 }
 
 impl ConduitPool {
-    /// A pool of at most `most_pipes` pipes; who comes after that gets a buffer.
+    /// Creates a pool of at most `most_pipes` pipes; further conduits are buffers.
     pub fn new(most_pipes: usize) -> Self {
         Self {
             idle: Mutex::default(),
@@ -75,16 +74,16 @@ impl ConduitPool {
         }
     }
 
-    /// A conduit for as much as there is, with nothing in it.
-    pub fn take(&self) -> Conduit<'_> {
+    /// Returns an empty conduit, with a pipe if one is free.
+    pub(crate) fn take(&self) -> Conduit<'_> {
         match lock(&self.idle).pop().or_else(|| self.new_pipe()) {
             Some(pipe) => self.lend(Way::Pipe(pipe)),
             None => self.take_buffer(),
         }
     }
 
-    /// A conduit for a message, with nothing in it.
-    pub fn take_buffer(&self) -> Conduit<'_> {
+    /// Returns an empty conduit with a buffer, for a message.
+    pub(crate) fn take_buffer(&self) -> Conduit<'_> {
         let bytes = lock(&self.idle_buffers).pop();
         let bytes = bytes.unwrap_or_else(|| vec![0; BUFFER_BYTES].into());
         self.lend(Way::Buffer { bytes, start: 0 })
@@ -119,7 +118,7 @@ fn lock<T>(idle: &Mutex<T>) -> MutexGuard<'_, T> {
     idle.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether it is kept for the next user; else it is gone.
+/// Returns whether the pool keeps the value; else it is dropped.
 fn keep<T>(idle: &Mutex<Vec<T>>, returned: T) -> bool {
     let mut idle = lock(idle);
     let keeps = idle.len() < KEPT;
@@ -133,14 +132,15 @@ fn keep<T>(idle: &Mutex<Vec<T>>, returned: T) -> bool {
 struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
-    /// Most bytes that it is filled with: with large pages there is room for more than [`PIPE_BYTES`].
+    /// Maximum fill level in bytes: with large pages the pipe has room for more than [`PIPE_BYTES`].
     capacity: usize,
 }
 
 impl Pipe {
     fn new(size: usize) -> io::Result<Self> {
         let (read, write) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        // Refused past the user's quota of pipe pages (pipe-user-pages-soft); the pipe then is smaller, but a pipe.
+        // Fails above the user's quota of pipe pages (pipe-user-pages-soft); the pipe then has its default
+        // size.
         let capacity = fcntl(&write, FcntlArg::F_SETPIPE_SZ(size as i32))
             .or_else(|_| fcntl(&write, FcntlArg::F_GETPIPE_SZ))?;
         Ok(Self {
@@ -157,35 +157,35 @@ enum Way {
     Buffer { bytes: Box<[u8]>, start: usize },
 }
 
-/// A way through, with some bytes in it.
+/// A pipe or buffer, with the bytes in it.
 #[derive(Debug)]
-pub struct Conduit<'a> {
+pub(crate) struct Conduit<'a> {
     pool: &'a ConduitPool,
-    /// Always there until the conduit is dropped.
+    /// Present until the conduit is dropped.
     way: Option<Way>,
     held: usize,
 }
 
 impl Conduit<'_> {
-    /// Bytes in the conduit.
-    pub fn held(&self) -> usize {
+    /// Returns the bytes in the conduit.
+    pub(crate) fn held(&self) -> usize {
         self.held
     }
 
-    /// Takes what the socket has, as much as fits an empty conduit. Zero is the end of the stream.
+    /// Reads from the socket as much as fits an empty conduit. Returns the number of bytes; 0 is the end of
+    /// the stream.
     ///
-    /// It goes no further than to an urgent byte (RFC 9293, 3.8.5). Right before one, it says that there is nothing, or that
-    /// the stream is at its end.
+    /// Stops before an urgent byte (RFC 9293, 3.8.5). Directly before one, it returns `WouldBlock` or 0.
     ///
     /// # Errors
-    /// `WouldBlock` when the socket has nothing; the conduit is empty, so it cannot be the pipe.
-    pub fn fill(&mut self, from: BorrowedFd<'_>) -> io::Result<usize> {
+    /// `WouldBlock` when the socket has no data; the conduit is empty, so the pipe is not the cause.
+    pub(crate) fn fill(&mut self, from: BorrowedFd<'_>) -> io::Result<usize> {
         debug_assert_eq!(self.held, 0, "a full pipe and an empty socket look alike");
         let bytes = match &mut self.way {
             Some(Way::Pipe(pipe)) => move_bytes(from, pipe.write.as_fd(), pipe.capacity)?,
             Some(Way::Buffer { bytes, start }) => {
                 *start = 0;
-                // As splice does by itself.
+                // splice(2) behaves in the same way.
                 if options::is_at_mark(from)? {
                     return Err(io::ErrorKind::WouldBlock.into());
                 }
@@ -197,14 +197,14 @@ impl Conduit<'_> {
         Ok(bytes)
     }
 
-    /// Takes what the socket has, up to [`MESSAGE_BYTES`], into a buffer. If it is less, it is all. Zero is the end of the
-    /// stream.
+    /// Reads up to [`MESSAGE_BYTES`] from the socket into a buffer. Fewer bytes mean that the socket is
+    /// empty; 0 is the end of the stream.
     ///
-    /// It is for streams that nothing urgent has come of: an urgent byte in front would become one like any other.
+    /// Only for streams without urgent data: an urgent byte would become an ordinary one.
     ///
     /// # Errors
-    /// `WouldBlock` when the socket has nothing.
-    pub fn fill_with_message(&mut self, from: BorrowedFd<'_>) -> io::Result<usize> {
+    /// `WouldBlock` when the socket has no data.
+    pub(crate) fn fill_with_message(&mut self, from: BorrowedFd<'_>) -> io::Result<usize> {
         let Some(Way::Buffer { bytes, start }) = &mut self.way else {
             return self.fill(from);
         };
@@ -217,11 +217,11 @@ impl Conduit<'_> {
         Ok(self.held)
     }
 
-    /// Gives the socket as much as it takes. Of the `last` bytes the end may wait for the end of the stream to go with.
+    /// Writes to the socket as much as it accepts. The end of `last` bytes may wait for the FIN.
     ///
     /// # Errors
     /// `WouldBlock` when the socket's buffer is full.
-    pub fn drain(&mut self, to: BorrowedFd<'_>, last: bool) -> io::Result<usize> {
+    pub(crate) fn drain(&mut self, to: BorrowedFd<'_>, last: bool) -> io::Result<usize> {
         let bytes = match &mut self.way {
             Some(Way::Pipe(pipe)) => move_bytes(pipe.read.as_fd(), to, self.held)?,
             Some(Way::Buffer { bytes, start }) => {
@@ -242,7 +242,7 @@ impl Drop for Conduit<'_> {
     fn drop(&mut self) {
         match self.way.take() {
             Some(Way::Pipe(pipe)) if self.held == 0 => self.pool.give_back(pipe),
-            // What is left in it is of a flow that is over.
+            // Remaining bytes belong to a closed flow.
             Some(Way::Pipe(pipe)) => {
                 drop(pipe);
                 self.pool.pipes.fetch_sub(1, Ordering::Relaxed);
@@ -255,12 +255,12 @@ impl Drop for Conduit<'_> {
     }
 }
 
-/// Not `SPLICE_F_MORE`: it would hold back the tail of what is moved.
+/// Without `SPLICE_F_MORE`, which would delay the last bytes of a transfer.
 fn move_bytes(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> io::Result<usize> {
     let flags = SpliceFFlags::SPLICE_F_MOVE | SpliceFFlags::SPLICE_F_NONBLOCK;
     loop {
         match splice(from, None, to, None, most, flags) {
-            // It looks for signals even when it need not wait, and an interruption is not an end of the flow.
+            // splice(2) checks for signals even when it does not wait; an interruption is no end of the flow.
             Err(Errno::EINTR) => {}
             moved => return Ok(moved?),
         }
@@ -301,7 +301,7 @@ mod tests {
                 let mut conduit = pool.take();
                 while !matches!(conduit.fill(to.as_fd()), Ok(4)) {}
                 conduit.drain(to.as_fd(), false).unwrap();
-                // What has come back makes room for the next.
+                // A returned pipe makes room for the next.
                 from.read_exact(&mut [0; 4]).unwrap();
             }
         });
@@ -358,7 +358,7 @@ mod tests {
             assert_eq!(received, b"bytes");
             segments == 0
         };
-        // On a machine that is too busy the kernel's patience ends first, after 200 ms.
+        // On a busy machine the kernel's timer expires first, after 200 ms.
         assert!((0..10).any(|_| waited()));
     }
 
@@ -390,7 +390,7 @@ mod tests {
         let mut taken: Vec<_> = (0..4).map(|_| pool.take()).collect();
         let pipes: Vec<bool> = taken.iter().map(is_pipe).collect();
         assert_eq!(pipes, [true, true, false, false]);
-        // One that is given back serves the next.
+        // A returned pipe is used again.
         drop(taken.remove(0));
         assert!(is_pipe(&pool.take()));
     }

@@ -1,4 +1,4 @@
-//! Makes server legs in the image of the client's SYN.
+//! Creates server legs with the fields of the client's SYN.
 
 use std::{
     io,
@@ -26,34 +26,32 @@ use crate::{
     },
 };
 
-/// How often a server leg tries for two addresses that another one still has.
+/// Interval between attempts to use addresses that another server leg still has.
 const PORT_RETRY: Duration = Duration::from_millis(10);
-/// How long it tries.
+/// Time limit of these attempts.
 const PORT_PATIENCE: Duration = Duration::from_millis(250);
 
-/// A connection that is to be made to a server.
+/// Parameters of a connection to a server.
 #[derive(Clone, Copy)]
 pub struct Attempt<'a> {
-    /// The client's address and port, from which it is made.
+    /// Source address of the server leg.
     pub client: SocketAddr,
-    /// The server's address and port.
     pub server: SocketAddr,
-    /// The client's SYN.
     pub record: &'a SynRecord,
-    /// The link that the leg leaves through, where it has a profile.
+    /// Link of the server leg, if it has a profile.
     pub link: Option<&'a Link>,
-    /// The largest segment that fits the way, in bytes, where the leg's route does not know it.
+    /// Maximum segment size of the path in bytes, if the leg's route has a larger MTU.
     pub path_mss: Option<u16>,
-    /// Whether the client has sent data already, which fast open can carry in the SYN. Without, the SYN would wait for the
-    /// client, and the client may be waiting for the server.
+    /// Whether the client has sent data, which fast open can carry in the SYN. Without data the SYN would
+    /// wait for the client, and the client may wait for the server.
     pub has_data: bool,
 }
 
 impl LegConfig {
-    /// Connects to the server the way the client meant to.
+    /// Connects to the server with the header fields of the client's SYN.
     ///
     /// # Errors
-    /// What `connect` says, and what `socket` and `bind` say when they fail for good.
+    /// Errors of `connect`, and permanent errors of `socket` and `bind`.
     pub async fn connect(
         &self,
         attempt: &Attempt<'_>,
@@ -86,7 +84,7 @@ impl LegConfig {
             tried("maximum segment size", options::set_mss(&socket, mss));
         }
         if self.options.quickack || has_data {
-            // What the client has sent already completes the handshake as well as an acknowledgement alone.
+            // The client's data complete the handshake as well as an ACK without data.
             tried("quick ack", options::set_quickack(&socket, self.options.quickack));
         }
         if let Some(congestion) = self.initial_congestion_of(Side::Server, link) {
@@ -96,7 +94,7 @@ impl LegConfig {
             );
         }
         if let Some(link) = link {
-            // Before the SYN, whose window scale follows from it; then the first acknowledgement opens all of it.
+            // Before the SYN, which announces its window scale; the first ACK then opens the whole window.
             tried(
                 "receive buffer",
                 options::set_receive_buffer(&socket, link.profile.receive_buffer.value),
@@ -106,7 +104,7 @@ impl LegConfig {
             tried("fast open", options::set_fastopen_connect(&socket));
         }
         if self.options.source == Source::Client {
-            // The interface of the client's SYN is where the host gets what the leg sends.
+            // The leg's packets enter the host on the interface of the client's SYN.
             socket.set_mark(record.ingress_ifindex)?;
             options::set_transparent(&socket, client.is_ipv6())?;
             socket.set_reuse_address(true)?;
@@ -115,7 +113,7 @@ impl LegConfig {
         begin_connect(&socket, server).await?;
         let stream = Connection::register(socket)?;
         stream.writable().await?;
-        // What there is to know came with the same news.
+        // The same readiness event has the error.
         match stream.has_error() {
             true => stream.socket().take_error()?.map_or(Ok(stream), Err),
             false => Ok(stream),
@@ -123,19 +121,21 @@ impl LegConfig {
     }
 }
 
-/// With fast open and a cookie the kernel puts a server leg's SYN off until there is data for it: sends it with what the
-/// client has sent, and waits until the server has answered. Returns how many of the client's bytes went with it.
+/// With fast open and a cookie the kernel delays the SYN until data are written. Sends the SYN with the
+/// client's first data, and waits for the server's reply. Returns the number of the client's bytes in the
+/// SYN.
 ///
-/// Only so is a refusal known for one, and does the first window hold that the leg is given once it is connected.
+/// Without this, a refusal is not detected, and the initial window that is set after the handshake has no
+/// effect.
 ///
 /// # Errors
-/// What `connect` would have said.
+/// Errors of `connect`.
 pub async fn open(server: &Connection, client: &Connection) -> io::Result<usize> {
     if !is_connecting(server)? {
         return Ok(0);
     }
     let mut data = [0; SYN_DATA_MAX];
-    // An urgent byte is for the relay.
+    // The relay handles an urgent byte.
     let peeked = match options::is_at_mark(client)? {
         true => 0,
         false => recv(
@@ -149,7 +149,7 @@ pub async fn open(server: &Connection, client: &Connection) -> io::Result<usize>
         &data[..peeked],
         MsgFlags::MSG_NOSIGNAL,
     ) {
-        // The cookie is gone; the SYN goes without data.
+        // Without a cookie the SYN leaves without data.
         Err(Errno::EINPROGRESS) => 0,
         sent => sent?,
     };
@@ -174,7 +174,7 @@ pub async fn open(server: &Connection, client: &Connection) -> io::Result<usize>
     }
 }
 
-/// What fits into a SYN on every path that IPv6 allows: 1280 bytes less its header, TCP's and TCP's options.
+/// Bytes of data that fit a SYN on every IPv6 path: 1280 bytes less the headers of IPv6, TCP and TCP options.
 const SYN_DATA_MAX: usize = 1280 - 40 - 60;
 
 /// `TCP_SYN_SENT` of the kernel's `net/tcp_states.h`.
@@ -184,11 +184,12 @@ fn is_connecting(stream: &Connection) -> io::Result<bool> {
     Ok(options::tcp_info(stream)?.tcpi_state == TCP_SYN_SENT)
 }
 
-/// Sends the SYN. A client that uses its port again at once may be faster than the end of its last flow, whose server leg
-/// has the same two addresses: this one then waits for it.
+/// Sends the SYN. If the client reuses its port at once, the server leg of its previous flow may still have
+/// the same two addresses: waits for its end.
 ///
 /// # Errors
-/// `AddrNotAvailable` when the other leg still has them after [`PORT_PATIENCE`]. Another port would not be the client's.
+/// `AddrNotAvailable` when the other leg still has the addresses after [`PORT_PATIENCE`]: another port would
+/// not be the client's.
 async fn begin_connect(socket: &Socket, server: SocketAddr) -> io::Result<()> {
     let deadline = Instant::now() + PORT_PATIENCE;
     loop {

@@ -1,4 +1,4 @@
-//! A leg while its flow is relayed: its connection, its share of its link, and how it ends.
+//! A leg of an open flow: its connection, its share of its link, and its end.
 
 use std::{
     io,
@@ -19,19 +19,19 @@ use crate::{
     tcp::{congestion::Congestion, connection::Connection, options},
 };
 
-/// One end of a flow while it is relayed.
+/// One leg of an open flow.
 pub struct Leg {
-    /// In the budget of the leg's link, where that is described.
+    /// Membership in the budget of the leg's link, if it has a profile.
     membership: Option<Membership>,
     stream: Arc<Connection>,
     side: Side,
-    /// Set once the connection is known to be broken. The kernel reports an error only once, and then pretends an
-    /// orderly end of stream.
+    /// Set after a connection error. The kernel reports an error once, and then returns end of stream.
     broken: AtomicBool,
 }
 
 impl Leg {
-    /// Takes over a connected stream, which is reset when it is dropped ([`crate::flow::leg_config::LegConfig::tune`]).
+    /// Creates a leg from a connected stream, which is reset on drop
+    /// ([`crate::flow::leg_config::LegConfig::tune`]).
     pub fn new(stream: Connection, side: Side) -> Self {
         Self {
             membership: None,
@@ -41,37 +41,37 @@ impl Leg {
         }
     }
 
-    /// Lets a leg that has not sent anything yet start at its share of its link's rate.
-    pub fn join(&mut self, link: &Link, client: IpAddr, traffic_class: u8, congestion: &Congestion) {
+    /// Joins the budget of its link, before the leg has sent data, and starts at its share of the rate.
+    pub(crate) fn join(&mut self, link: &Link, client: IpAddr, traffic_class: u8, congestion: &Congestion) {
         let profile = &link.profile;
         let (weight, window) = (profile.weights.of(traffic_class), profile.initial_window.value);
         if let (Some(bytes), Side::Server) = (profile.peer_window.value, self.side)
             && let Err(error) = options::set_send_window(&*self.stream, bytes)
         {
-            trace!("send window refused: {error}");
+            trace!("cannot set the send window: {error}");
         }
         self.membership = Some(link.budget.join(&self.stream, client, weight, congestion, window));
     }
 
-    /// Which end of the flow it is.
-    pub fn side(&self) -> Side {
+    /// Returns the side of the flow.
+    pub(crate) fn side(&self) -> Side {
         self.side
     }
 
-    /// The leg's stream.
+    /// Returns the stream of the leg.
     pub fn stream(&self) -> &Arc<Connection> {
         &self.stream
     }
 
-    /// Notes that bytes were written to the leg.
+    /// Notifies the budget that bytes were written.
     pub(super) fn wrote(&self) {
         if let Some(membership) = &self.membership {
             membership.wrote();
         }
     }
 
-    /// Waits until the peer has given up, and says how that ends a flow.
-    pub async fn abandoned(&self) -> CloseReason {
+    /// Waits until the peer resets the connection or its user timeout expires. Returns the close reason.
+    pub(crate) async fn abandoned(&self) -> CloseReason {
         self.error().await.reason()
     }
 
@@ -87,12 +87,12 @@ impl Leg {
         self.broken.load(Ordering::Relaxed)
     }
 
-    /// Waits until the connection is broken, whatever else happens on it.
+    /// Waits for a connection error.
     pub(super) fn error(&self) -> impl Future<Output = Broken> {
         self.stream.broken().map(|error| self.broke(error))
     }
 
-    /// Passes an orderly end on: a FIN after all that was written, which nothing may cut short any more.
+    /// Sends a FIN after all written data, and then disables the reset on close.
     pub(super) fn finish(&self) -> Result<(), Broken> {
         let end = || {
             options::reset_on_close(self.stream.as_fd(), false)?;
@@ -102,7 +102,7 @@ impl Leg {
     }
 }
 
-/// A leg broke, and how.
+/// A connection error of a leg.
 pub(super) struct Broken {
     pub(super) side: Side,
     error: io::Error,

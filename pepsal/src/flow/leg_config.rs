@@ -1,4 +1,4 @@
-//! How legs are made: the operator's options, and the socket options that follow.
+//! Settings of legs: the operator's options, and the socket options derived from them.
 
 use std::{net::SocketAddr, os::fd::BorrowedFd, time::Duration};
 
@@ -17,47 +17,39 @@ use crate::{
     },
 };
 
-/// When an idle peer is first asked whether it is still there; how often then, and how often in vain, is the host's to say.
+/// Idle time before the first keepalive probe; interval and number of probes are the host's.
 const KEEPALIVE: Duration = Duration::from_secs(600);
 
-/// The operator's options for legs.
 #[derive(Debug, Clone)]
 pub struct LegOptions {
-    /// Whose address server legs have.
     pub source: Source,
-    /// What of the client's SYN is carried over.
+    /// Header fields of the client's SYN that are copied to the server leg.
     pub replicate: Vec<Replicate>,
     /// TCP fast open, on listeners and server legs.
     pub fastopen: bool,
-    /// TCP_QUICKACK.
     pub quickack: bool,
-    /// TCP_CORK.
     pub cork: bool,
-    /// Maximum segment size in bytes.
+    /// In bytes.
     pub mss: Option<u16>,
-    /// Congestion control of both legs.
     pub congestion: Option<Congestion>,
-    /// Congestion control of client legs.
     pub client_congestion: Option<Congestion>,
-    /// Congestion control of server legs.
     pub server_congestion: Option<Congestion>,
 }
 
-/// How legs are made.
 #[derive(Debug, Clone)]
 pub struct LegConfig {
     pub(super) options: LegOptions,
     pub(super) replication: Replication,
-    /// The host's congestion control, where the legs' namespaces have another.
+    /// The host's congestion control, if that of the legs' namespaces differs.
     host_congestion: Option<Congestion>,
     short_path: Option<ShortPath>,
 }
 
-/// What legs do where the kernel's own congestion control is BBR, and nobody asked for any.
+/// Congestion control of short paths, if the kernel's default is BBR and no option sets one.
 ///
-/// It paces: a timer and an interrupt for every 64 KiB, which cost a fast flow a third of its rate, and which a socket
-/// that has once had BBR keeps. On a short path there is nothing to gain from that. So legs begin without, and those
-/// whose handshake took longer change to BBR before their first data.
+/// BBR paces: a timer and an interrupt for every 64 KiB cost a fast flow a third of its rate, and a socket
+/// that has had BBR once keeps pacing. A short path gains nothing from it. So legs start without BBR, and
+/// legs with a longer handshake change to BBR before their first data.
 #[derive(Debug, Clone)]
 struct ShortPath {
     congestion: Congestion,
@@ -74,12 +66,11 @@ impl ShortPath {
     }
 }
 
-/// Round trips below which a path is short: a local or a regional network, and no satellite.
+/// Round-trip time below which a path is short: a local or regional network, and no satellite.
 const SHORT_PATH: Duration = Duration::from_millis(25);
 
 impl LegConfig {
-    /// What the operator asks for. `inside` is the congestion control that sockets of the legs' namespaces get when
-    /// nobody chooses one.
+    /// Creates the settings. `inside` is the default congestion control of the legs' namespaces.
     pub fn new(options: LegOptions, inside: &Congestion) -> Self {
         let of_host = congestion::default().ok();
         Self {
@@ -90,7 +81,7 @@ impl LegConfig {
         }
     }
 
-    /// The congestion controls that are asked for.
+    /// Returns the congestion controls of the options.
     pub fn congestion(&self) -> impl Iterator<Item = &Congestion> {
         let options = &self.options;
         [
@@ -102,8 +93,8 @@ impl LegConfig {
         .flatten()
     }
 
-    /// The congestion control of a leg: what was given for its link, for its side, for all, and last what its link's
-    /// profile found best. `None` is for the kernel to choose.
+    /// Returns the congestion control of a leg: that of its link, its side, or both legs, in this order, else
+    /// the default of its link's profile. `None` is the kernel's default.
     pub fn congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a Congestion> {
         let of_link = link.map(|link| &link.profile.congestion);
         let given = of_link
@@ -120,25 +111,25 @@ impl LegConfig {
             .or(derived)
     }
 
-    /// What a leg's socket is given before its handshake.
+    /// Returns the congestion control of a leg before its handshake.
     pub fn initial_congestion_of<'a>(&'a self, side: Side, link: Option<&'a Link>) -> Option<&'a Congestion> {
         let short = || self.short_path.as_ref().map(|path| &path.congestion);
         let of_host = self.host_congestion.as_ref();
         self.congestion_of(side, link).or_else(short).or(of_host)
     }
 
-    /// Once a leg without a profile is connected: leaves the congestion control to the kernel unless the path is short.
-    /// `handshake` is what a round trip took at most.
+    /// Sets the kernel's congestion control on a connected leg without a profile, unless its path is short.
+    /// `handshake` is an upper bound of the round-trip time.
     pub fn settle_congestion(&self, side: Side, stream: &Connection, handshake: Duration) {
         let Some(path) = &self.short_path else { return };
         if self.congestion_of(side, None).is_some() {
             return;
         }
-        // With fast open there is a connection before there has been a round trip.
+        // With fast open the connection exists before a round trip.
         if handshake < SHORT_PATH && !self.options.fastopen {
             return;
         }
-        // No measurement, after a SYN cookie, is zero.
+        // 0 means no measurement, as after a SYN cookie.
         let short = |rtt_us: u32| (1..SHORT_PATH.as_micros()).contains(&rtt_us.into());
         if !options::tcp_info(stream).is_ok_and(|info| short(info.tcpi_rtt)) {
             tried(
@@ -148,15 +139,15 @@ impl LegConfig {
         }
     }
 
-    /// How long to wait for the client's first data, so that fast open can carry it: a fiftieth of the round trip that it
-    /// may save. A client that waits for the server is not kept waiting longer than that.
+    /// Returns the time to wait for the client's first data, which fast open can carry: a fiftieth of the
+    /// round trip that it may save. A client that waits for the server is delayed by at most this time.
     pub fn early_data_patience(&self, link: Option<&Link>) -> Option<Duration> {
         let rtt = link.filter(|_| self.options.fastopen)?.profile.rtt;
         Some((rtt / 50).min(Duration::from_millis(20)))
     }
 
-    /// Gives the accepted connection the options that it has not inherited from its listener. One that the kernel
-    /// refuses is left out: the flow can do without.
+    /// Sets the options that an accepted connection does not inherit from its listener. A refused option is
+    /// logged and left out.
     pub fn tune_client(&self, stream: &Connection, client: SocketAddr, record: &SynRecord) {
         if self.replication.dscp && record.traffic_class != 0 {
             let ipv6 = client.is_ipv6();
@@ -170,15 +161,15 @@ impl LegConfig {
         }
     }
 
-    /// Whether a server leg's SYN can carry what the client has sent already.
+    /// Returns whether a server leg's SYN can carry the client's data.
     pub fn carries_early_data(&self) -> bool {
         self.options.fastopen
     }
 
-    /// Gives a server leg that is not connected yet, or a listener for its accepted legs, the options that both inherit.
+    /// Sets the common options of a server leg before its connect, and of a listener for its accepted legs.
     pub fn tune(&self, socket: BorrowedFd<'_>, link: Option<&Link>) {
         let sock = socket2::SockRef::from(&socket);
-        // Until a direction has ended cleanly, whatever closes the leg resets it.
+        // Until a direction has ended by FIN, every close is a reset.
         tried("reset on close", options::reset_on_close(socket, true));
         if self.options.cork {
             tried("cork", options::set_cork(socket, true));
@@ -206,11 +197,11 @@ impl LegConfig {
             idle = profile.keepalive.value;
         }
         tried("keepalive", options::set_keepalive(socket, idle));
-        // Else a leg is not readable for an urgent byte alone, and reading leaves it out.
+        // Without it a single urgent byte does not make a leg readable, and reads skip it.
         tried("urgent data inline", sock.set_out_of_band_inline(true));
     }
 
-    /// The largest segment that a leg may announce and send, where one is given.
+    /// Returns the configured maximum segment size of a leg, in bytes.
     pub fn mss_of(&self, link: Option<&Link>) -> Option<u16> {
         link.and_then(|link| link.profile.mss.value).or(self.options.mss)
     }

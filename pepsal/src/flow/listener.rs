@@ -1,5 +1,5 @@
-//! The proxy's own listeners, in the namespace of the client legs. New connections reach them by their place in the eBPF
-//! map, not by their address, which is on the loopback.
+//! The listeners, in the namespace of the client legs. New connections reach them by their entry in an eBPF
+//! map, not by their loopback address.
 
 use std::{
     io,
@@ -20,17 +20,17 @@ use crate::{
     wire::programs::ListenerPair,
 };
 
-/// Connections that may wait to be accepted; the kernel caps it at net.core.somaxconn.
+/// Length of the accept queue; the kernel limits it to net.core.somaxconn.
 const BACKLOG: i32 = 65_535;
 
-/// SYNs with data that may wait to be acknowledged.
+/// Maximum number of pending fast open requests.
 const FASTOPEN_QUEUE: i32 = 1024;
 
-/// Where connections are accepted. What it accepts is not yet registered with anybody's runtime.
+/// A listening socket. Accepted sockets are not registered with a runtime yet.
 pub type Listener = AsyncFd<Socket>;
 
-/// A link's listeners, one for each family. One for both would be bound to the wildcard address, and would take the
-/// listening port away from clients that use it as their source.
+/// The listeners of a link, one for each address family. One for both would bind the wildcard address, and
+/// clients could not use the listening port as source port.
 #[derive(Debug)]
 pub struct Pair {
     /// On 127.0.0.1.
@@ -48,54 +48,53 @@ impl Pair {
         }
     }
 
-    /// Both.
+    /// Returns the listeners of both families.
     pub fn iter(&self) -> impl Iterator<Item = &Listener> {
         [Some(&self.v4), self.v6.as_ref()].into_iter().flatten()
     }
 }
 
-/// The listeners of all links: first those for interfaces without a profile, which have the port that the user chose.
+/// The listeners of all links. The first pair is for interfaces without a profile, and has the port of `-p`.
 #[derive(Debug)]
 pub struct Listeners {
-    /// By the links' numbers.
+    /// Index: link number.
     pub pairs: Vec<Arc<Pair>>,
 }
 
 impl Listeners {
-    /// Binds all, in the calling thread's namespace.
+    /// Binds all listeners, in the calling thread's namespace.
     ///
     /// # Errors
-    /// When a socket cannot be had.
+    /// When a socket cannot be created or bound.
     pub fn bind(port: u16, legs: &LegConfig, links: &Links) -> Result<Self> {
         let mut pairs = vec![Arc::new(bind_pair(port, legs, None)?)];
         pairs.extend(bind_links(legs, &links.all())?);
         Ok(Self { pairs })
     }
 
-    /// Gives all of them other options, for connections that are not there yet.
+    /// Sets the options of all listeners, for later connections.
     pub fn tune(&self, legs: &LegConfig, links: &Links) {
         let links = links.all();
         let numbered = [None].into_iter().chain(links.iter().map(Some));
         for (pair, link) in self.pairs.iter().zip(numbered) {
             for listener in pair.iter() {
                 if let Err(error) = tune(listener, legs, link) {
-                    warn!("a listener keeps some of its former options: {error}");
+                    warn!("cannot change all options of a listener: {error}");
                 }
             }
         }
     }
 }
 
-/// Binds a pair for each of these links. Nobody has to know their ports: connections come by the eBPF map.
+/// Binds a pair for each link. Their ports are arbitrary: connections reach them by the eBPF map.
 ///
 /// # Errors
-/// When a socket cannot be had.
+/// When a socket cannot be created or bound.
 pub fn bind_links(legs: &LegConfig, links: &[Arc<Link>]) -> Result<Vec<Arc<Pair>>> {
     let bind = |link| bind_pair(ANY_PORT, legs, Some(link)).map(Arc::new);
     links.iter().map(bind).collect()
 }
 
-/// The kernel chooses.
 const ANY_PORT: u16 = 0;
 
 fn bind_pair(port: u16, legs: &LegConfig, link: Option<&Arc<Link>>) -> Result<Pair> {
@@ -130,16 +129,17 @@ fn bind(addr: IpAddr, port: u16, legs: &LegConfig, link: Option<&Arc<Link>>) -> 
     Ok(unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?)
 }
 
-/// What connections get from the listener that they are accepted from. Everything is set, so that a listener that is in
-/// use loses what it had before.
+/// Sets the options that accepted connections inherit. Sets every option, so that a listener in use loses its
+/// former ones.
 fn tune(listener: impl AsFd + Copy, legs: &LegConfig, link: Option<&Arc<Link>>) -> io::Result<()> {
     let fastopen = if legs.options.fastopen { FASTOPEN_QUEUE } else { 0 };
     options::set_fastopen_queue(listener, fastopen)?;
     if let Some(link) = link {
-        // The SYN-ACK's window and its scale are what the listener's buffer allows; accepted sockets inherit it.
+        // The listener's buffer determines window and window scale of the SYN-ACK; accepted sockets inherit
+        // it.
         options::set_receive_buffer(listener, link.profile.receive_buffer.value)?;
     }
-    // Accepted sockets inherit it; chosen later, they would keep the pacing of the one before.
+    // Accepted sockets inherit it; set later, they would keep the pacing of the former one.
     match legs.initial_congestion_of(Side::Client, link.map(Arc::as_ref)) {
         Some(congestion) => options::set_congestion(listener, congestion.name())?,
         None => options::set_congestion(listener, congestion::default()?.name())?,
@@ -148,7 +148,7 @@ fn tune(listener: impl AsFd + Copy, legs: &LegConfig, link: Option<&Arc<Link>>) 
         options::set_cork(listener, false)?;
     }
     legs.tune(listener.as_fd(), link.map(Arc::as_ref));
-    // What the SYN-ACK announces; on an accepted socket it is too late for that. Zero is the path's.
+    // Announced by the SYN-ACK, so too late on an accepted socket. 0 is the path's.
     let mss = legs.mss_of(link.map(Arc::as_ref));
     options::set_mss(listener, mss.unwrap_or(0))
 }

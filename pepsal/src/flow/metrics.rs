@@ -1,4 +1,4 @@
-//! Counters of the daemon. Those of the kernel side are [`pepsal_ebpf::Counter`].
+//! Counters of the daemon. [`pepsal_ebpf::Counter`] has those of the eBPF programs.
 
 use std::{
     collections::HashMap,
@@ -15,17 +15,16 @@ use crate::{flow::close_reason::CloseReason, wire::interfaces::Interfaces};
 
 macro_rules! events {
     ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// Things worth counting that are not the end of a flow.
+        /// Counted events, except the close of a flow.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
         pub enum Event {
             $($(#[$doc])* $variant,)*
         }
 
         impl Event {
-            /// Every event.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
-            /// Its name in logs.
+            /// Returns the name in logs and metrics.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$variant => $name,)*
@@ -46,51 +45,47 @@ events! {
     OptionsNotReplicated = "options_not_replicated",
     /// A record expired before its connection was accepted.
     RecordExpired = "record_expired",
-    /// Accepting failed for want of resources.
+    /// Accept failed because of missing resources.
     AcceptFailed = "accept_failed",
 }
 
-/// Upper bounds in seconds: from a neighbour's answer to the time-out of a connect.
+/// Bucket boundaries in seconds: from a reply of a neighbour to the connect timeout.
 const CONNECT_SECONDS: [f64; 13] = [
     0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0,
 ];
 
-/// Upper bounds in seconds: from a request to a session of a day.
+/// Bucket boundaries in seconds: from one request to a session of a day.
 const DURATION_SECONDS: [f64; 11] = [
     0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0,
 ];
 
-/// All counters.
 #[derive(Debug)]
 pub struct Metrics {
     events: [AtomicU64; Event::ALL.len()],
     closed: [AtomicU64; CloseReason::ALL.len()],
     up: AtomicU64,
     down: AtomicU64,
-    /// Seconds from a flow's acceptance until its server leg is connected.
+    /// Seconds from accept to the connected server leg.
     pub connect: Histogram,
-    /// Seconds from a flow's acceptance to its end.
+    /// Seconds from accept to the end of the flow.
     pub duration: Histogram,
     interfaces: RwLock<HashMap<u32, Arc<Traffic>>>,
 }
 
-/// What the legs behind one interface have carried.
+/// Traffic counters of the legs of one interface.
 #[derive(Debug)]
 pub struct Traffic {
-    /// The interface's name.
     pub interface: String,
-    /// Bytes that were relayed out through it.
+    /// Relayed bytes.
     pub sent: AtomicU64,
-    /// Bytes that came in through it and were relayed.
+    /// Relayed bytes.
     pub received: AtomicU64,
-    /// Segments with data that were sent through it, retransmissions included.
+    /// Data segments, including retransmissions.
     pub segments: AtomicU64,
-    /// Segments that were sent again.
     pub retransmitted: AtomicU64,
 }
 
 impl Default for Metrics {
-    /// All zero.
     fn default() -> Self {
         Self {
             events: [const { AtomicU64::new(0) }; _],
@@ -105,12 +100,10 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Counts an event.
     pub fn count(&self, event: Event) {
         self.events[event as usize].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How often an event came.
     pub fn events(&self, event: Event) -> u64 {
         self.events[event as usize].load(Ordering::Relaxed)
     }
@@ -121,24 +114,24 @@ impl Metrics {
         self.duration.observe(open.as_secs_f64());
     }
 
-    /// How many flows ended for a reason.
+    /// Returns the number of flows with this close reason.
     pub fn closed(&self, reason: CloseReason) -> u64 {
         self.closed[reason as usize].load(Ordering::Relaxed)
     }
 
-    /// Counts bytes that a flow carried up and down.
+    /// Adds the bytes of a flow, up and down.
     pub fn carried(&self, up: u64, down: u64) {
         self.up.fetch_add(up, Ordering::Relaxed);
         self.down.fetch_add(down, Ordering::Relaxed);
     }
 
-    /// Bytes that flows have carried, up and down. Those of open flows are in it as of when they were last looked at
+    /// Returns the bytes of all flows, up and down. Those of open flows are as of their last observation
     /// ([`crate::flow::table::Flow::observe`]).
     pub fn bytes(&self) -> (u64, u64) {
         (self.up.load(Ordering::Relaxed), self.down.load(Ordering::Relaxed))
     }
 
-    /// Where the legs behind the interface of an index are counted; nowhere when there is no such interface.
+    /// Returns the counters of an interface index; none for an unknown interface.
     pub fn traffic(&self, ifindex: u32, interfaces: &Interfaces) -> Option<Arc<Traffic>> {
         let known = |interfaces: &HashMap<u32, Arc<Traffic>>| interfaces.get(&ifindex).cloned();
         let read = self.interfaces.read().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +141,7 @@ impl Metrics {
         drop(read);
         let interface = interfaces.get(&ifindex)?.name.clone();
         let mut interfaces = self.interfaces.write().unwrap_or_else(PoisonError::into_inner);
-        // An interface that was made anew has another index, and counts on under its name.
+        // A recreated interface has another index, and keeps its counters by name.
         let same = interfaces.values().find(|traffic| traffic.interface == interface);
         let traffic = same.cloned().unwrap_or_else(|| {
             Arc::new(Traffic {
@@ -163,7 +156,7 @@ impl Metrics {
         Some(traffic)
     }
 
-    /// Every interface that has carried a leg, by name.
+    /// Returns the counters of all interfaces, sorted by name.
     pub fn interfaces(&self) -> Vec<Arc<Traffic>> {
         let interfaces = self.interfaces.read().unwrap_or_else(PoisonError::into_inner);
         let mut traffic: Vec<_> = interfaces.values().cloned().collect();

@@ -61,45 +61,40 @@ use crate::{
     wire::interfaces::Interfaces,
 };
 
-/// What all flows share.
-pub struct Shared {
-    /// What flows go by that start now.
+/// State that all flows share.
+pub(crate) struct Shared {
     pub settings: ArcSwap<Settings>,
-    /// The links that have a profile.
     pub links: Arc<Links>,
-    /// The host's namespace, for server legs with its address.
+    /// Namespace of the host, for server legs of `--source gateway`.
     pub host: Namespace,
-    /// The host's interfaces.
     pub interfaces: ArcSwap<Interfaces>,
-    /// What is remembered of paths without.
+    /// Learned parameters of paths without a profile.
     pub paths: Arc<Paths>,
-    /// Where flows are entered.
     pub table: Arc<FlowTable>,
-    /// What is counted.
     pub metrics: Metrics,
-    /// What bytes pass through.
     pub conduits: ConduitPool,
     /// Cancelled when open flows have to end.
     pub stop: CancellationToken,
 }
 
-/// Serves an accepted connection until its end. Whatever goes wrong here resets the client: dropping a [`Leg`] does.
+/// Serves an accepted connection until its end. Every error resets the client: dropping a [`Leg`] sends a
+/// reset.
 ///
-/// It stays on the worker that polls it first, whose runtime the connection is registered with.
-pub async fn serve(accepted: Socket, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
+/// The future stays on the worker that polls it first, whose runtime the connection is registered with.
+pub(crate) async fn serve(accepted: Socket, client: SocketAddr, server: SocketAddr, shared: Arc<Shared>) {
     let stop = shared.stop.child_token();
     let Some((place, mut record)) = shared.table.enter(client, server, stop, &shared.metrics) else {
         return;
     };
     if record.ingress_ifindex == 0 {
-        // The mark of the SYN says it, too.
+        // The mark of the SYN has the same index.
         record.head.ingress_ifindex = accepted.mark().unwrap_or_default();
     }
     shared.metrics.count(Event::Accepted);
     let settings = shared.settings.load_full();
     let flow = &place.flow;
-    // What connecting takes is on the heap and given back after it: a flow is open for most of its life, and there are
-    // many of them.
+    // The state of the connect phase is on the heap and freed after it: a flow is open for most of its life,
+    // and there are many flows.
     let connected = Box::pin(connect(accepted, flow, record, &settings, &shared));
     let serving = async {
         let [client, server] = match connected.await {
@@ -117,13 +112,13 @@ pub async fn serve(accepted: Socket, client: SocketAddr, server: SocketAddr, sha
         server.learn(&flow.progress.up, &shared.paths);
         reason
     };
-    // Unwinding has dropped the legs, which resets them; the other flows are not to hear of it.
+    // Unwinding has dropped, and so reset, the legs; other flows are not affected.
     let reason = AssertUnwindSafe(serving).catch_unwind().await;
     let reason = match reason.unwrap_or(CloseReason::Panicked) {
         CloseReason::Shutdown if flow.is_closed() => CloseReason::Administrative,
         reason => reason,
     };
-    // Bytes that went with a SYN, of a flow that was not relayed any more.
+    // Counts the bytes of a SYN, for a flow that was never relayed.
     let Observation { up, down, .. } = flow.observe(&shared.metrics);
     let open = flow.progress.started().elapsed();
     shared.metrics.close(reason, open);
@@ -131,18 +126,17 @@ pub async fn serve(accepted: Socket, client: SocketAddr, server: SocketAddr, sha
     debug!(%client, %server, up, down, seconds = open.as_secs_f64(), "{reason}");
 }
 
-/// A leg and where it leads.
+/// A leg with its interface and link.
 struct End {
     leg: Leg,
     peer: IpAddr,
-    /// The interface that it leaves through.
     ifindex: u32,
-    /// The profile of that.
     link: Option<Arc<Link>>,
 }
 
 impl End {
-    /// Lets a leg that has not sent anything yet start the way that suits its path.
+    /// Registers a leg for observation, before it sends data, and sets its start values: its share of the
+    /// link, or the learned parameters of its path.
     fn start(
         mut leg: Leg,
         link: Option<Arc<Link>>,
@@ -185,7 +179,7 @@ impl End {
         }
     }
 
-    /// Keeps what a leg without a profile has shown of its path.
+    /// Stores the path parameters of a leg without a profile.
     fn learn(&self, sent: &AtomicU64, paths: &Paths) {
         if self.link.is_none() && sent.load(Ordering::Relaxed) >= learned::ENOUGH {
             paths.learn(self.ifindex, self.peer, self.leg.stream());
@@ -193,7 +187,7 @@ impl End {
     }
 }
 
-/// Makes the server leg of an accepted connection, and both legs ready to be relayed.
+/// Connects the server leg of an accepted connection, and prepares both legs for the relay.
 async fn connect(
     accepted: Socket,
     flow: &Flow,
@@ -204,7 +198,7 @@ async fn connect(
     let legs = &settings.legs;
     let (client, server, progress) = (flow.client, flow.server, &flow.progress);
     let stream = Connection::register(accepted).map_err(|error| {
-        warn!(%client, %server, "cannot watch a connection: {error}");
+        warn!(%client, %server, "cannot register a connection with epoll: {error}");
         CloseReason::LocalFailure
     })?;
     let leg = Leg::new(stream, Side::Client);
@@ -214,7 +208,7 @@ async fn connect(
     let client_leg = &client_end.leg;
     let link = shared.links.of(record.egress_ifindex);
     if let Some(patience) = legs.early_data_patience(link.as_deref()) {
-        // Without data in time the SYN goes without.
+        // After the timeout the SYN leaves without data.
         let _ = timeout(patience, client_leg.stream().readable()).await;
     }
     let has_data = has_data(client_leg.stream()).map_err(|_| CloseReason::ClientReset)?;
@@ -240,7 +234,7 @@ async fn connect(
     let connected = tokio::select! {
         connected = timeout(patience, connect) => connected.map_err(|_| CloseReason::ConnectTimeout)?,
         reason = client_leg.abandoned() => return Err(reason),
-        () = sleep_until(settings.collector.due(progress.started())) => return Err(CloseReason::PendingTooLong),
+        () = sleep_until(settings.collector.due(progress.started())) => return Err(CloseReason::PendingTimeout),
         () = flow.stop.cancelled() => return Err(CloseReason::Shutdown),
     };
     let stream = connected.map_err(|error| {
@@ -258,8 +252,8 @@ async fn connect(
     Ok([client_end, server_end])
 }
 
-/// The largest segment that fits the interface towards the server, in bytes, where that takes smaller packets than the
-/// interface towards the client. By itself the server leg goes by the latter.
+/// Returns the maximum segment size of the interface towards the server, in bytes, if its MTU is below that
+/// of the interface towards the client, which the server leg uses otherwise.
 fn path_mss(record: &SynRecord, ipv6: bool, interfaces: &Interfaces) -> Option<u16> {
     let mtu = |ifindex| interfaces.get(&ifindex).map(|interface| interface.mtu);
     let [ingress, egress] = [record.ingress_ifindex, record.egress_ifindex].map(mtu);
@@ -268,8 +262,8 @@ fn path_mss(record: &SynRecord, ipv6: bool, interfaces: &Interfaces) -> Option<u
     u16::try_from(mtu.saturating_sub(headers)).ok()
 }
 
-/// Whether the client has sent something already, in its SYN or right after the handshake. A reset that has come by then
-/// is an error that the kernel reports here and never again.
+/// Returns whether the client has sent data, in its SYN or after the handshake. The kernel reports a reset
+/// here once, as an error.
 fn has_data(stream: &Connection) -> io::Result<bool> {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     match recv(stream.as_fd().as_raw_fd(), &mut [0], flags) {

@@ -1,4 +1,4 @@
-//! Bytes that a flow has carried, and the time of the last one.
+//! Byte counters of a flow, and the time of its last byte.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::flow::side::Side;
 
-/// What a flow has carried, readable while it goes on.
+/// Byte counters of an open flow.
 #[derive(Debug)]
 pub struct Progress {
     /// Bytes from the client to the server.
@@ -22,7 +22,7 @@ pub struct Progress {
 }
 
 impl Default for Progress {
-    /// Nothing carried yet.
+    /// Returns zero counters, with the current time as the start.
     fn default() -> Self {
         Self {
             up: AtomicU64::new(0),
@@ -34,18 +34,18 @@ impl Default for Progress {
 }
 
 impl Progress {
-    /// When the flow began.
-    pub fn started(&self) -> Instant {
+    /// Returns the time of accept.
+    pub(crate) fn started(&self) -> Instant {
         self.started
     }
 
-    /// When the flow last carried a byte.
-    pub fn last(&self) -> Instant {
+    /// Returns the time of the last relayed byte.
+    pub(crate) fn last(&self) -> Instant {
         self.started + Duration::from_millis(self.last_ms.load(Ordering::Relaxed))
     }
 
-    /// Counts bytes that were given to a leg.
-    pub fn add(&self, to: Side, bytes: usize) {
+    /// Adds bytes that were written to a leg.
+    pub(crate) fn add(&self, to: Side, bytes: usize) {
         let counter = match to {
             Side::Server => &self.up,
             Side::Client => &self.down,

@@ -1,13 +1,13 @@
-//! Moves bytes between the two legs of a flow, both ways, until both are done.
+//! Relays bytes between the two legs of a flow, in both directions, until both have ended.
 //!
-//! Bytes go through a pipe that the kernel fills from one socket and empties into the other (splice); a message of a few
-//! kB is copied, which costs less. Pipe and buffer are held only while bytes are in them: an idle flow has its two sockets
-//! and nothing else. Nothing more is taken from a leg before the other has taken what there is, so a leg that does not read
-//! stops the other by its own receive window.
+//! splice(2) moves bytes from one socket through a pipe to the other; messages of a few kB are copied, which
+//! costs less. A direction has a pipe or buffer only while bytes are in it: an idle flow has its two sockets
+//! and no other resources. The relay reads from a leg only after the other leg has taken all bytes, so a peer
+//! that does not read stops the other peer by its receive window.
 //!
-//! How a leg ends is passed on. A half-close becomes a half-close. A leg that breaks becomes a reset of the other, after
-//! what the broken one had sent has been delivered. Until a direction has ended cleanly, closing its receiver resets it,
-//! so that even a killed process never makes a truncated transfer look complete.
+//! The end of a leg is passed on: a half-close as a half-close, an error of a leg as a reset of the other,
+//! after delivery of the data that the failed leg had sent. Until a direction has ended by FIN, closing its
+//! receiving socket sends a reset, so that a transfer that a killed process truncates never looks complete.
 
 use std::{
     future::{Future, pending},
@@ -36,20 +36,20 @@ use crate::{
     tcp::{connection::Readable, options},
 };
 
-/// What bounds a relay.
+/// Limits of a relay.
 pub struct Limits<'a> {
-    /// How long nothing may move, in either direction.
+    /// Idle timeout of both directions.
     pub idle: Option<Duration>,
-    /// Cancelled when open flows have to end.
+    /// Cancelled to reset all open flows.
     pub stop: &'a CancellationToken,
-    /// Where pipes come from.
+    /// Pool of pipes and buffers.
     pub conduits: &'a ConduitPool,
 }
 
-/// Relays until both directions are done or the flow has to end, and leaves the legs so that dropping them does the
-/// right thing.
+/// Relays until both directions have ended or the flow is stopped, and sets the legs so that dropping them
+/// sends a FIN or a reset as required.
 ///
-/// What only its end takes is on the heap, so that an open flow does not keep room for it.
+/// The state of the end phase is on the heap, so that an open flow does not hold memory for it.
 #[expect(clippy::manual_async_fn, reason = "an async fn has its arguments twice")]
 pub fn relay(
     client: &Leg,
@@ -73,15 +73,16 @@ pub fn relay(
                 () = limits.stop.cancelled() => return CloseReason::Shutdown,
                 ended = &mut up, if !up_done => { up_done = true; ended }
                 ended = &mut down, if !down_done => { down_done = true; ended }
-                // A leg that is not read at present, because it has sent its end of stream or because the other leg takes
-                // no more, would break unnoticed.
+                // Without this branch, an error would be undetected on a leg that is not read: after its end
+                // of stream, or while the other leg is full.
                 broken = client.error() => Err(broken),
                 broken = server.error() => Err(broken),
                 () = idle(progress, limits.idle) => return CloseReason::IdleTimeout,
             };
             match ended {
                 Ok(()) if up_done && down_done => {
-                    // The flow holds its place until the data has arrived; the FIN itself the kernel sees to.
+                    // The flow keeps its table entry until the data are acknowledged; the kernel retransmits
+                    // the FIN.
                     let both = Box::pin(async { tokio::join!(delivered(client, 1), delivered(server, 1)) });
                     tokio::select! {
                         _ = both => {}
@@ -102,20 +103,18 @@ pub fn relay(
     }
 }
 
-/// How many conduits' worth a flow may move before the others on its worker have their turn.
+/// Full conduits that a flow relays before it yields to other flows of its worker.
 const TURN: u32 = 4;
 
-/// What there was to be had of a leg.
+/// Result of a read from a leg.
 enum Read {
-    /// Some bytes are in the conduit.
+    /// Number of bytes in the conduit.
     Bytes(usize),
-    /// A byte that is urgent (RFC 9293, 3.8.5).
+    /// An urgent byte (RFC 9293, 3.8.5).
     Urgent(u8),
-    /// There will be no more.
     End,
 }
 
-/// One way through a flow.
 struct Direction<'a> {
     from: &'a Leg,
     to: &'a Leg,
@@ -123,17 +122,17 @@ struct Direction<'a> {
     pool: &'a ConduitPool,
 }
 
-/// What came of one look at a leg: how many bytes were moved, or nothing after the last.
+/// Result of one relay step: the number of relayed bytes, or none at the end of stream.
 type Passed = Result<Option<usize>, Broken>;
 
-/// The same where it may have to wait. It is on the heap, so that an idle flow does not keep room for it.
+/// A relay step that may wait. It is on the heap, so that an idle flow does not hold memory for it.
 enum Passing<'a> {
     Done(Passed),
     Waiting(BoxFuture<'a, Passed>),
 }
 
 impl Direction<'_> {
-    /// Moves what `from` sends to `to`, and its end of stream.
+    /// Relays the data of `from` to `to`, and its end of stream.
     async fn pump(&self) -> Result<(), Broken> {
         let from = self.from;
         let mut is_bulk = false;
@@ -159,7 +158,7 @@ impl Direction<'_> {
         }
     }
 
-    /// Moves what there is if it is little, and begins with it if it is much.
+    /// Relays a message; for more data starts a stream with it.
     fn pass_message(&self, readable: Readable<'_>) -> Passing<'_> {
         let from = self.from;
         let mut conduit = self.pool.take_buffer();
@@ -187,7 +186,7 @@ impl Direction<'_> {
         }
     }
 
-    /// Moves all there is.
+    /// Relays all available data by splice.
     async fn pass_stream(&self) -> Passed {
         let mut conduit = self.pool.take();
         let (mut turn, mut passed) = (0, 0);
@@ -208,7 +207,8 @@ impl Direction<'_> {
         }
     }
 
-    /// After an error that the other direction took, the kernel says end of stream too.
+    /// Returns the end of the direction. After an error, which the other direction reports, the kernel also
+    /// returns end of stream.
     fn ended(&self) -> Passed {
         match self.from.is_broken() {
             true => Err(self.from.broke(io::ErrorKind::ConnectionReset.into())),
@@ -216,10 +216,10 @@ impl Direction<'_> {
         }
     }
 
-    /// Takes what `from` has.
+    /// Reads from `from` into the conduit.
     ///
     /// # Errors
-    /// `WouldBlock` when it has nothing.
+    /// `WouldBlock` when `from` has no data.
     fn read(&self, conduit: &mut Conduit<'_>) -> io::Result<Read> {
         self.from.stream().try_read(|from| match conduit.fill(from) {
             Ok(bytes @ 1..) => Ok(Read::Bytes(bytes)),
@@ -235,7 +235,7 @@ impl Direction<'_> {
         })
     }
 
-    /// Passes an urgent byte on as what it is.
+    /// Sends an urgent byte as urgent data.
     async fn pass_urgent(&self, byte: u8) -> Result<(), Broken> {
         let flags = MsgFlags::MSG_OOB | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
         while !self.write(|to| Ok(send(to.as_raw_fd(), &[byte], flags)?))? {
@@ -244,7 +244,7 @@ impl Direction<'_> {
         Ok(())
     }
 
-    /// Gives `to` what is in the conduit.
+    /// Writes the bytes of the conduit to `to`.
     async fn deliver(&self, conduit: &mut Conduit<'_>, last: bool) -> Result<(), Broken> {
         while conduit.held() > 0 {
             if !self.write(|to| conduit.drain(to, last))? {
@@ -259,7 +259,7 @@ impl Direction<'_> {
         writable.map_err(|error| self.to.broke(error))
     }
 
-    /// Whether there was room.
+    /// Returns whether the socket had room.
     fn write(&self, write: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>) -> Result<bool, Broken> {
         match self.to.stream().try_write(write) {
             Ok(bytes) => {
@@ -273,18 +273,18 @@ impl Direction<'_> {
     }
 }
 
-/// How long a leg may take to acknowledge more of what was delivered to it.
+/// Timeout of each further acknowledgement of delivered data.
 const DELIVERY_STALL: Duration = Duration::from_secs(30);
 
-/// After one leg broke: delivers what it had sent to the other leg, `to`, and resets that once it has acknowledged it. A
-/// reset overtakes whatever is still in the kernel's send buffer.
+/// After an error of one leg: delivers its remaining data to the other leg, `to`, and resets `to` after the
+/// acknowledgement. A reset discards data in the kernel's send buffer.
 async fn settle<F>(to: &Leg, rest: Option<Pin<&mut F>>, progress: &Progress, limits: &Limits<'_>)
 where
     F: Future<Output = Result<(), Broken>>,
 {
     let deliver = async {
         if let Some(rest) = rest {
-            // It ends with the error of the broken leg, or with one of `to`; there is nothing left to decide.
+            // The result is the error of the failed leg or of `to`; both lead to a reset.
             let _ = rest.await;
         }
         delivered(to, 0).await;
@@ -297,11 +297,12 @@ where
         () = idle(progress, Some(stall)) => {}
         () = limits.stop.cancelled() => {}
     }
-    // The direction towards `to` may have ended cleanly long ago; that its peer broke is the newer truth.
+    // The direction towards `to` may have ended by FIN; the later error of its peer takes precedence.
     let _ = options::reset_on_close(to.stream().as_fd(), true);
 }
 
-/// Waits until the peer has acknowledged all but `most` of what it was sent, is gone, or makes no progress.
+/// Waits until at most `most` bytes are unacknowledged, the connection fails, or [`DELIVERY_STALL`] passes
+/// without progress.
 async fn delivered(leg: &Leg, most: u64) {
     let mut left = u64::MAX;
     let mut deadline = Instant::now() + DELIVERY_STALL;
@@ -321,7 +322,8 @@ async fn delivered(leg: &Leg, most: u64) {
     }
 }
 
-/// Returns once nothing has moved for `bound`. It sleeps through; it does not tick.
+/// Returns when no byte was relayed for `bound`. Sleeps until the earliest possible expiry, without a
+/// periodic timer.
 async fn idle(progress: &Progress, bound: Option<Duration>) {
     let Some(bound) = bound else {
         return pending().await;

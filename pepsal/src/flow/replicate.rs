@@ -1,4 +1,4 @@
-//! Carries parts of the client's SYN over to the server leg's.
+//! Copies header fields of the client's SYN to the server leg's.
 
 use clap::ValueEnum;
 use pepsal_ebpf::SynRecord;
@@ -9,7 +9,7 @@ use crate::{
     tcp::options::{self, tried},
 };
 
-/// Whose address the server sees.
+/// Source address of server legs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Source {
     /// The client's address and port
@@ -18,14 +18,15 @@ pub enum Source {
     Gateway,
 }
 
-/// A part of the client's SYN that can be carried over.
+/// Header fields of the client's SYN that can be copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Replicate {
     /// The differentiated services code point (RFC 2474), on both legs
     Dscp,
     /// IPv4 options without source routes; IPv6 hop-by-hop and destination options
     Options,
-    /// IPv4 source routes too, with the other options; the kernel takes them only as sent, not when part of the route is past
+    /// IPv4 source routes too, with the other options; the kernel accepts a source route only from its
+    /// beginning
     SourceRoute,
     /// The TTL or hop limit, less one
     Ttl,
@@ -33,10 +34,10 @@ pub enum Replicate {
     None,
 }
 
-/// The parts of a client's SYN that are set on the server leg's socket.
+/// Header fields that are set on the server leg's socket.
 #[derive(Debug, Clone)]
 pub struct Replication {
-    /// The differentiated services code point, which goes to the client leg too.
+    /// Copy the DSCP, to the client leg too.
     pub dscp: bool,
     options: bool,
     source_route: bool,
@@ -46,7 +47,7 @@ pub struct Replication {
 }
 
 impl Replication {
-    /// Returns what `parts` name, for server legs with the address of `source`.
+    /// Returns the fields of `parts`, for server legs with the address of `source`.
     pub fn new(parts: &[Replicate], source: Source) -> Self {
         let replicates = |part| parts.contains(&part);
         Self {
@@ -58,7 +59,7 @@ impl Replication {
         }
     }
 
-    /// Sets what is replicated on a socket that is not connected yet, so that it is on the SYN.
+    /// Sets the fields on a socket before its connect, so that the SYN carries them.
     pub fn apply(&self, socket: &Socket, ipv6: bool, record: &SynRecord, metrics: &Metrics) {
         if self.dscp && record.traffic_class != 0 {
             tried(
@@ -67,7 +68,7 @@ impl Replication {
             );
         }
         if self.ttl {
-            // The host forwards what the leg sends, which takes a hop off.
+            // The host forwards the leg's packets, which decrements the TTL.
             let hops = record.ttl - u8::from(self.is_of_host);
             tried("time to live", options::set_ttl(socket, ipv6, hops));
         }
@@ -78,7 +79,8 @@ impl Replication {
         let ip_options = replicable_options(record.ip_options(), self.source_route);
         if !ip_options.is_empty() && !tried("IP options", options::set_ip_options(socket, &ip_options)) {
             replicated = false;
-            // The kernel takes a source route only from its beginning; the other options need not go with it.
+            // The kernel accepts a source route only from its beginning; without it, the other options are
+            // set alone.
             let others = replicable_options(&ip_options, false);
             if others != ip_options && !others.is_empty() {
                 tried(
@@ -108,7 +110,7 @@ const OPTION_NOP: u8 = 1;
 const LOOSE_SOURCE_ROUTE: u8 = 131;
 const STRICT_SOURCE_ROUTE: u8 = 137;
 
-/// The IPv4 options that may be carried over, padded to whole words. Options that contradict themselves end the list.
+/// Returns the IPv4 options to copy, padded to whole words. The list ends at a malformed option.
 fn replicable_options(options: &[u8], source_route: bool) -> Vec<u8> {
     let mut kept = Vec::with_capacity(options.len());
     let mut rest = options;
@@ -129,7 +131,7 @@ fn replicable_options(options: &[u8], source_route: bool) -> Vec<u8> {
     kept
 }
 
-/// An IPv6 options header as `setsockopt` takes it: the next header is the kernel's to fill in.
+/// Returns an IPv6 options header for `setsockopt`, with a zero next-header byte.
 fn settable_header(header: &[u8]) -> Option<Vec<u8>> {
     let [_, rest @ ..] = header else { return None };
     let mut settable = vec![0];

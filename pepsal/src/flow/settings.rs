@@ -6,24 +6,19 @@ use tokio::time::Instant;
 
 use crate::flow::leg_config::LegConfig;
 
-/// What a flow goes by from its start to its end. A reload changes it for flows that start later.
+/// Settings that a flow reads at its start.
 pub struct Settings {
-    /// How legs are made.
     pub legs: LegConfig,
-    /// How long the server may take to answer.
     pub connect_timeout: Duration,
-    /// How long a flow may stay pending.
     pub collector: Collector,
-    /// How long an open flow may carry nothing.
     pub idle_timeout: Option<Duration>,
 }
 
-/// PEPsal's garbage collector: every `interval` it ends the connections that have been pending for `lifetime`.
+/// PEPsal's garbage collector: every `interval` it resets connections that have been pending for `lifetime`.
 #[derive(Debug, Clone, Copy)]
 pub struct Collector {
-    /// When it was started.
+    /// Start of the daemon.
     pub epoch: Instant,
-    /// Time between two rounds.
     pub interval: Duration,
     /// How long a connection may stay pending.
     pub lifetime: Duration,

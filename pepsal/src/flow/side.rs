@@ -1,10 +1,10 @@
 //! The two ends of a flow.
 
-/// Which end of a flow.
+/// Side of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
-    /// The accepted connection.
+    /// The client leg, accepted.
     Client,
-    /// The connected one.
+    /// The server leg, connected.
     Server,
 }

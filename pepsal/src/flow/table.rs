@@ -1,4 +1,4 @@
-//! The table of flows: those that the daemon has accepted, each holding its place in the kernel's map.
+//! The flow table: accepted connections, each with its entry in the kernel's flow map.
 
 use std::{
     collections::HashMap,
@@ -27,28 +27,25 @@ use crate::{
     wire::flow_map::FlowMap,
 };
 
-/// How far a flow has come.
+/// State of a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
-    /// Accepted; the server has not answered yet.
+    /// Accepted; the server leg is not connected yet.
     Pending,
     /// Both legs are connected.
     Open,
 }
 
-/// A flow as others may look at it.
+/// A flow, for monitoring.
 #[derive(Debug)]
 pub struct Flow {
-    /// Its number, which no other flow of this process has.
+    /// Unique number in this process.
     pub id: u64,
-    /// The client's address and port.
     pub client: SocketAddr,
-    /// The original destination.
     pub server: SocketAddr,
-    /// What it has carried, and when.
     pub progress: Progress,
-    /// Cancelled when this flow has to end.
+    /// Cancelled to reset this flow.
     pub stop: CancellationToken,
     closed: AtomicBool,
     state: AtomicU8,
@@ -56,14 +53,14 @@ pub struct Flow {
     counted: Mutex<Counted>,
 }
 
-/// A leg as its flow looks at it, without keeping it from being closed.
+/// A leg under observation, by a weak reference to its stream.
 #[derive(Debug)]
 struct Watched {
     stream: Weak<Connection>,
     traffic: Option<Arc<Traffic>>,
 }
 
-/// How much of a flow is in the totals.
+/// Progress of a flow that the totals include.
 #[derive(Debug, Default)]
 struct Counted {
     up: u64,
@@ -79,30 +76,27 @@ struct CountedLeg {
     retransmitted: u32,
 }
 
-/// A flow at one moment.
+/// Figures of a flow at one moment.
 #[derive(Debug)]
 pub struct Observation {
-    /// Bytes from the client to the server.
+    /// Bytes, from the client to the server.
     pub up: u64,
-    /// Bytes from the server to the client.
+    /// Bytes, from the server to the client.
     pub down: u64,
-    /// The client's and the server's leg, where there is one.
     pub legs: [Option<LegObservation>; 2],
 }
 
-/// A leg at one moment.
+/// Figures of a leg at one moment.
 #[derive(Debug)]
 pub struct LegObservation {
-    /// Its socket.
     pub stream: Arc<Connection>,
-    /// The interface that it leaves through, when that is known.
+    /// Interface of the leg, if known.
     pub traffic: Option<Arc<Traffic>>,
-    /// What the kernel says of it.
     pub info: tcp_info,
 }
 
 impl Flow {
-    /// Lets a leg be looked at, whose interface is counted in `traffic`.
+    /// Registers a leg for observation; `traffic` has the counters of its interface.
     pub fn watch(&self, side: Side, stream: &Arc<Connection>, traffic: Option<Arc<Traffic>>) {
         let watched = Watched {
             stream: Arc::downgrade(stream),
@@ -112,8 +106,8 @@ impl Flow {
         debug_assert!(first.is_ok(), "a flow has one leg on either side");
     }
 
-    /// Looks at the flow, and adds what it did since it was last looked at to the totals. So these are right whenever
-    /// somebody reads them, and cost the relay nothing.
+    /// Reads the figures of the flow, and adds its progress since the last observation to the totals. So the
+    /// totals are right at each read, at no cost to the relay.
     pub fn observe(&self, metrics: &Metrics) -> Observation {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let (up, down) = (
@@ -148,12 +142,11 @@ impl Flow {
         self.stop.cancel();
     }
 
-    /// Whether [`Flow::close`] was called.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Relaxed)
     }
 
-    /// How far it has come.
+    /// Returns the state of the flow.
     pub fn state(&self) -> State {
         match self.state.load(Ordering::Relaxed) {
             0 => State::Pending,
@@ -161,7 +154,6 @@ impl Flow {
         }
     }
 
-    /// Both legs are connected now.
     pub fn set_open(&self) {
         self.state.store(State::Open as u8, Ordering::Relaxed);
     }
@@ -193,7 +185,6 @@ impl CountedLeg {
     }
 }
 
-/// All flows.
 pub struct FlowTable {
     kernel: Arc<FlowMap>,
     open: Mutex<HashMap<FlowKey, Arc<Flow>>>,
@@ -201,7 +192,7 @@ pub struct FlowTable {
 }
 
 impl FlowTable {
-    /// An empty table over the kernel's map.
+    /// Creates an empty table over the kernel's flow map.
     pub fn new(kernel: Arc<FlowMap>) -> Self {
         Self {
             kernel,
@@ -210,8 +201,8 @@ impl FlowTable {
         }
     }
 
-    /// Enters an accepted connection, and takes what the kernel recorded of its SYN. `stop` is cancelled when it has to
-    /// end. `None` is one too many: its record had expired, and others have taken its place.
+    /// Adds an accepted connection, and removes its SYN record from the kernel's map. `stop` is cancelled to
+    /// reset the flow. Returns `None` when its record had expired and the map is full.
     pub fn enter(
         self: &Arc<Self>,
         client: SocketAddr,
@@ -253,32 +244,31 @@ impl FlowTable {
         Some((place, record))
     }
 
-    /// How many flows are open or pending.
+    /// Returns the number of open and pending flows.
     pub fn count(&self) -> usize {
         self.lock().len()
     }
 
-    /// Every flow at present.
     pub fn snapshot(&self) -> Vec<Arc<Flow>> {
         self.lock().values().cloned().collect()
     }
 
-    /// How many flows the kernel's map has, open ones among them.
+    /// Returns the number of entries in the kernel's map, including open flows.
     pub fn entries(&self) -> usize {
         self.kernel.all().len()
     }
 
-    /// How many connections the kernel has admitted that are not accepted yet.
+    /// Returns the number of recorded connections that are not accepted yet.
     pub fn pending(&self) -> usize {
-        // Before flows have to wait for the lock.
+        // Before the lock, for which flows wait.
         let entries = self.kernel.all();
         let open = self.lock();
         entries.iter().filter(|(key, _)| !open.contains_key(key)).count()
     }
 
-    /// Frees the places of connections whose handshake was not completed within `age`, and returns how many there were
-    /// and how many are younger. A handshake that is completed later is accepted all the same. Where a client's further
-    /// connections pass because of the bound for each client, its handshakes have `age_at_client_limit`.
+    /// Removes the records of connections whose handshake took longer than `age`. Returns the number of
+    /// removed records and of younger ones. A handshake that completes later is still accepted. Records of a client at its
+    /// limit of connections expire after `age_at_client_limit`.
     pub fn expire(&self, age: Duration, age_at_client_limit: Duration) -> (u64, u64) {
         let now = monotonic_ns();
         let oldest = |age: Duration| now.saturating_sub(age.as_nanos() as u64);
@@ -296,7 +286,7 @@ impl FlowTable {
                 young += 1;
                 continue;
             }
-            // A new SYN may have come since the walk.
+            // A new SYN may have arrived since the read of the map.
             match self.kernel.time_ns(&key) {
                 Some(time_ns) if time_ns < oldest => {
                     self.kernel.remove(&key);
@@ -314,20 +304,19 @@ impl FlowTable {
     }
 }
 
-/// A flow's place in the table and in the kernel's map, free again when this is dropped.
+/// The entry of a flow in the table and in the kernel's map, removed on drop.
 pub struct Place {
     table: Arc<FlowTable>,
     key: FlowKey,
-    /// When its SYN came.
+    /// Arrival of the SYN, in nanoseconds of CLOCK_MONOTONIC.
     time_ns: u64,
-    /// The flow.
     pub flow: Arc<Flow>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut open = self.table.lock();
-        // A newer flow between the same ports may have taken the place over.
+        // A newer flow with the same addresses and ports may have replaced the entry.
         if open
             .get(&self.key)
             .is_some_and(|flow| Arc::ptr_eq(flow, &self.flow))
@@ -339,7 +328,7 @@ impl Drop for Place {
 }
 
 impl fmt::Display for FlowTable {
-    /// The table that `-l` writes: one line a flow, oldest first.
+    /// Formats the table of `-l`: one line per flow, oldest first.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut flows = self.snapshot();
         flows.sort_by_key(|flow| flow.progress.started());

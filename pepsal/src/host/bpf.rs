@@ -1,4 +1,4 @@
-//! bpf(2), for the commands that aya has no call for.
+//! bpf(2), for commands without a call in aya.
 
 use std::os::fd::RawFd;
 
@@ -25,16 +25,17 @@ pub enum Command {
     LinkCreate = 28,
 }
 
-/// Gives a command to the kernel, and returns its answer: a descriptor, or zero. `attributes` is as much of `union bpf_attr` as
-/// the command needs; the kernel writes results into it.
+/// Calls bpf(2). Returns a descriptor, or zero. `attributes` is the part of `union bpf_attr` that the command
+/// needs; the kernel writes results into it.
 ///
 /// # Safety
-/// `T` is laid out as the command has it. What pointers in it lead to is there, and as large as the command wants it.
+/// `T` has the layout of the command's attributes. Pointers in it are valid, for as many bytes as the command
+/// accesses.
 ///
 /// # Errors
-/// The kernel's.
+/// Errors of bpf(2).
 pub unsafe fn bpf<T>(command: Command, attributes: &mut T) -> nix::Result<RawFd> {
-    // SAFETY: the kernel is told how large the attributes are; the rest is the caller's to see to.
+    // SAFETY: the kernel gets the size of the attributes; the caller guarantees the rest.
     let result = unsafe {
         libc::syscall(
             libc::SYS_bpf,

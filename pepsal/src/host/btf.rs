@@ -1,21 +1,19 @@
-//! Enough of the BPF type format (kernel's `Documentation/bpf/btf.rst`) to find a structure of the running kernel: its type,
-//! its size, and where its members lie.
+//! A parser of the BPF type format (kernel's `Documentation/bpf/btf.rst`) for structures of the running
+//! kernel: type number, size, and member offsets.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result, ensure};
 
-/// The types of the running kernel.
+/// The BTF of the running kernel.
 pub struct Btf {
     bytes: Vec<u8>,
     strings: usize,
     structs: HashMap<String, (u32, usize)>,
 }
 
-/// A structure of the kernel.
 pub struct Struct<'a> {
     btf: &'a Btf,
-    /// Number of its type.
     pub id: u32,
     at: usize,
 }
@@ -24,10 +22,10 @@ const MAGIC: u32 = 0xeb9f;
 const KIND_STRUCT: u32 = 4;
 
 impl Btf {
-    /// Reads the types that the kernel shows of itself.
+    /// Reads the kernel's BTF.
     ///
     /// # Errors
-    /// When there are none, or they are not understood.
+    /// When it is missing or invalid.
     pub fn of_kernel() -> Result<Self> {
         let path = "/sys/kernel/btf/vmlinux";
         Self::parse(std::fs::read(path).with_context(|| format!("cannot read {path}"))?)
@@ -63,7 +61,7 @@ impl Btf {
     /// Finds a structure by its name.
     ///
     /// # Errors
-    /// When this kernel has none of that name.
+    /// When the kernel has no structure of that name.
     pub fn structure(&self, name: &str) -> Result<Struct<'_>> {
         let (id, at) = *self
             .structs
@@ -76,7 +74,7 @@ impl Btf {
         let bytes = self
             .bytes
             .get(at..at + 4)
-            .context("the kernel's BTF is cut short")?;
+            .context("the kernel's BTF is truncated")?;
         Ok(u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     }
 
@@ -84,43 +82,43 @@ impl Btf {
         let rest = self
             .bytes
             .get(self.strings + offset as usize..)
-            .context("the kernel's BTF is cut short")?;
+            .context("the kernel's BTF is truncated")?;
         let len = rest
             .iter()
             .position(|byte| *byte == 0)
-            .context("the kernel's BTF is cut short")?;
-        std::str::from_utf8(&rest[..len]).context("the kernel's BTF has a name that is no text")
+            .context("the kernel's BTF is truncated")?;
+        std::str::from_utf8(&rest[..len]).context("a name in the kernel's BTF is not UTF-8")
     }
 }
 
 impl Struct<'_> {
-    /// Its size in bytes.
+    /// Returns the size in bytes.
     ///
     /// # Errors
-    /// When the BTF is cut short.
+    /// When the BTF is truncated.
     pub fn size(&self) -> Result<usize> {
         Ok(self.btf.word(self.at + 8)? as usize)
     }
 
-    /// A member's number and its offset in bytes.
+    /// Returns a member's index and its offset in bytes.
     ///
     /// # Errors
-    /// When there is no such member, or it does not begin at a byte.
+    /// When the member is missing, or does not start at a byte boundary.
     pub fn member(&self, name: &str) -> Result<(u32, usize)> {
         let info = self.btf.word(self.at + 4)?;
         for number in 0..info & 0xffff {
             let at = self.at + 12 + number as usize * 12;
             if self.btf.string(self.btf.word(at)?)? == name {
-                // With bit fields about, the upper byte is a field's width.
+                // In structures with bit fields, the upper byte is the width of the field.
                 let bits = self.btf.word(at + 8)? & if info >> 31 == 1 { 0x00ff_ffff } else { u32::MAX };
-                ensure!(bits % 8 == 0, "member {name} does not begin at a byte");
+                ensure!(bits % 8 == 0, "member {name} does not start at a byte boundary");
                 return Ok((number, bits as usize / 8));
             }
         }
         anyhow::bail!("no member {name}")
     }
 
-    /// A member's offset in bytes.
+    /// Returns a member's offset in bytes.
     ///
     /// # Errors
     /// As for [`Struct::member`].
@@ -133,7 +131,7 @@ fn kind(info: u32) -> u32 {
     info >> 24 & 0x1f
 }
 
-/// Bytes that follow a type's first twelve.
+/// Returns the bytes of a type after its first twelve.
 fn details(info: u32) -> Result<usize> {
     let count = (info & 0xffff) as usize;
     Ok(match kind(info) {
@@ -147,7 +145,7 @@ fn details(info: u32) -> Result<usize> {
         4 | 5 | 15 | 19 => count * 12,
         // Enumeration, function prototype.
         6 | 13 => count * 8,
-        other => anyhow::bail!("the kernel's BTF has a kind of type that is unknown here: {other}"),
+        other => anyhow::bail!("unknown kind of type in the kernel's BTF: {other}"),
     })
 }
 

@@ -1,4 +1,4 @@
-//! A control group of the daemon's own, so that the eBPF program that sets initial windows sees its sockets and no others.
+//! The daemon's own control group, so that the eBPF program for initial windows runs for its sockets only.
 
 use std::{
     fs::{self, File, Permissions},
@@ -14,31 +14,32 @@ use std::{
 use anyhow::{Context, Result};
 use nix::{errno::Errno, libc};
 
-/// What the names of pepsal's groups begin with; the process follows.
+/// Prefix of the names of pepsal's groups, before the process id.
 const PREFIX: &str = "pepsal.";
 
-/// The group that this process is in until this is dropped.
+/// The control group of this process; dropping it leaves the group.
 #[derive(Debug)]
 pub struct OwnCgroup {
     path: PathBuf,
     before: PathBuf,
-    /// The paths lead through it where cgroup v2 is mounted nowhere.
+    /// The detached mount that the paths refer to, if cgroup v2 is not mounted.
     _mount: Option<OwnedFd>,
 }
 
 impl OwnCgroup {
-    /// Moves this process into a group below the one that it is in. Sockets that were opened before stay outside.
+    /// Moves this process into a new group below its present one. Sockets that exist stay in the former
+    /// group.
     ///
     /// # Errors
-    /// Where there is no cgroup v2, or it may not be changed.
+    /// When cgroup v2 is missing or not writable.
     pub fn enter() -> Result<Self> {
         let (mount, own_mount) = hierarchy()?;
-        let groups = fs::read_to_string("/proc/self/cgroup").context("no list of control groups")?;
+        let groups = fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
         let group = own_group(&groups).context("this process has no cgroup v2")?;
         let before = mount.join(service_group(group).trim_start_matches('/'));
         remove_leftovers(&before);
         let path = before.join(format!("{PREFIX}{}", process::id()));
-        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        fs::create_dir(&path).with_context(|| format!("cannot create {}", path.display()))?;
         let entered = Self {
             path,
             before,
@@ -48,11 +49,11 @@ impl OwnCgroup {
         Ok(entered)
     }
 
-    /// The group, for programs to be attached to.
+    /// Opens the group, to attach programs.
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open(&self) -> io::Result<File> {
+    pub(crate) fn open(&self) -> io::Result<File> {
         File::open(&self.path)
     }
 }
@@ -61,13 +62,13 @@ impl Drop for OwnCgroup {
     fn drop(&mut self) {
         let left = enter(&self.before).and_then(|()| remove(&self.path, &self.before));
         if let Err(error) = left {
-            tracing::debug!("{} may be left behind: {error}", self.path.display());
+            tracing::debug!("cannot remove {}: {error}", self.path.display());
         }
     }
 }
 
-/// Whether another process is in the same service (or session) as this one.
-pub fn is_of_same_service(process: i32) -> bool {
+/// Returns whether another process is in the same service (or session) as this one.
+pub(crate) fn is_of_same_service(process: i32) -> bool {
     let service = |process: &str| {
         let groups = fs::read_to_string(format!("/proc/{process}/cgroup")).ok()?;
         Some(service_group(own_group(&groups)?).to_owned())
@@ -76,19 +77,21 @@ pub fn is_of_same_service(process: i32) -> bool {
     own.is_some() && own == service(&process.to_string())
 }
 
-/// Where cgroup v2 is: mounted for all, or else, as under `ip netns exec`, which hides it, mounted for this process only.
+/// Returns the path of cgroup v2: its mount point, or a mount for this process only, as under `ip netns
+/// exec`, which hides it.
 fn hierarchy() -> Result<(PathBuf, Option<OwnedFd>)> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").context("no list of mounts")?;
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     if let Some(mount) = mount_point(&mounts) {
         return Ok((mount, None));
     }
-    let mount = mount_detached().context("cgroup v2 is not mounted, and cannot be")?;
+    let mount = mount_detached().context("cgroup v2 is not mounted, and mounting it failed")?;
     Ok((format!("/proc/self/fd/{}", mount.as_raw_fd()).into(), Some(mount)))
 }
 
-/// A mount of cgroup v2 that is nowhere in the tree and goes away with its descriptor (fsopen(2), fsmount(2)).
+/// Mounts cgroup v2 detached; closing the descriptor unmounts it (fsopen(2), fsmount(2)).
 fn mount_detached() -> io::Result<OwnedFd> {
-    // SAFETY: system calls on descriptors made here and a terminated string; each returned descriptor is owned once.
+    // SAFETY: system calls on descriptors opened here and a terminated string; each returned descriptor has
+    // one owner.
     unsafe {
         let context = libc::syscall(libc::SYS_fsopen, c"cgroup2".as_ptr(), libc::FSOPEN_CLOEXEC);
         let context = OwnedFd::from_raw_fd(Errno::result(context)? as RawFd);
@@ -111,7 +114,8 @@ fn enter(group: &Path) -> io::Result<()> {
     fs::write(group.join("cgroup.procs"), process::id().to_string())
 }
 
-/// Nobody may write to the root of the hierarchy, its owner included; root could all the same before it gave that up.
+/// Removes a group. The root of the hierarchy is read-only, also for its owner: sets the write permission for
+/// the removal. Root needs this after it has dropped CAP_DAC_OVERRIDE.
 fn remove(group: &Path, parent: &Path) -> io::Result<()> {
     match fs::remove_dir(group) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -124,7 +128,7 @@ fn remove(group: &Path, parent: &Path) -> io::Result<()> {
     }
 }
 
-/// A killed daemon leaves its group behind. One whose process lives is its own, also while it is still empty.
+/// Removes empty groups of killed daemons. A group whose process exists is kept, also while it is empty.
 fn remove_leftovers(parent: &Path) {
     let Ok(entries) = fs::read_dir(parent) else { return };
     for entry in entries.flatten() {
@@ -138,7 +142,7 @@ fn remove_leftovers(parent: &Path) {
     }
 }
 
-/// Fields of `/proc/self/mountinfo` as proc_pid_mountinfo(5) has them.
+/// Returns the mount point of cgroup v2 from `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 fn mount_point(mounts: &str) -> Option<PathBuf> {
     mounts.lines().find_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
@@ -147,13 +151,13 @@ fn mount_point(mounts: &str) -> Option<PathBuf> {
     })
 }
 
-/// The line of the unified hierarchy has the number zero and no controllers (cgroups(7)).
+/// Returns the path in the unified hierarchy, whose line has the number zero and no controllers (cgroups(7)).
 fn own_group(groups: &str) -> Option<&str> {
     groups.lines().find_map(|line| line.strip_prefix("0::"))
 }
 
-/// The group of a whole service: without a daemon's own below it, and without that where systemd starts what belongs to a
-/// service that has groups of its own, to reload it for instance (`Delegate=` in systemd.resource-control(5)).
+/// Returns the group of a service: without the daemon's own group below it, and without the group in which
+/// systemd starts reload commands of a service with delegation (`Delegate=` in systemd.resource-control(5)).
 fn service_group(group: &str) -> &str {
     let service = match group.rsplit_once('/') {
         Some((service, own)) if own.starts_with(PREFIX) && own[PREFIX.len()..].parse::<u32>().is_ok() => {

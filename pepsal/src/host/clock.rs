@@ -1,4 +1,4 @@
-//! The clock that eBPF programs read.
+//! The clock of the eBPF programs.
 
 use nix::time::{ClockId, clock_gettime};
 

@@ -1,23 +1,24 @@
-//! File descriptors: how many flows and pipes the limit of this process has room for.
+//! The limit of file descriptors, and the flows and pipes that fit.
 
 use anyhow::{Context, Result, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tracing::warn;
 
-/// Descriptors that are not a flow's: the runtime's, the maps', the listeners', netlink's, the log's.
+/// Descriptors of runtimes, maps, listeners, netlink and log.
 const OTHER_DESCRIPTORS: u64 = 256;
 
-/// How many descriptors so many flows need.
+/// Returns the descriptors that `flows` flows need.
 pub fn needed(flows: u32) -> u64 {
     u64::from(flows) * 2 + OTHER_DESCRIPTORS
 }
 
-/// Raises the limit of descriptors as far as it goes, and returns how many flows and how many pipes fit.
+/// Raises the limit of descriptors to its hard limit. Returns the numbers of flows and pipes that fit.
 ///
 /// # Errors
-/// When the limit cannot be read, or leaves no room for a single flow.
+/// When the limit cannot be read, or is too low for one flow.
 pub fn fit(flows: u32) -> Result<(u32, usize)> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot tell the limit of descriptors")?;
+    let (soft, hard) =
+        getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the limit of file descriptors")?;
     let limit = match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
         Ok(()) => hard,
         Err(_) => soft,
@@ -25,11 +26,11 @@ pub fn fit(flows: u32) -> Result<(u32, usize)> {
     let available = limit.saturating_sub(OTHER_DESCRIPTORS);
     let fitting = u32::try_from(available / 2).unwrap_or(u32::MAX);
     if fitting == 0 {
-        bail!("{limit} descriptors leave no room for a flow: raise the limit (LimitNOFILE=, ulimit -n)");
+        bail!("{limit} file descriptors are too few for a flow: raise the limit (LimitNOFILE=, ulimit -n)");
     }
     if fitting < flows {
         warn!(
-            "{flows} connections need {} descriptors and {limit} are allowed: handling {fitting} at most; raise the \
+            "{flows} connections need {} file descriptors, the limit is {limit}: handling {fitting} at most; raise the \
              limit (LimitNOFILE=, ulimit -n) or lower -c",
             needed(flows)
         );

@@ -1,4 +1,4 @@
-//! What this host's kernel offers, and what is set there: requirements, namespaces, kernel settings, control groups, bpf(2).
+//! Features and settings of the host's kernel: requirements, namespaces, sysctls, control groups, bpf(2).
 
 pub(crate) mod bpf;
 pub(crate) mod btf;

@@ -1,4 +1,4 @@
-//! Network namespaces of the daemon's own. They have no name, so that they end with the process.
+//! The daemon's network namespaces. They have no name, and end with the process.
 
 use std::{
     fs::File,
@@ -12,8 +12,8 @@ use std::{
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, unshare};
 
-/// A network namespace, and the thread of this process that is in it. Sockets, threads and interfaces that the thread makes
-/// belong to the namespace.
+/// A network namespace with a thread in it. Sockets, threads and interfaces that the thread creates belong to
+/// the namespace.
 #[derive(Debug)]
 pub struct Namespace {
     file: File,
@@ -23,11 +23,11 @@ pub struct Namespace {
 type Work<'a> = Box<dyn FnOnce() + Send + 'a>;
 
 impl Namespace {
-    /// Makes a namespace, in which no interface is up. Its thread, which has this name, then gives up its privileges by
-    /// `give_up`.
+    /// Creates a namespace, in which no interface is up. Its thread has this name, and drops its privileges
+    /// by `give_up`.
     ///
     /// # Errors
-    /// Without CAP_SYS_ADMIN, and when no thread can be started.
+    /// Without CAP_SYS_ADMIN, or when the thread cannot be started.
     pub fn new(name: &str, give_up: fn() -> Result<()>) -> Result<Self> {
         Self::entered_by(name, move || {
             let file = enter_new()?;
@@ -36,10 +36,10 @@ impl Namespace {
         })
     }
 
-    /// Returns the namespace that the calling thread is in, with a thread of its own.
+    /// Returns the namespace of the calling thread, with a new thread in it.
     ///
     /// # Errors
-    /// When no thread can be started.
+    /// When the thread cannot be started.
     pub fn of_host() -> Result<Self> {
         Self::entered_by("pepsal-host", open)
     }
@@ -50,26 +50,28 @@ impl Namespace {
         thread::Builder::new().name(name.to_owned()).spawn(move || {
             let file = enter();
             let is_made = file.is_ok();
-            // Nobody waits for it once `new` has returned.
+            // The receiver is gone after `new` has returned.
             let _ = made.send(file);
             if is_made {
                 to_do.into_iter().for_each(|work| work());
             }
         })?;
-        let file = result.recv().context("a namespace's thread has ended")??;
+        let file = result
+            .recv()
+            .context("the thread of a network namespace has ended")??;
         Ok(Self { file, work })
     }
 
-    /// Runs `work` on the namespace's thread, waits for it, and returns its value. Panics as `work` does.
+    /// Runs `work` on the namespace's thread, waits for it, and returns its value. Panics if `work` panics.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         let (done, result) = channel();
         let work: Work<'_> = Box::new(move || {
             let value = catch_unwind(AssertUnwindSafe(work));
-            // The caller waits for it.
+            // The caller waits for the value.
             let _ = done.send(value);
         });
-        // SAFETY: what the work borrows outlives it, since this function returns only when the work has been done, or
-        // dropped with the channel.
+        // SAFETY: the borrows of the work outlive it, since this function returns only after the work is
+        // done, or dropped with the channel.
         let work = unsafe { std::mem::transmute::<Work<'_>, Work<'static>>(work) };
         let sent = self.work.send(work);
         match (sent, result.recv()) {
@@ -103,10 +105,10 @@ impl AsFd for Namespace {
 fn enter_new() -> Result<File> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|error| match error {
         nix::errno::Errno::EPERM => anyhow::anyhow!(
-            "cannot make a network namespace: missing CAP_SYS_ADMIN, which is needed at the start only: run as root, or \
+            "cannot create a network namespace: missing CAP_SYS_ADMIN, which is needed at the start only: run as root, or \
              grant it to the service"
         ),
-        other => anyhow::Error::new(io::Error::from(other)).context("cannot make a network namespace"),
+        other => anyhow::Error::new(io::Error::from(other)).context("cannot create a network namespace"),
     })?;
     open()
 }

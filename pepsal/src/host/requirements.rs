@@ -1,30 +1,29 @@
-//! What has to be there before anything is touched: privileges, and a kernel that is new enough.
+//! Requirements that are checked before any change: privileges and kernel.
 
 use std::{fs, path::Path};
 
 use anyhow::{Context, Result, bail};
 
-/// The oldest kernel whose features suffice.
 const OLDEST_KERNEL: (u32, u32) = (6, 1);
 
-/// Capabilities that are needed, with their numbers in `uapi/linux/capability.h`.
+/// Required capabilities, with their numbers in `uapi/linux/capability.h`.
 const CAPABILITIES: [(&str, u32); 4] = [
     ("CAP_NET_BIND_SERVICE", 10),
     ("CAP_NET_ADMIN", 12),
     ("CAP_NET_RAW", 13),
-    // To make network namespaces, at the start only. It includes CAP_BPF and CAP_PERFMON.
+    // For network namespaces, at the start only. It includes CAP_BPF and CAP_PERFMON.
     ("CAP_SYS_ADMIN", 21),
 ];
 
 /// Checks privileges and kernel.
 ///
 /// # Errors
-/// The first thing that is missing, and what to do about it.
+/// The first missing requirement, with the action to take.
 pub fn check() -> Result<()> {
     check_kernel(
-        &fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot tell the kernel's version")?,
+        &fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's version")?,
     )?;
-    check_capabilities(&fs::read_to_string("/proc/self/status").context("cannot tell the capabilities")?)?;
+    check_capabilities(&fs::read_to_string("/proc/self/status").context("cannot read the capabilities")?)?;
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         bail!(
             "this kernel has no BTF (/sys/kernel/btf/vmlinux is missing): use one built with CONFIG_DEBUG_INFO_BTF=y"
@@ -33,8 +32,8 @@ pub fn check() -> Result<()> {
     Ok(())
 }
 
-/// The first two numbers of a kernel's release.
-pub fn version(release: &str) -> (u32, u32) {
+/// Returns major and minor version of a kernel release.
+pub(crate) fn version(release: &str) -> (u32, u32) {
     let mut numbers = release
         .trim()
         .split(|c: char| !c.is_ascii_digit())
@@ -42,11 +41,11 @@ pub fn version(release: &str) -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// Checks a kernel by its release.
+/// Checks the release of a kernel.
 ///
 /// # Errors
 /// When it is too old.
-pub fn check_kernel(release: &str) -> Result<()> {
+pub(crate) fn check_kernel(release: &str) -> Result<()> {
     if version(release) < OLDEST_KERNEL {
         let (major, minor) = OLDEST_KERNEL;
         bail!(
@@ -57,16 +56,16 @@ pub fn check_kernel(release: &str) -> Result<()> {
     Ok(())
 }
 
-/// Checks the capabilities that a process's `status` names.
+/// Checks the effective capabilities in `/proc/PID/status`.
 ///
 /// # Errors
-/// When some are missing, naming them.
-pub fn check_capabilities(status: &str) -> Result<()> {
+/// When some are missing; the message lists them.
+pub(crate) fn check_capabilities(status: &str) -> Result<()> {
     let effective = status
         .lines()
         .find_map(|line| line.strip_prefix("CapEff:"))
         .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .context("cannot tell the capabilities from /proc/self/status")?;
+        .context("cannot read the capabilities from /proc/self/status")?;
     let has = |bit: u32| effective & (1 << bit) != 0;
     let missing: Vec<&str> = CAPABILITIES
         .iter()

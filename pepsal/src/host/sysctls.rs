@@ -1,9 +1,9 @@
-//! Kernel settings (sysctl). `/proc/sys/net` contains those of the network namespace of the thread that opens it.
+//! Kernel settings (sysctl). `/proc/sys/net` has those of the network namespace of the thread that opens it.
 
 use std::{fs, path::Path};
 
-/// Returns names and values of the TCP settings of the calling thread's namespace: `net.ipv4.tcp_*` but for the fast open
-/// key, and the settings of IP that TCP connections depend on.
+/// Returns names and values of the TCP settings of the calling thread's namespace: `net.ipv4.tcp_*` except
+/// the fast open key, and the IP settings that TCP depends on.
 pub fn of_tcp() -> Vec<(String, String)> {
     let tcp = fs::read_dir("/proc/sys/net/ipv4").into_iter().flatten().flatten();
     let names = tcp.filter_map(|entry| entry.file_name().into_string().ok());
@@ -12,7 +12,7 @@ pub fn of_tcp() -> Vec<(String, String)> {
         .map(|name| format!("net/ipv4/{name}"))
         .chain(OTHERS.map(str::to_owned))
         .filter_map(|name| Some((read(&name)?, name)))
-        // A key of fast open that nobody has chosen.
+        // A fast open key that is not set.
         .filter(|(value, _)| {
             value.bytes().any(|byte| !matches!(byte, b'0' | b'-' | b',')) || !value.contains('-')
         })
@@ -35,7 +35,7 @@ pub fn read(name: &str) -> Option<String> {
     Some(text.trim().to_owned())
 }
 
-/// Writes a setting; returns false when the kernel has none of that name, or refuses the value.
+/// Writes a setting; returns false when the setting is missing or the kernel refuses the value.
 pub fn write(name: &str, value: &str) -> bool {
     fs::write(Path::new("/proc/sys").join(name), value).is_ok()
 }

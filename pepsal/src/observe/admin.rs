@@ -1,4 +1,4 @@
-//! The admin socket: whoever may open it may see every flow and end it.
+//! The admin socket: a client with access can see and reset every flow.
 
 use std::{
     collections::HashMap,
@@ -33,33 +33,32 @@ use crate::{
     },
 };
 
-/// Where the admin socket is unless something else is asked for.
-pub const DEFAULT_PATH: &str = "/run/pepsal/pepsal.sock";
+/// Default path of the admin socket.
+pub(crate) const DEFAULT_PATH: &str = "/run/pepsal/pepsal.sock";
 
-/// Connections at once.
-const PLACES: usize = 16;
+const CONNECTIONS_MAX: usize = 16;
 
-/// The longest request in bytes.
+/// Maximum length of a request, in bytes.
 const REQUEST_MAX: u64 = 4096;
 
-/// How long a connection may ask nothing.
+/// Timeout of a connection without a request.
 const IDLE: Duration = Duration::from_secs(300);
 
-/// How long an answer may take to be read.
+/// Timeout of writing a reply.
 const SLOWEST_READER: Duration = Duration::from_secs(10);
 
-/// The longest time over which rates are measured.
+/// Maximum time over which rates are measured.
 const INTERVAL_MAX: Duration = Duration::from_secs(10);
 
-/// Listens at `path`; without one at [`DEFAULT_PATH`], whose directory is made. `none` is for nowhere.
+/// Listens at `path`, by default at [`DEFAULT_PATH`], whose directory it creates. `none` disables the socket.
 ///
 /// # Errors
-/// When another daemon has it, or when a path that was asked for cannot be had.
-pub fn bind(path: Option<&Path>) -> Result<Option<(Listener, SocketFile)>> {
+/// When another daemon listens there, or when `path` cannot be bound.
+pub(crate) fn bind(path: Option<&Path>) -> Result<Option<(Listener, SocketFile)>> {
     let Some(asked) = path else {
         let usual = Path::new(DEFAULT_PATH);
         if let Err(error) = make_directory(usual) {
-            warn!("no admin socket, as {DEFAULT_PATH} cannot be made: {error}");
+            warn!("no admin socket: cannot create {DEFAULT_PATH}: {error}");
             return Ok(None);
         }
         return Listener::at(usual.to_owned())
@@ -84,12 +83,12 @@ fn make_directory(socket: &Path) -> io::Result<()> {
     }
 }
 
-/// Answers for as long as it is polled.
-pub async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
-    connections::receive(listener, PLACES, |stream| {
+/// Serves requests; never returns.
+pub(crate) async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
+    connections::receive(listener, CONNECTIONS_MAX, |stream| {
         let snapshots = snapshots.clone();
         async move {
-            if let Err(error) = visit(stream, &snapshots).await {
+            if let Err(error) = serve_connection(stream, &snapshots).await {
                 debug!("admin socket: {error}");
             }
         }
@@ -97,8 +96,8 @@ pub async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
     .await;
 }
 
-/// A line is answered by a line, until there are no more, or one that is too long, or the visitor does not read.
-async fn visit(stream: Box<dyn Stream>, snapshots: &Snapshots) -> io::Result<()> {
+/// Replies to each line by a line, until the end of stream, a line that is too long, or a timeout.
+async fn serve_connection(stream: Box<dyn Stream>, snapshots: &Snapshots) -> io::Result<()> {
     let (read, mut write) = split(stream);
     let mut read = BufReader::new(read);
     loop {
@@ -138,7 +137,7 @@ async fn read_line(read: &mut (impl AsyncBufRead + Unpin)) -> io::Result<Line> {
         None => Line::End,
         Some(b'\n') => Line::Complete(line),
         Some(_) if line.len() as u64 > REQUEST_MAX => Line::TooLong,
-        // The visitor has left in the middle of it.
+        // The client closed the connection within a line.
         Some(_) => Line::End,
     })
 }
@@ -155,36 +154,36 @@ async fn answer(line: &[u8], snapshots: &Snapshots) -> Answer {
     answered.unwrap_or_else(Answer::Error)
 }
 
-/// A request that makes sense.
+/// A valid request.
 #[derive(Debug)]
 pub enum Asked {
-    /// How the daemon is.
+    /// Status of the daemon.
     Status,
-    /// The flows that a filter takes.
+    /// The flows that match a filter.
     Flows(FlowsQuestion, Filter),
-    /// The subscribers with flows that a filter takes.
+    /// The subscribers with flows that match a filter.
     Clients(ClientsQuestion, Filter),
-    /// The end of some.
+    /// Reset of the flows that match a target.
     Close(Target),
 }
 
 impl Asked {
-    /// Understands a line.
+    /// Parses a line.
     ///
     /// # Errors
-    /// Says in one line why it does not.
+    /// One line with the error.
     pub fn parse(line: &[u8]) -> Result<Self, String> {
-        // What is wrong is repeated, and may be anything.
+        // The message repeats input, which may have control characters.
         Self::understand(line).map_err(|refusal| refusal.replace(char::is_control, " "))
     }
 
     fn understand(line: &[u8]) -> Result<Self, String> {
-        let request: Request =
-            serde_json::from_slice(line).map_err(|error| format!("no request of this protocol: {error}"))?;
+        let request: Request = serde_json::from_slice(line)
+            .map_err(|error| format!("not a request of this protocol: {error}"))?;
         if request.version != VERSION {
             let version = request.version;
             return Err(format!(
-                "version {version} of the protocol is not spoken here: {VERSION} is"
+                "protocol version {version} is not supported: use {VERSION}"
             ));
         }
         Ok(match request.question {
@@ -218,11 +217,11 @@ async fn flows(question: FlowsQuestion, filter: Filter, view: &Arc<View>) -> Res
         }
     };
     let view = view.clone();
-    // Thousands of system calls: not on the threads that relay.
+    // Not on the relay threads: thousands of system calls.
     let look = move || look(&question, &filter, before.as_ref(), &view);
     spawn_blocking(look)
         .await
-        .map_err(|_| "cannot look at the flows".to_owned())
+        .map_err(|_| "cannot list the flows".to_owned())
 }
 
 async fn clients(question: ClientsQuestion, filter: Filter, view: &Arc<View>) -> Result<Clients, String> {
@@ -230,7 +229,7 @@ async fn clients(question: ClientsQuestion, filter: Filter, view: &Arc<View>) ->
     Ok(Clients::of(&flows.list, question.sort, question.limit))
 }
 
-/// What flows had carried when a measurement of rates began, by their numbers.
+/// Bytes of flows at the start of a rate measurement, by flow number.
 type Carried = HashMap<u64, Ways<u64>>;
 
 fn carried(flow: &Arc<Flow>) -> (u64, Ways<u64>) {
@@ -270,7 +269,7 @@ fn look(
     }
 }
 
-/// Which flows to show.
+/// Conditions that a shown flow meets.
 #[derive(Debug)]
 pub struct Filter {
     client: Option<IpNet>,
@@ -321,14 +320,14 @@ fn prefix(text: &str) -> Result<IpNet, String> {
         .map_err(|_| format!("'{text}' is neither an address nor a prefix"))
 }
 
-/// Which flows to end.
+/// The flows to reset.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Target {
-    /// That of a number.
+    /// The flow of this number.
     Id(u64),
-    /// All of a client.
+    /// All flows of a client.
     Client(IpAddr),
-    /// Those of a client's port.
+    /// The flows of a client's address and port.
     ClientPort(SocketAddr),
 }
 
@@ -338,7 +337,9 @@ impl Target {
         id.or_else(|| text.parse().map(Self::ClientPort).ok())
             .or_else(|| text.parse().map(Self::Client).ok())
             .ok_or_else(|| {
-                format!("'{text}' is no flow: give its number, its client's address, or that with the port")
+                format!(
+                    "'{text}' is no flow: give a flow number, a client address, or a client address and port"
+                )
             })
     }
 

@@ -1,4 +1,4 @@
-//! Connections that may be anybody's: a fixed number of places, and nobody is waited for.
+//! Accepts untrusted connections, of which it keeps a fixed number, without waiting for any of them.
 
 use std::{fmt, io, path::PathBuf, time::Duration};
 
@@ -12,23 +12,19 @@ use tracing::debug;
 
 use crate::observe::socket_file::SocketFile;
 
-/// Where visitors come in.
 pub enum Listener {
-    /// At an address.
     Tcp(TcpListener),
-    /// At a path.
     Unix(UnixListener, PathBuf),
 }
 
-/// A visitor's connection.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 impl Listener {
-    /// Listens at a path; the file is removed when the second value is dropped.
+    /// Listens at a path; dropping the second value removes the file.
     ///
     /// # Errors
-    /// Why it cannot.
+    /// When the path cannot be bound.
     pub fn at(path: PathBuf) -> anyhow::Result<(Self, SocketFile)> {
         let (listener, file) = SocketFile::bind(&path)?;
         Ok((Self::Unix(UnixListener::from_std(listener)?, path), file))
@@ -54,23 +50,23 @@ impl fmt::Display for Listener {
     }
 }
 
-/// Receives visitors for as long as it is polled, `places` of them at once. Where one more comes, who has been there
-/// longest has to go: so those who only sit there keep nobody out.
-pub async fn receive<F>(listener: Listener, places: usize, mut visit: impl FnMut(Box<dyn Stream>) -> F)
+/// Accepts connections, at most `most` at once; never returns. One more connection closes the oldest, so
+/// that idle connections cannot block others.
+pub async fn receive<F>(listener: Listener, most: usize, mut serve: impl FnMut(Box<dyn Stream>) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
-    let mut visits = JoinSet::new();
-    let mut present: Vec<AbortHandle> = Vec::with_capacity(places);
+    let mut serving = JoinSet::new();
+    let mut present: Vec<AbortHandle> = Vec::with_capacity(most);
     loop {
         match listener.accept().await {
             Ok(stream) => {
-                while visits.try_join_next().is_some() {}
-                present.retain(|visit| !visit.is_finished());
-                if present.len() >= places {
+                while serving.try_join_next().is_some() {}
+                present.retain(|connection| !connection.is_finished());
+                if present.len() >= most {
                     present.remove(0).abort();
                 }
-                present.push(visits.spawn(visit(stream)));
+                present.push(serving.spawn(serve(stream)));
             }
             Err(error) => {
                 debug!(at = %listener, "cannot accept: {error}");

@@ -1,4 +1,4 @@
-//! The metrics as Prometheus reads them. `docs/metrics.md` has every name, unit and meaning.
+//! The metrics in the text format of OpenMetrics. `docs/metrics.md` has every name, unit and meaning.
 
 use std::{
     collections::BTreeMap,
@@ -26,10 +26,9 @@ use crate::{
     observe::{log, process::Process, subscribers::Totals, view::View},
 };
 
-/// The content type of what [`Figures::render`] makes.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// All figures at one moment.
+/// The figures of the daemon at one moment.
 pub(super) struct Figures {
     started: SystemTime,
     limit: u32,
@@ -51,7 +50,7 @@ pub(super) struct Figures {
     links: Vec<LinkFigures>,
 }
 
-/// What the legs behind an interface have carried, and how those are doing that are open.
+/// Figures of the legs of an interface.
 #[derive(Default)]
 struct InterfaceFigures {
     legs: u64,
@@ -59,19 +58,18 @@ struct InterfaceFigures {
     received: u64,
     segments: u64,
     retransmitted: u64,
-    /// Seconds, of every leg that has a measurement.
+    /// In seconds, of every leg with a measurement.
     round_trips: Vec<f64>,
     delivery_rate: u64,
 }
 
-/// How much of a link's rate is used, in bytes per second.
 struct LinkFigures {
     interface: String,
     found: Found,
 }
 
 impl Figures {
-    /// Looks at everything, by many system calls.
+    /// Reads all figures, by many system calls.
     pub(super) fn take(view: &View) -> Self {
         let shared = &view.shared;
         let metrics = &shared.metrics;
@@ -85,7 +83,7 @@ impl Figures {
             }
             let seen = flow.observe(metrics);
             carried.push((flow.id, flow.client.ip(), seen.up + seen.down));
-            // Leg by leg, so that none is kept open for the time that all take.
+            // One flow at a time, so that no leg is kept open until all are read.
             for leg in seen.legs.into_iter().flatten() {
                 if let Some(traffic) = &leg.traffic {
                     interfaces.entry(traffic.interface.clone()).or_default().add(&leg);
@@ -141,13 +139,19 @@ impl Figures {
         }
     }
 
-    /// Writes them down.
+    /// Formats the metrics.
     ///
     /// # Errors
     /// None in practice.
     pub(super) fn render(self) -> Result<String> {
-        let mut registry = Registry::with_prefix("pepsal");
-        registry.register_collector(Box::new(self));
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(ProcessFigures {
+            started: self.started,
+            process: self.process,
+        }));
+        registry
+            .sub_registry_with_prefix("pepsal")
+            .register_collector(Box::new(self));
         let mut text = String::new();
         encode(&mut text, &registry)?;
         Ok(text)
@@ -160,8 +164,8 @@ impl InterfaceFigures {
         if leg.info.tcpi_rtt > 0 {
             self.round_trips.push(f64::from(leg.info.tcpi_rtt) / 1e6);
         }
-        // What an idle leg delivered last is no rate of now. The kernel measures within a round trip, where a burst is
-        // faster than its leg's share.
+        // The last delivery rate of an idle leg is out of date. The kernel measures within a round trip,
+        // where a burst exceeds the leg's share.
         if leg.info.tcpi_unacked > 0 {
             self.delivery_rate += leg.info.tcpi_delivery_rate.min(leg.info.tcpi_max_pacing_rate);
         }
@@ -184,20 +188,12 @@ impl Collector for Figures {
         let mut out = Families(encoder);
         out.gauge(
             "build_info",
-            "The version; always 1",
+            "Version of the daemon; the value is always 1",
             &["version"],
             [([env!("CARGO_PKG_VERSION")], 1.0)],
         )?;
-        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let single = |value: f64| [([], value)];
-        out.gauge(
-            "start_time_seconds",
-            "When the daemon was started, in seconds since 1970",
-            &[],
-            single(started.as_secs_f64()),
-        )?;
         self.encode_flows(&mut out)?;
-        self.encode_process(&mut out)?;
+        self.encode_log(&mut out)?;
         self.encode_steering(&mut out)?;
         self.encode_interfaces(&mut out)?;
         self.encode_links(&mut out)
@@ -209,19 +205,19 @@ impl Figures {
         let single = |value: usize| [([], value as f64)];
         out.gauge(
             "flows_open",
-            "Flows whose two legs are connected",
+            "Open flows: both legs are connected",
             &[],
             single(self.open),
         )?;
         out.gauge(
             "flows_pending",
-            "Flows that were accepted, but not by the server yet",
+            "Pending flows: the client leg is accepted, the server leg is not connected yet",
             &[],
             single(self.pending),
         )?;
         out.gauge(
             "flows_limit",
-            "The most flows at once; further connections pass",
+            "Maximum number of flows; further connections are not intercepted",
             &[],
             single(self.limit as usize),
         )?;
@@ -252,69 +248,46 @@ impl Figures {
         let closed = self.closed.iter().map(|(reason, n)| ([reason.as_str()], *n));
         out.counter(
             "flows_closed",
-            "Flows that have ended, by why they did",
+            "Closed flows by close reason",
             &["reason"],
             closed,
         )?;
         let [up, down] = self.bytes;
         out.counter(
             "bytes",
-            "Bytes relayed: up is from client to server",
+            "Payload bytes relayed; up is from client to server",
             &["direction"],
             [(["up"], up), (["down"], down)],
         )?;
         out.histogram(
-            "connect_seconds",
-            "From a flow's acceptance until its server is connected",
+            "connect_duration_seconds",
+            "Time from accept of the client leg until the server leg is connected, in seconds",
             &self.connect,
         )?;
         out.histogram(
             "flow_duration_seconds",
-            "From a flow's acceptance to its end",
+            "Time from accept of the client leg to the end of the flow, in seconds",
             &self.duration,
+        )?;
+        out.gauge(
+            "flow_map_entries",
+            "Entries of the kernel's flow map, including flows whose handshake is in progress",
+            &[],
+            single(self.map_entries as usize),
         )?;
         let events = self.events.iter().map(|(name, n)| ([*name], *n));
         out.counter(
             "events",
-            "What happened to connections besides their end",
+            "Events of connections, except their close",
             &["event"],
             events,
         )
     }
 
-    fn encode_process(&self, out: &mut Families<'_>) -> fmt::Result {
-        let Process {
-            memory_bytes,
-            descriptors,
-            descriptors_limit,
-        } = &self.process;
-        for (name, help, value) in [
-            (
-                "flow_map_entries",
-                "Flows in the kernel's map, those included whose handshake is under way",
-                &Some(self.map_entries),
-            ),
-            (
-                "memory_bytes",
-                "Memory that the daemon occupies, without its sockets' buffers",
-                memory_bytes,
-            ),
-            (
-                "descriptors_open",
-                "Descriptors that the daemon has open",
-                descriptors,
-            ),
-            (
-                "descriptors_limit",
-                "The most descriptors that the daemon may have open",
-                descriptors_limit,
-            ),
-        ] {
-            out.gauge(name, help, &[], value.map(|value| ([], value as f64)))?;
-        }
+    fn encode_log(&self, out: &mut Families<'_>) -> fmt::Result {
         out.counter(
             "log_lines_suppressed",
-            "Lines left out of the log, as there were too many in a second",
+            "Log lines dropped by the rate limit of the log",
             &[],
             [([], self.lines_suppressed)],
         )
@@ -324,7 +297,7 @@ impl Figures {
         let packets = self.packets.iter().map(|(name, n)| ([*name], *n));
         out.counter(
             "packets",
-            "What the eBPF programs decided of packets",
+            "Packets by verdict of the eBPF programs",
             &["verdict"],
             packets,
         )?;
@@ -334,7 +307,7 @@ impl Figures {
             .map(|(name, is)| ([name.as_str()], f64::from(u8::from(*is))));
         out.gauge(
             "interface_intercepted",
-            "Whether the new connections of an interface that was named are intercepted",
+            "1 when new connections on an interface of -i are intercepted, else 0",
             &["interface"],
             intercepted,
         )
@@ -354,7 +327,7 @@ impl Figures {
         };
         out.gauge(
             "link_legs_open",
-            "Legs of flows that leave through the interface",
+            "Open legs that leave through the interface",
             &["interface"],
             gauge(|figures| figures.legs as f64),
         )?;
@@ -366,19 +339,19 @@ impl Figures {
         });
         out.counter(
             "link_bytes",
-            "Bytes relayed out through the interface and in from it",
+            "Payload bytes sent through the interface and received from it",
             &["interface", "direction"],
             bytes,
         )?;
         out.counter(
             "link_segments_sent",
-            "Segments with data sent through the interface, retransmissions included",
+            "Data segments sent through the interface, including retransmissions",
             &["interface"],
             counter(|figures| figures.segments),
         )?;
         out.counter(
             "link_segments_retransmitted",
-            "Segments sent again through the interface",
+            "Segments retransmitted through the interface",
             &["interface"],
             counter(|figures| figures.retransmitted),
         )?;
@@ -386,13 +359,13 @@ impl Figures {
             interfaces().filter_map(|(name, figures)| Some(([name], figures.mean_round_trip()?)));
         out.gauge(
             "link_rtt_seconds",
-            "Mean of the open legs' smoothed round trips",
+            "Mean smoothed round-trip time of the open legs, in seconds",
             &["interface"],
             round_trips,
         )?;
         out.gauge(
             "link_delivery_rate_bytes_per_second",
-            "Sum of what the legs that are sending last delivered",
+            "Sum of the delivery rates of the legs that are sending, in bytes per second",
             &["interface"],
             gauge(|figures| figures.delivery_rate as f64),
         )
@@ -405,25 +378,25 @@ impl Figures {
         };
         out.gauge(
             "link_rate_bytes_per_second",
-            "What the legs of a described link share: the rate that it was found to carry, in bytes of payload",
+            "Estimated rate of a link with a profile, which its legs share, in payload bytes per second",
             &["interface"],
             links(|link| link.found.rate as f64),
         )?;
         out.gauge(
             "link_rate_ceiling_bytes_per_second",
-            "What they share at most, as the link is described",
+            "Configured maximum of the link's rate, in payload bytes per second",
             &["interface"],
             links(|link| link.found.ceiling as f64),
         )?;
         out.gauge(
-            "link_rate_used_ratio",
-            "How much of the rate is acknowledged at present, from 0 to 1",
+            "link_utilization_ratio",
+            "Acknowledged rate divided by the link's estimated rate, from 0 to 1",
             &["interface"],
             links(|link| link.found.used / link.found.rate.max(1) as f64),
         )?;
         out.gauge(
             "link_queueing_delay_seconds",
-            "How long segments of legs wait in front of the link",
+            "Queueing delay of the legs' segments in front of the link, in seconds",
             &["interface"],
             links(|link| link.found.queueing.as_secs_f64()),
         )?;
@@ -433,14 +406,53 @@ impl Figures {
         });
         out.gauge(
             "link_state",
-            "1 for what was found of the link last, 0 for the others",
+            "1 for the current state of the link's rate estimate, 0 for the others",
             &["interface", "state"],
             states,
         )
     }
 }
 
-/// Writes families of metrics, each with all of its samples.
+/// The metrics of a process under their standard names, which Prometheus' client libraries share.
+#[derive(Debug)]
+struct ProcessFigures {
+    started: SystemTime,
+    process: Process,
+}
+
+impl Collector for ProcessFigures {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut out = Families(encoder);
+        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let count = |value: Option<u64>| value.map(|value| ([], value as f64));
+        out.gauge(
+            "process_start_time_seconds",
+            "Start time of the process since the Unix epoch, in seconds",
+            &[],
+            [([], started.as_secs_f64())],
+        )?;
+        out.gauge(
+            "process_resident_memory_bytes",
+            "Resident memory of the process, without socket buffers, in bytes",
+            &[],
+            count(self.process.memory_bytes),
+        )?;
+        out.gauge(
+            "process_open_fds",
+            "Number of open file descriptors",
+            &[],
+            count(self.process.descriptors),
+        )?;
+        out.gauge(
+            "process_max_fds",
+            "Maximum number of open file descriptors",
+            &[],
+            count(self.process.descriptors_limit),
+        )
+    }
+}
+
+/// Writes metric families, each with all of its samples.
 struct Families<'a>(DescriptorEncoder<'a>);
 
 impl Families<'_> {

@@ -1,6 +1,7 @@
-//! What Prometheus and load balancers ask: `/metrics`, `/healthz` and `/readyz`, by HTTP/1.1 at an address or a Unix socket.
+//! Endpoints for Prometheus and load balancers: `/metrics`, `/healthz` and `/readyz`, by HTTP/1.1 at an
+//! address or a Unix socket.
 //!
-//! One request a connection, and ten seconds for both: slow senders and slow readers are gone then.
+//! A connection has one request, and ends after ten seconds, so that slow clients cannot block others.
 
 use std::{
     convert::Infallible,
@@ -33,26 +34,23 @@ use crate::observe::{
     socket_file::SocketFile,
 };
 
-/// Where metrics are served unless something else is asked for.
+/// Default address of the endpoint.
 pub const DEFAULT_PLACE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9300);
 
-/// Connections at once.
-const PLACES: usize = 16;
+const CONNECTIONS_MAX: usize = 16;
 
-/// How long a request and its answer may take together.
+/// Timeout of a request with its response.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The largest request that is read; what asks for metrics needs a tenth.
+/// Maximum size of a request in bytes; a scrape needs a tenth.
 const REQUEST_MAX: usize = 16 << 10;
 
-/// Where to listen.
+/// Listen address of the endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Place {
-    /// Nowhere.
+    /// Disabled.
     None,
-    /// An address.
     Tcp(SocketAddr),
-    /// A path.
     Unix(PathBuf),
 }
 
@@ -70,10 +68,10 @@ impl FromStr for Place {
     }
 }
 
-/// Listens at `place`; without one at [`DEFAULT_PLACE`], which another instance may have.
+/// Listens at `place`, by default at [`DEFAULT_PLACE`], which another instance may use.
 ///
 /// # Errors
-/// When a place that was asked for cannot be had.
+/// When `place` cannot be bound.
 pub fn bind(place: Option<&Place>) -> Result<Option<(Listener, Option<SocketFile>)>> {
     match place.unwrap_or(&Place::Tcp(DEFAULT_PLACE)) {
         Place::None => Ok(None),
@@ -104,9 +102,12 @@ fn listen(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
     tokio::net::TcpListener::from_std(listener)
 }
 
-/// Answers for as long as it is polled.
+/// Serves requests; never returns.
 pub async fn serve(listener: Listener, snapshots: Arc<Snapshots>) {
-    connections::receive(listener, PLACES, |stream| visit(stream, snapshots.clone())).await;
+    connections::receive(listener, CONNECTIONS_MAX, |stream| {
+        visit(stream, snapshots.clone())
+    })
+    .await;
 }
 
 async fn visit(stream: Box<dyn Stream>, snapshots: Arc<Snapshots>) {
@@ -117,8 +118,8 @@ async fn visit(stream: Box<dyn Stream>, snapshots: Arc<Snapshots>) {
         .serve_connection(TokioIo::new(stream), service);
     match timeout(PATIENCE, connection).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => debug!("a request for metrics: {error}"),
-        Err(_) => debug!("a request for metrics took longer than {PATIENCE:?}"),
+        Ok(Err(error)) => debug!("metrics request failed: {error}"),
+        Err(_) => debug!("metrics request took longer than {PATIENCE:?}"),
     }
 }
 
@@ -161,18 +162,18 @@ fn failure(error: &anyhow::Error) -> Response<Full<Bytes>> {
     text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n"))
 }
 
-/// Ready is who intercepts new connections wherever it was told to.
+/// Responds to `/readyz`: 200 when new connections are intercepted on every interface of `-i`.
 async fn readiness(snapshots: &Snapshots) -> Response<Full<Bytes>> {
     let snapshot = match snapshots.current().await {
         Ok(snapshot) => snapshot,
         Err(error) => return failure(&error),
     };
-    let missing = &snapshot.status.missing;
-    match missing.is_empty() {
+    let problems = &snapshot.status.problems;
+    match problems.is_empty() {
         true => text(StatusCode::OK, "ready\n".into()),
         false => text(
             StatusCode::SERVICE_UNAVAILABLE,
-            missing.iter().map(|what| format!("{what}\n")).collect(),
+            problems.iter().map(|problem| format!("{problem}\n")).collect(),
         ),
     }
 }

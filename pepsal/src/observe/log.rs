@@ -1,5 +1,5 @@
-//! The log: to standard error, at a level that can be changed while the daemon runs, and with so many lines a second at
-//! most, so that nobody outside can fill a disk with it.
+//! The log, to standard error: its level can change while the daemon runs, and a rate limit keeps remote
+//! peers from filling a disk.
 
 use std::{
     fmt::{Display, Formatter},
@@ -22,18 +22,18 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-/// How severe something has to be to be logged.
+/// Log level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
 pub enum LogLevel {
-    /// What ends the daemon
+    /// Errors that end the daemon
     Error,
-    /// What an operator should look at
+    /// Problems for the operator
     Warn,
     /// Changes of state
     Info,
     /// Every flow
     Debug,
-    /// Every socket option that was refused, and more
+    /// Details, such as refused socket options
     Trace,
 }
 
@@ -49,15 +49,15 @@ impl Display for LogLevel {
     }
 }
 
-/// The running log.
+/// The log of this process.
 pub struct Log {
     filter: reload::Handle<EnvFilter, Registry>,
-    /// The environment said what to log, which nothing overrides.
+    /// Whether `RUST_LOG` sets the level, which takes precedence.
     is_fixed: bool,
 }
 
 impl Log {
-    /// Starts to log what is as severe as `level`, or what `RUST_LOG` says.
+    /// Starts the log at `level`, or with the filter of `RUST_LOG`.
     ///
     /// # Errors
     /// When `RUST_LOG` is not a log filter.
@@ -72,40 +72,39 @@ impl Log {
         let (chosen, filter) = reload::Layer::new(chosen);
         let lines = fmt::layer().with_writer(stderr).with_ansi(stderr().is_terminal());
         let lines = lines.with_filter(Bounded::default());
-        // With it comes what libraries and eBPF programs log through the `log` crate.
+        // Also receives the messages of libraries and eBPF programs through the `log` crate.
         tracing_subscriber::registry()
             .with(chosen)
             .with(lines)
             .try_init()
-            .context("cannot set the log up")?;
+            .context("cannot set up the log")?;
         panic::set_hook(Box::new(|panic| {
             let panic = panic.to_string().replace('\n', " ");
-            error!("error in pepsal: {panic}");
+            error!("internal error: {panic}");
         }));
         Ok(Self { filter, is_fixed })
     }
 
-    /// Logs what is as severe as `level` from now on.
+    /// Sets the log level.
     ///
     /// # Errors
-    /// When `RUST_LOG` says what to log.
+    /// When `RUST_LOG` sets the filter.
     pub fn set(&self, level: LogLevel) -> Result<()> {
-        anyhow::ensure!(!self.is_fixed, "RUST_LOG says what to log");
-        self.filter.reload(of_level(level)).context("the log is gone")
+        anyhow::ensure!(!self.is_fixed, "RUST_LOG sets the log level");
+        self.filter.reload(of_level(level)).context("the log is closed")
     }
 }
 
-/// The most lines in a second.
 const LINES_PER_SECOND: u64 = 100;
 
 static SUPPRESSED: AtomicU64 = AtomicU64::new(0);
 
-/// How many lines were left out.
-pub fn suppressed() -> u64 {
+/// Returns the number of lines dropped by the rate limit.
+pub(crate) fn suppressed() -> u64 {
     SUPPRESSED.load(Ordering::Relaxed)
 }
 
-/// Leaves out what is too much. Who asked for debug has asked for all of it.
+/// The rate limit of lines up to level info; debug and trace have no limit.
 #[derive(Default)]
 struct Bounded(Mutex<Option<Window>>);
 
@@ -115,7 +114,7 @@ struct Window {
 }
 
 impl Bounded {
-    /// Whether one more line has its place.
+    /// Returns whether the limit admits one more line.
     fn admit(&self, now: Instant) -> bool {
         let mut window = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match &mut *window {
@@ -145,8 +144,8 @@ impl<S> Filter<S> for Bounded {
     }
 }
 
-/// The libraries' own debug is of no use to who looks for a flow. netlink_proto warns of answers that come when nobody
-/// waits for them any more, as at an end.
+/// Returns the filter of a level. It excludes debug messages of libraries, and netlink_proto's warning about
+/// late replies at a stop.
 fn of_level(level: LogLevel) -> EnvFilter {
     let others = level.min(LogLevel::Warn);
     let programs = level.min(LogLevel::Info);

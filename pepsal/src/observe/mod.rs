@@ -1,13 +1,14 @@
-//! What others may see of the running daemon ([`view`]), and how they ask.
+//! Monitoring of the running daemon ([`view`]).
 //!
 //! - [`http`]: `/metrics`, in the text format of OpenMetrics ([`exposition`]), `/healthz` and `/readyz`, for Prometheus.
 //! - [`admin`]: lines of JSON ([`protocol`]) over a Unix socket, for the commands in [`crate::ctl`].
 //!
-//! Nothing is measured until somebody asks. Then every flow is looked at once, on a thread that may block. Metrics,
-//! readiness and status come from the same [`snapshot`], which is taken once a second at most, however many ask.
+//! The daemon measures only on request, and then reads every flow once, on a thread that may block. Metrics,
+//! readiness and status use the same [`snapshot`], which is taken at most once a second for any number of
+//! requests.
 //!
-//! Neither listener can keep connections from being relayed: who connects to them gets one of a fixed number of places,
-//! the longest there makes room for the next ([`connections`]), and nobody is waited for.
+//! Requests cannot stop the relay: each listener has a fixed number of connections, the oldest of which is
+//! closed for the next ([`connections`]), and waits for none of them.
 
 pub(crate) mod view;
 pub(crate) mod protocol;
@@ -31,9 +32,8 @@ use tracing::info;
 
 use crate::observe::{snapshot::Snapshots, socket_file::SocketFile, view::View};
 
-/// What serves; it stops, and its sockets are removed, when this is dropped.
-pub struct Observatory {
-    /// What is seen.
+/// The listeners of metrics and admin socket. Dropping it stops them and removes their socket files.
+pub(crate) struct Observatory {
     pub view: Arc<View>,
     snapshots: Arc<Snapshots>,
     tasks: JoinSet<()>,
@@ -41,7 +41,6 @@ pub struct Observatory {
 }
 
 impl Observatory {
-    /// One that is not open yet.
     pub fn new(view: View) -> Self {
         let view = Arc::new(view);
         Self {
@@ -52,10 +51,10 @@ impl Observatory {
         }
     }
 
-    /// Serves metrics and the admin socket from now on, at these places or else at the usual ones.
+    /// Starts to serve metrics and the admin socket, at these addresses or at the default ones.
     ///
     /// # Errors
-    /// When a place that was asked for cannot be had, or another daemon has the admin socket.
+    /// When a given address cannot be bound, or another daemon has the admin socket.
     pub fn open(&mut self, metrics: Option<&http::Place>, admin: Option<&Path>) -> Result<()> {
         let metrics = http::bind(metrics)?;
         if let Some((listener, file)) = admin::bind(admin)? {
@@ -71,7 +70,7 @@ impl Observatory {
         Ok(())
     }
 
-    /// Leaves its places to another instance.
+    /// Closes the listeners, for another instance.
     pub async fn close(&mut self) {
         self.tasks.shutdown().await;
         self.files.clear();

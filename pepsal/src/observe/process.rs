@@ -1,4 +1,4 @@
-//! What the daemon has of what there is a bound for.
+//! Resource usage of this process: resident memory, open file descriptors.
 
 use std::fs;
 
@@ -7,23 +7,20 @@ use nix::{
     unistd::{SysconfVar, sysconf},
 };
 
-/// The process at one moment; nothing where `/proc` does not say.
-#[derive(Debug, Default)]
+/// Resource usage at one moment; `None` if `/proc` does not have it.
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Process {
-    /// Memory that it occupies. What the kernel holds for its sockets is not in it.
+    /// Resident memory, without the socket buffers in the kernel.
     pub memory_bytes: Option<u64>,
-    /// Open descriptors.
     pub descriptors: Option<u64>,
-    /// The most that it may have open.
     pub descriptors_limit: Option<u64>,
 }
 
 impl Process {
-    /// Looks.
     pub fn now() -> Self {
         Self {
             memory_bytes: memory_bytes(),
-            // Itself is one while it is read.
+            // The directory itself is one of them.
             descriptors: fs::read_dir("/proc/self/fd")
                 .ok()
                 .map(|open| (open.count() as u64).saturating_sub(1)),
@@ -32,7 +29,7 @@ impl Process {
     }
 }
 
-/// The second number of `/proc/self/statm`, in pages (proc(5)).
+/// Returns the resident memory in bytes: the second number of `/proc/self/statm`, in pages (proc(5)).
 fn memory_bytes() -> Option<u64> {
     let pages: u64 = fs::read_to_string("/proc/self/statm")
         .ok()?
@@ -57,7 +54,7 @@ mod tests {
         );
         let _open: Vec<_> = (0..100).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let now = Process::now();
-        // Other tests open and close some meanwhile.
+        // Other tests open and close descriptors at the same time.
         assert!(
             now.descriptors > before.descriptors.map(|open| open + 50),
             "{now:?}"

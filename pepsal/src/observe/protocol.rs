@@ -1,83 +1,73 @@
-//! What is said over the admin socket: one JSON object a line, a [`Reply`] to every [`Request`].
+//! Messages of the admin socket: one JSON object per line, a [`Reply`] to every [`Request`].
 //!
-//! `docs/admin-protocol.md` describes it for others. Members may be added to any object; who reads them ignores those that
-//! he does not know. Anything else is a new [`VERSION`].
+//! `docs/admin-protocol.md` is the reference. Objects may get new members, which clients ignore. Any other
+//! change needs a new [`VERSION`].
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
-/// The version of this protocol.
 pub const VERSION: u32 = 1;
 
-/// A line to the daemon.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
-    /// [`VERSION`].
     pub version: u32,
-    /// What is asked.
     #[serde(flatten)]
     pub question: Question,
 }
 
-/// What can be asked.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
 pub enum Question {
-    /// How the daemon is.
     Status,
-    /// The flows at present.
     Flows(FlowsQuestion),
     /// The subscribers that have flows at present.
     Clients(ClientsQuestion),
-    /// Ends flows.
     Close {
-        /// Which: an id, a client's address, or its address and port.
+        /// Flow number, client address, or client address and port.
         flow: String,
     },
 }
 
-/// Which flows are asked for.
+/// Conditions and order of the listed flows.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FlowsQuestion {
-    /// Only those whose client is in this prefix.
+    /// Prefix of the client.
     pub client: Option<String>,
-    /// Only those whose server is in this prefix.
+    /// Prefix of the server.
     pub server: Option<String>,
-    /// Only those to this port of the server.
     pub port: Option<u16>,
-    /// Only those that have a leg behind this interface.
+    /// Interface of one of the legs.
     pub interface: Option<String>,
-    /// Only those in this state.
     pub state: Option<FlowState>,
-    /// What comes first.
     pub sort: Sort,
-    /// At most so many of them; 0 is all.
+    /// Maximum number of flows; 0 is all.
     pub limit: usize,
-    /// Time over which rates are measured, and which the answer takes, in milliseconds; 0 is the flow's life so far.
+    /// Time over which rates are measured, in milliseconds, which delays the reply; 0 is each flow's
+    /// lifetime.
     pub interval_ms: u64,
 }
 
-/// An order of flows: those that have most of it come first.
+/// Sort key of flows, in descending order.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Sort {
-    /// Time since it was accepted
+    /// Time since accept
     #[default]
     Age,
-    /// Bytes both ways
+    /// Bytes of both directions
     Bytes,
-    /// Rate both ways
+    /// Rate of both directions
     Rate,
-    /// Longest smoothed round trip of the two legs
+    /// Longer smoothed round-trip time of the two legs
     Rtt,
-    /// Segments that either leg sent again
+    /// Retransmitted segments of both legs
     Retransmits,
 }
 
 impl Sort {
-    /// How much of it a flow has.
+    /// Returns the sort key of a flow.
     pub fn key(self, flow: &FlowStatus) -> f64 {
         let legs = || [&flow.legs.client, &flow.legs.server].into_iter().flatten();
         match self {
@@ -162,114 +152,91 @@ impl ClientSort {
     }
 }
 
-/// A line from the daemon.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Reply {
-    /// [`VERSION`].
     pub version: u32,
-    /// What is answered.
     #[serde(flatten)]
     pub answer: Answer,
 }
 
-/// What is answered.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// To [`Question::Status`].
     Status(Box<Status>),
-    /// To [`Question::Flows`].
     Flows(Flows),
     /// To [`Question::Clients`].
     Clients(Clients),
-    /// To [`Question::Close`]: those that were told to end.
+    /// Reply to [`Question::Close`]: the flows that are reset.
     Closed(Vec<Ends>),
-    /// One line: what is wrong with the request.
+    /// One line with the error of the request.
     Error(String),
 }
 
-/// How the daemon is.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
-    /// Its version.
-    pub pepsal: String,
-    /// Its process.
+    pub version: String,
     pub pid: u32,
-    /// Seconds since it was started.
     pub uptime_seconds: f64,
-    /// Whether it takes new connections; not when it is stopping.
+    /// Whether new connections are intercepted; false while the daemon stops.
     pub ready: bool,
-    /// What keeps it from intercepting all that it should, a line each.
-    pub missing: Vec<String>,
-    /// Port of the listeners.
+    /// Reasons why connections are not intercepted, one line each.
+    pub problems: Vec<String>,
     pub port: u16,
-    /// The mark of server legs' packets on their way into an interface's ingress, as value/mask.
+    /// Packet mark of server legs' packets, as value/mask.
     pub mark: String,
-    /// The host ends of the legs' device pairs.
+    /// Host ends of the legs' device pairs.
     pub devices: Vec<String>,
-    /// Where programs are attached.
     pub interfaces: Vec<Interface>,
-    /// The links that are described.
     pub links: Vec<LinkStatus>,
-    /// Flows at present.
     pub flows: FlowCounts,
-    /// Bytes relayed since the start.
+    /// Since the start.
     pub bytes: Ways<u64>,
-    /// How many flows ended, by why they did.
     pub closed: BTreeMap<String, u64>,
-    /// What happened to connections besides their end.
+    /// Counters of [`crate::flow::metrics::Event`].
     pub events: BTreeMap<String, u64>,
-    /// What the eBPF programs decided of packets.
+    /// Packets by verdict of the eBPF programs.
     pub packets: BTreeMap<String, u64>,
 }
 
-/// An interface that a program is attached to.
+/// An interface with an attached program.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Interface {
-    /// Its name.
     pub name: String,
-    /// Whether new connections are intercepted there, or only legs' segments recognised.
+    /// Whether new connections are intercepted; else only segments of legs are redirected.
     pub intercepts: bool,
-    /// How the program is attached: `tcx` or `clsact`.
+    /// `tcx` or `clsact`.
     pub attached_by: String,
 }
 
-/// A link that is described, and how it is used.
+/// A link with a profile, and its utilization.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LinkStatus {
-    /// The interface that it is behind.
     pub interface: String,
-    /// Its round trip as described, in seconds.
     pub rtt_seconds: f64,
-    /// What its legs share at present, in bytes of payload a second: what it was found to carry.
+    /// Estimated rate, in payload bytes per second.
     pub rate_bytes_per_second: u64,
-    /// What they share at most.
+    /// Configured maximum of that rate.
     pub ceiling_bytes_per_second: u64,
-    /// How long what they send waits in front of it, in seconds.
-    pub queueing_seconds: f64,
-    /// What was found last: `at_ceiling`, `holding`, `growing`, `draining`, `competing` or `outage`.
+    /// Queueing delay in front of the link.
+    pub queueing_delay_seconds: f64,
+    /// State of the estimate: `at_ceiling`, `holding`, `growing`, `draining`, `competing` or `outage`.
     pub state: String,
-    /// What they use of that.
-    pub used_bytes_per_second: f64,
-    /// Their congestion control.
+    /// Acknowledged rate.
+    pub throughput_bytes_per_second: f64,
     pub congestion: String,
 }
 
-/// How many flows there are.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FlowCounts {
-    /// Both legs are connected.
     pub open: usize,
-    /// The server has not answered yet.
     pub pending: usize,
-    /// The most at once.
     pub limit: u32,
     /// The most at once of one subscriber; 0 for no bound.
     #[serde(default)]
     pub limit_per_client: u32,
 }
 
-/// Something for each way.
+/// A value for each direction.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ways<T> {
     /// From the client to the server.
@@ -278,134 +245,107 @@ pub struct Ways<T> {
     pub down: T,
 }
 
-/// Flows.
+/// Reply to a list of flows.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Flows {
-    /// How many there are, whether they were asked for or not.
     pub total: usize,
-    /// Those that were asked for.
     pub list: Vec<FlowStatus>,
 }
 
-/// A flow.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct FlowStatus {
-    /// Its number.
     pub id: u64,
-    /// The client's address and port.
     pub client: SocketAddr,
-    /// The original destination.
     pub server: SocketAddr,
-    /// How far it has come.
     pub state: FlowState,
-    /// Seconds since it was accepted.
     pub age_seconds: f64,
-    /// Seconds since it carried a byte.
+    /// Since the last byte.
     pub idle_seconds: f64,
-    /// What it has carried.
     pub bytes: Ways<u64>,
-    /// What it carries, over the time that was asked for.
+    /// Over the requested interval.
     pub bytes_per_second: Ways<f64>,
-    /// What keeps it from carrying more; nothing when there is nothing to carry.
+    /// Limit of each direction; none without data.
     pub limited: Ways<Option<Limit>>,
-    /// Its connections.
     pub legs: Legs,
 }
 
-/// How far a flow has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum FlowState {
-    /// The server has not answered yet
+    /// The server leg is not connected yet
     Pending,
     /// Both legs are connected
     Open,
 }
 
-/// Which leg keeps a way from carrying more, and by what.
+/// The leg that limits a direction, and the cause.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
-    /// `client` or `server`.
     pub leg: LegName,
-    /// What about it.
     pub by: LimitedBy,
 }
 
-/// A leg.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LegName {
-    /// The accepted connection.
     Client,
-    /// The connected one.
     Server,
 }
 
-/// What limits a leg.
+/// Cause of a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LimitedBy {
-    /// The sender at its other end, or the path from there: nothing waits here.
+    /// The peer that sends, or the path from it: no data wait here.
     Sender,
-    /// The receiver at its other end: its window is full.
+    /// The receive window of the peer is full.
     Receiver,
-    /// This host's send buffer.
+    /// The send buffer of this host is full.
     SendBuffer,
-    /// Its share of its link's rate, which it uses.
+    /// The leg uses its share of the link's rate.
     Share,
-    /// The path to its other end: the congestion window.
+    /// The congestion window is full.
     Path,
 }
 
-/// A flow's connections.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Legs {
-    /// The accepted one.
     pub client: Option<LegStatus>,
-    /// The connected one.
     pub server: Option<LegStatus>,
 }
 
-/// A leg, by the kernel's `TCP_INFO`.
+/// Figures of a leg, from the kernel's `TCP_INFO`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LegStatus {
-    /// This host's address of it, which may be the other end's.
+    /// Local address, which is that of the flow's other end unless the source is the gateway.
     pub local: Option<SocketAddr>,
-    /// The other end's address.
     pub peer: Option<SocketAddr>,
-    /// The interface that it leaves through, as found when the flow began.
+    /// Interface of the leg at the start of the flow.
     pub interface: Option<String>,
-    /// The connection's state, as `ss` names it.
+    /// TCP state, as `ss` names it.
     pub state: String,
-    /// The congestion control.
     pub congestion: Option<String>,
-    /// Smoothed round trip; nothing before a measurement.
+    /// Smoothed; none before a measurement.
     pub rtt_seconds: Option<f64>,
-    /// Shortest round trip; nothing before a measurement.
+    /// Minimum; none before a measurement.
     pub rtt_min_seconds: Option<f64>,
-    /// Size of a full segment's payload.
     pub mss_bytes: u32,
-    /// Congestion window.
     pub cwnd_segments: u32,
-    /// Segments sent and not acknowledged.
     pub unacknowledged_segments: u32,
-    /// Bytes that wait for being sent.
     pub unsent_bytes: u32,
-    /// Segments with data that were sent, retransmissions included.
+    /// Data segments, including retransmissions.
     pub sent_segments: u32,
-    /// Segments that were sent again.
     pub retransmitted_segments: u32,
-    /// What was last delivered.
     pub delivery_rate_bytes_per_second: u64,
-    /// What it is allowed to send; nothing for no bound.
+    /// Share of the link; none without a limit.
     pub pacing_limit_bytes_per_second: Option<u64>,
-    /// The other end's receive window.
+    /// Receive window of the peer.
     pub send_window_bytes: u32,
     /// Time with data to send or to be acknowledged.
     pub busy_seconds: f64,
-    /// Of that, time limited by the other end's receive window.
+    /// Part of `busy_seconds` that the peer's receive window limited.
     pub receiver_limited_seconds: f64,
-    /// Of that, time limited by this host's send buffer.
+    /// Part of `busy_seconds` that the send buffer limited.
     pub send_buffer_limited_seconds: f64,
 }
 
@@ -466,13 +406,9 @@ pub struct SideStatus {
     pub retransmitted_segments: u64,
 }
 
-/// The two ends of a flow.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ends {
-    /// Its number.
     pub id: u64,
-    /// The client's address and port.
     pub client: SocketAddr,
-    /// The original destination.
     pub server: SocketAddr,
 }

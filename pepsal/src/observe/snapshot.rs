@@ -1,4 +1,4 @@
-//! A look at everything, once a second at most, from which metrics, readiness and status are served.
+//! Snapshots, at most one per second, for metrics, readiness and status.
 
 use std::{
     sync::Arc,
@@ -13,28 +13,26 @@ use crate::{
     wire::attachment::Attached,
 };
 
-/// How long a snapshot is current.
 const CURRENT: Duration = Duration::from_secs(1);
 
-/// The daemon at one moment.
+/// Status and metrics at one moment.
 pub struct Snapshot {
-    /// As the commands show it.
     pub status: Status,
-    /// As Prometheus reads it.
+    /// In the text format of OpenMetrics.
     pub metrics: String,
     taken: Instant,
     attached: Vec<Attached>,
 }
 
 impl Snapshot {
-    /// Looks at everything, on a thread that may block.
+    /// Takes a snapshot, on a thread that may block.
     ///
     /// # Errors
     /// None in practice.
     async fn take(view: Arc<View>) -> Result<Self> {
         let taken = Instant::now();
         let (is_ready, attached) = (view.is_ready(), view.attached.get());
-        // Many system calls: not on the threads that relay, nor on the one that beats.
+        // Many system calls: not on the relay threads, nor on the thread of the heartbeat.
         let look = move || {
             let figures = Figures::take(&view);
             let status = Status::of(&view, is_ready, &attached, &figures);
@@ -45,10 +43,10 @@ impl Snapshot {
                 attached,
             })
         };
-        spawn_blocking(look).await.context("cannot look at the flows")?
+        spawn_blocking(look).await.context("cannot take a snapshot")?
     }
 
-    /// Whether it is no older than a second, and shows whether and where new connections are taken.
+    /// Returns whether it is at most a second old, with the present readiness and attachments.
     fn is_current(&self, view: &View) -> bool {
         self.taken.elapsed() < CURRENT
             && self.status.ready == view.is_ready()
@@ -56,15 +54,12 @@ impl Snapshot {
     }
 }
 
-/// The snapshots of a daemon.
 pub struct Snapshots {
-    /// The daemon that they are taken of.
     pub view: Arc<View>,
     latest: Latest<Snapshot>,
 }
 
 impl Snapshots {
-    /// Snapshots of a daemon; none is taken yet.
     pub fn new(view: Arc<View>) -> Self {
         Self {
             view,
@@ -85,7 +80,7 @@ impl Snapshots {
     }
 }
 
-/// The value that was made last, shared by all who ask for one while it is current.
+/// The latest value, which all requests share while it is current.
 struct Latest<T>(Arc<Mutex<Option<Arc<T>>>>);
 
 impl<T> Default for Latest<T> {
@@ -95,17 +90,17 @@ impl<T> Default for Latest<T> {
 }
 
 impl<T: Send + Sync + 'static> Latest<T> {
-    /// Returns the value if it is current, and else a new one. Who asks while it is made waits for it.
+    /// Returns the value if it is current, else a new one. Concurrent requests wait for the same new value.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// Those of `make`.
     async fn get(
         &self,
         is_current: impl FnOnce(&T) -> bool + Send + 'static,
         make: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<Arc<T>> {
         let latest = self.0.clone();
-        // A task of its own: where those who ask leave again, what is being made is not begun anew for each of them.
+        // A separate task, so that a cancelled request does not cancel `make` for the others.
         let get = async move {
             let mut latest = latest.lock().await;
             if let Some(value) = latest.as_ref().filter(|value| is_current(value)) {
@@ -115,7 +110,9 @@ impl<T: Send + Sync + 'static> Latest<T> {
             *latest = Some(value.clone());
             Ok(value)
         };
-        tokio::spawn(get).await.context("nothing was made")?
+        tokio::spawn(get)
+            .await
+            .context("the task that takes a snapshot failed")?
     }
 }
 
@@ -127,7 +124,7 @@ mod tests {
 
     use super::*;
 
-    /// Asks for a value that takes a moment to be made, and counts how many are.
+    /// Requests a value that takes 20 ms to make, and counts the values made.
     async fn ask(latest: Arc<Latest<usize>>, made: Arc<AtomicUsize>, is_current: bool) -> usize {
         let make = async move {
             sleep(Duration::from_millis(20)).await;

@@ -1,4 +1,4 @@
-//! Unix sockets in the file system, which the kernel does not remove with their process.
+//! Unix sockets with a file, which the kernel does not remove at the end of the process.
 
 use std::{
     fs, io,
@@ -12,10 +12,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use tracing::{debug, info};
 
-/// Who may connect: the daemon's user and group.
+/// Access for the daemon's user and group.
 const MODE: u32 = 0o660;
 
-/// The file of a listening socket, removed when this is dropped, unless another process has put its own there.
+/// The file of a listening socket. Dropping it removes the file, unless another process has replaced it.
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
@@ -23,10 +23,10 @@ pub struct SocketFile {
 }
 
 impl SocketFile {
-    /// Listens at `path`. A file that a process has left there which is gone is replaced.
+    /// Listens at `path`, and replaces a stale socket file.
     ///
     /// # Errors
-    /// When a process listens there already, when something else than a socket is there, and when it cannot be made.
+    /// When another process listens there, when the file is not a socket, or when it cannot be created.
     pub fn bind(path: &Path) -> Result<(UnixListener, Self)> {
         let shown = path.display();
         remove_stale(path)?;
@@ -56,15 +56,15 @@ fn remove_stale(path: &Path) -> Result<()> {
     let shown = path.display();
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("cannot look at {shown}")),
+        Err(error) => return Err(error).with_context(|| format!("cannot stat {shown}")),
         Ok(there) if !there.file_type().is_socket() => {
-            bail!("{shown} is there and is no socket: remove it, or choose another path")
+            bail!("{shown} exists and is not a socket: remove it, or choose another path")
         }
         Ok(_) => {}
     }
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            info!("replacing the socket {shown}, which a process that is gone has left behind");
+            info!("replacing the stale socket {shown}");
             fs::remove_file(path).with_context(|| format!("cannot replace {shown}"))
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -116,7 +116,7 @@ mod tests {
         let path = scratch("file");
         fs::write(&path, "precious").unwrap();
         let error = SocketFile::bind(&path).unwrap_err().to_string();
-        assert!(error.contains("is no socket"), "{error}");
+        assert!(error.contains("is not a socket"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
         fs::remove_file(&path).unwrap();
     }

@@ -1,4 +1,4 @@
-//! Makes what the protocol says of what there is.
+//! Builds the protocol's status objects.
 
 use std::{
     collections::BTreeMap,
@@ -28,12 +28,13 @@ use crate::{
 };
 
 impl Status {
-    /// The daemon, and what the kernel has of it: `attached`.
+    /// Returns the status of the daemon; `attached` lists its attachments.
     pub(super) fn of(view: &View, is_ready: bool, attached: &[Attached], figures: &Figures) -> Self {
         let shared = &view.shared;
-        let mut missing = Vec::new();
+        let mut problems = Vec::new();
         if !is_ready {
-            missing.push("it is starting or stopping: new connections pass".to_owned());
+            problems
+                .push("the daemon is starting or stopping: new connections are not intercepted".to_owned());
         }
         let interfaces: Vec<Interface> = attached
             .iter()
@@ -45,14 +46,16 @@ impl Status {
             .collect();
         for name in &view.intercepted {
             if !interfaces.iter().any(|on| on.intercepts && on.name == *name) {
-                missing.push(format!(
-                    "interface {name} is not there: nothing is intercepted on it"
+                problems.push(format!(
+                    "interface {name} is missing: its connections are not intercepted"
                 ));
             }
         }
         for device in &view.devices {
             if if_nametoindex(device.as_str()).is_err() {
-                missing.push(format!("device {device} is not there: new connections pass"));
+                problems.push(format!(
+                    "device {device} is missing: new connections are not intercepted"
+                ));
             }
         }
         let [up, down] = figures.bytes;
@@ -63,21 +66,21 @@ impl Status {
                 rtt_seconds: link.profile.rtt.as_secs_f64(),
                 rate_bytes_per_second: found.rate,
                 ceiling_bytes_per_second: found.ceiling,
-                queueing_seconds: found.queueing.as_secs_f64(),
+                queueing_delay_seconds: found.queueing.as_secs_f64(),
                 state: found.state.name().to_owned(),
-                used_bytes_per_second: found.used,
+                throughput_bytes_per_second: found.used,
                 congestion: link.profile.congestion.value.to_string(),
             }
         };
         Self {
-            pepsal: env!("CARGO_PKG_VERSION").to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: process::id(),
             uptime_seconds: SystemTime::now()
                 .duration_since(view.started)
                 .unwrap_or_default()
                 .as_secs_f64(),
             ready: is_ready,
-            missing,
+            problems,
             port: view.port,
             mark: view.mark.to_string(),
             devices: view.devices.clone(),
@@ -102,7 +105,7 @@ fn counts(counts: &[(&str, u64)]) -> BTreeMap<String, u64> {
 }
 
 impl FlowStatus {
-    /// Looks at a flow. Rates are over its life so far.
+    /// Returns the figures of a flow. Rates are over its lifetime.
     pub fn of(flow: &Flow, metrics: &Metrics) -> Self {
         let now = Instant::now();
         let seen = flow.observe(metrics);
@@ -143,7 +146,7 @@ impl FlowStatus {
 }
 
 impl Ways<u64> {
-    /// The rate of what came on top of `before` within some time.
+    /// Returns the rates of the increase since `before` over `time`.
     pub fn over(self, before: Self, time: Duration) -> Ways<f64> {
         let rate = |now: u64, before: u64| now.saturating_sub(before) as f64 / time.as_secs_f64().max(1e-3);
         Ways {
@@ -184,8 +187,8 @@ impl LegStatus {
     }
 }
 
-/// What keeps one way from carrying more: the leg that it leaves by when data waits there, else the one that it comes in
-/// by. Of the leg that it leaves by the kernel knows why, in times since the connection began.
+/// Returns the limit of a direction: the leg that sends it if data wait there, else the leg that receives it.
+/// For a sending leg the kernel has the cause, as times since the connection began.
 fn limit(
     (from, _): (LegName, Option<&LegObservation>),
     (to, leaving): (LegName, Option<&LegObservation>),
@@ -211,13 +214,13 @@ fn limited_by(info: &tcp_info) -> LimitedBy {
     match info {
         _ if window_is_full || most(info.tcpi_rwnd_limited) => LimitedBy::Receiver,
         _ if most(info.tcpi_sndbuf_limited) => LimitedBy::SendBuffer,
-        // Without a share it is the highest number.
+        // Without a share, `tcpi_max_pacing_rate` is the maximum value.
         _ if info.tcpi_delivery_rate >= info.tcpi_max_pacing_rate / 5 * 4 => LimitedBy::Share,
         _ => LimitedBy::Path,
     }
 }
 
-/// The states of the kernel's `net/tcp_states.h`, as `ss` shows them.
+/// Returns the name of a state of the kernel's `net/tcp_states.h`, as `ss` shows it.
 fn state_name(state: u8) -> &'static str {
     const NAMES: [&str; 13] = [
         "unknown",

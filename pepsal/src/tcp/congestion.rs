@@ -1,4 +1,4 @@
-//! Congestion controls: their kinds, those that this kernel has, and the default of sockets.
+//! Congestion controls: their kinds, the available ones, and the default of sockets.
 
 use std::{fmt, fs, io};
 
@@ -6,24 +6,22 @@ use anyhow::{Context, Result, bail};
 
 use crate::tcp::options;
 
-/// The name of pepsal's own; a second instance's has its process after it, like `pepsal_4711`.
+/// Name of pepsal's congestion control; a second instance appends its process id, like `pepsal_4711`.
 pub const OWN: &str = "pepsal";
 
-/// A congestion control by its name, which sockets choose it by (TCP_CONGESTION).
+/// A congestion control, by its name for TCP_CONGESTION.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Congestion {
-    /// pepsal's own, of this instance or another.
+    /// pepsal's, of this or another instance.
     Own(String),
-    /// BBR's first version, as the kernel has it.
+    /// BBR's first version, the kernel's.
     Bbr,
-    /// Another version of it, such as `bbr2`.
+    /// Another version of BBR, such as `bbr2`.
     BbrVersion(String),
-    /// Any other.
     Other(String),
 }
 
 impl Congestion {
-    /// Its name.
     pub fn name(&self) -> &str {
         match self {
             Self::Bbr => "bbr",
@@ -31,7 +29,7 @@ impl Congestion {
         }
     }
 
-    /// Whether it is BBR, in any version.
+    /// Returns whether this is BBR, in any version.
     pub fn is_bbr(&self) -> bool {
         matches!(self, Self::Bbr | Self::BbrVersion(_))
     }
@@ -54,31 +52,31 @@ impl fmt::Display for Congestion {
     }
 }
 
-/// The congestion control that keeps its rate best on a link that loses packets, of those that this kernel has.
+/// Returns the available congestion control that keeps its rate best under packet loss.
 pub fn best() -> Congestion {
     first_usable(["bbr", "hybla", "cubic"])
 }
 
-/// The first of these congestion controls that this kernel lets us use, or what every kernel has.
+/// Returns the first available congestion control of the list, else Reno, which every kernel has.
 pub fn first_usable<const N: usize>(algorithms: [&str; N]) -> Congestion {
     let mut algorithms = algorithms.map(Congestion::from).into_iter();
     let usable = algorithms.find(|algorithm| check(algorithm).is_ok());
     usable.unwrap_or_else(|| "reno".into())
 }
 
-/// The congestion control that sockets get when nobody chooses one (net.ipv4.tcp_congestion_control).
+/// Returns the default congestion control (net.ipv4.tcp_congestion_control).
 ///
 /// # Errors
-/// When no socket can be opened.
+/// When no socket can be created.
 pub fn default() -> io::Result<Congestion> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
     Ok(Congestion::from(&*options::congestion(&socket)?))
 }
 
-/// Makes sure that a congestion control can be used, which loads its module.
+/// Checks that a congestion control is available, which loads its module.
 ///
 /// # Errors
-/// For one that cannot, naming those that can.
+/// When it is unavailable; the message lists the available ones.
 pub fn check(algorithm: &Congestion) -> Result<()> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
         .context("cannot open a TCP socket")?;

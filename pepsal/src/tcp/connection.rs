@@ -1,5 +1,4 @@
-//! A leg's connection as its worker's runtime watches it: what it is ready for, and what is known of it without asking
-//! the kernel.
+//! A leg's socket, registered with the runtime of its worker, with its cached readiness.
 
 use std::{
     future::poll_fn,
@@ -14,20 +13,20 @@ use tokio::io::{
     unix::{AsyncFd, AsyncFdReadyGuard},
 };
 
-/// A connection, or one that is being made.
+/// A connection, connected or connecting.
 #[derive(Debug)]
 pub struct Connection(AsyncFd<Socket>);
 
-/// A look at what there is to be read.
-pub struct Readable<'a>(AsyncFdReadyGuard<'a, Socket>);
+/// A readiness guard for reads.
+pub(crate) struct Readable<'a>(AsyncFdReadyGuard<'a, Socket>);
 
 impl Connection {
-    /// Registers a socket that does not block with the runtime that this is called in.
+    /// Registers a non-blocking socket with the current runtime.
     ///
     /// # Errors
-    /// When the runtime cannot watch it.
+    /// When the registration with epoll fails.
     pub fn register(socket: Socket) -> io::Result<Self> {
-        // tokio's own streams do not tell what is urgent.
+        // tokio's own streams do not report urgent data.
         let interest = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
         // SAFETY: a socket owns its descriptor, and nothing replaces it.
         Ok(Self(unsafe {
@@ -35,52 +34,54 @@ impl Connection {
         }?))
     }
 
-    /// The socket.
-    pub fn socket(&self) -> &Socket {
+    pub(crate) fn socket(&self) -> &Socket {
         self.0.get_ref()
     }
 
-    /// Waits until there is something to read, or the end of it.
+    /// Waits until the socket is readable, or at the end of the stream.
     ///
     /// # Errors
-    /// When the runtime is gone.
-    pub async fn readable(&self) -> io::Result<Readable<'_>> {
-        // By the place that the stream has for the waker of one reader: it takes no room in the flow's task.
+    /// When the runtime has been shut down.
+    pub(crate) async fn readable(&self) -> io::Result<Readable<'_>> {
+        // Uses the registration's waker slot for one reader, which takes no memory in the flow's task.
         poll_fn(|context| self.0.poll_read_ready(context))
             .await
             .map(Readable)
     }
 
-    /// Waits until there is room for more to write.
+    /// Waits until the socket is writable.
     ///
     /// # Errors
-    /// When the runtime is gone.
-    pub async fn writable(&self) -> io::Result<()> {
+    /// When the runtime has been shut down.
+    pub(crate) async fn writable(&self) -> io::Result<()> {
         poll_fn(|context| self.0.poll_write_ready(context))
             .await
             .map(drop)
     }
 
-    /// Reads, unless it is known that there is nothing.
+    /// Reads, unless the socket is known to be empty.
     ///
     /// # Errors
-    /// What `read` says; `WouldBlock` is remembered.
-    pub fn try_read<T>(&self, mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+    /// Errors of `read`; `WouldBlock` clears the readiness.
+    pub(crate) fn try_read<T>(&self, mut read: impl FnMut(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
         self.0.try_io(Interest::READABLE, |socket| read(socket.as_fd()))
     }
 
-    /// Writes, unless it is known that there is no room.
+    /// Writes, unless the socket is known to be full.
     ///
     /// # Errors
-    /// What `write` says; `WouldBlock` is remembered.
-    pub fn try_write<T>(&self, mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<T>) -> io::Result<T> {
+    /// Errors of `write`; `WouldBlock` clears the readiness.
+    pub(crate) fn try_write<T>(
+        &self,
+        mut write: impl FnMut(BorrowedFd<'_>) -> io::Result<T>,
+    ) -> io::Result<T> {
         self.0.try_io(Interest::WRITABLE, |socket| write(socket.as_fd()))
     }
 
-    /// Waits until the connection is broken, whatever else happens on it, and tells how. The kernel tells it once.
+    /// Waits for an error of the connection, and returns it. The kernel reports it once.
     ///
-    /// Every open flow has two of these: an `async fn` would be three times as large.
-    pub fn broken(&self) -> impl Future<Output = io::Error> {
+    /// Not an `async fn`, which would be three times as large: every open flow has two of these futures.
+    pub(crate) fn broken(&self) -> impl Future<Output = io::Error> {
         self.0.ready(Interest::ERROR).map(|ready| match ready {
             Ok(_) => match self.socket().take_error() {
                 Ok(Some(error)) | Err(error) => error,
@@ -90,13 +91,13 @@ impl Connection {
         })
     }
 
-    /// Whether an error had come when the kernel was last asked for news.
-    pub fn has_error(&self) -> bool {
+    /// Returns whether the last readiness event had an error.
+    pub(crate) fn has_error(&self) -> bool {
         self.known(Interest::ERROR).is_error()
     }
 
-    /// Whether an urgent byte (RFC 9293, 3.8.5) had come by then, or before.
-    pub fn has_been_urgent(&self) -> bool {
+    /// Returns whether an urgent byte (RFC 9293, 3.8.5) has been received.
+    pub(crate) fn has_been_urgent(&self) -> bool {
         self.known(Interest::PRIORITY).is_priority()
     }
 
@@ -115,13 +116,13 @@ impl AsFd for Connection {
 }
 
 impl Readable<'_> {
-    /// Whether all that will ever come had come.
-    pub fn is_all(&self) -> bool {
+    /// Returns whether the end of the stream was received at the readiness event.
+    pub(crate) fn is_all(&self) -> bool {
         self.0.ready().is_read_closed()
     }
 
-    /// What there was has been taken: the next look waits for news that came after this one.
-    pub fn taken(mut self) {
+    /// Clears the readiness: the next guard waits for an event after this one.
+    pub(crate) fn taken(mut self) {
         self.0.clear_ready();
     }
 }
@@ -166,7 +167,7 @@ mod tests {
         peer.shutdown(Shutdown::Write).unwrap();
         let look = stream.readable().await.unwrap();
         assert_eq!(receive(&stream), 1);
-        // The end may be news of its own, on a busy machine.
+        // On a busy machine the end of the stream may be a separate event.
         look.taken();
         while !stream.readable().await.unwrap().is_all() {
             yield_now().await;

@@ -1,4 +1,4 @@
-//! One TCP socket: its options, its congestion control, and its connection as a runtime watches it.
+//! One TCP socket: its options, its congestion control, and its registration with a runtime.
 
 pub(crate) mod congestion;
 pub mod connection;

@@ -1,4 +1,4 @@
-//! The socket calls that neither tokio nor socket2 has, each with its kernel source where it is not in a manual page.
+//! Socket options that neither tokio nor socket2 has; each names its kernel source if no manual page has it.
 
 use std::{
     ffi::c_int,
@@ -11,11 +11,11 @@ use std::{
 use nix::libc;
 use tracing::debug;
 
-/// `TCP_REPAIR_OFF_NO_WP` of `uapi/linux/tcp.h`: leave repair mode without probing the peer's window.
+/// `TCP_REPAIR_OFF_NO_WP` of `uapi/linux/tcp.h`: leave repair mode without a window probe.
 const TCP_REPAIR_OFF_NO_WP: c_int = -1;
 
-/// Lets a socket of this family be bound to, and accept for, addresses that are not the host's.
-pub fn set_transparent(socket: impl AsFd, ipv6: bool) -> io::Result<()> {
+/// Allows a socket of this family to bind, and accept for, addresses of other hosts (IP_TRANSPARENT).
+pub(crate) fn set_transparent(socket: impl AsFd, ipv6: bool) -> io::Result<()> {
     let (level, name) = if ipv6 {
         (libc::SOL_IPV6, libc::IPV6_TRANSPARENT)
     } else {
@@ -24,8 +24,8 @@ pub fn set_transparent(socket: impl AsFd, ipv6: bool) -> io::Result<()> {
     set_int(socket, level, name, 1)
 }
 
-/// Sets the TOS byte or the traffic class; the kernel keeps the ECN bits of a TCP socket to itself.
-pub fn set_traffic_class(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
+/// Sets the TOS byte or the traffic class; the kernel sets the ECN bits of a TCP socket itself.
+pub(crate) fn set_traffic_class(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
     let (level, name) = if ipv6 {
         (libc::SOL_IPV6, libc::IPV6_TCLASS)
     } else {
@@ -34,8 +34,8 @@ pub fn set_traffic_class(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result
     set_int(socket, level, name, value.into())
 }
 
-/// Sets the TTL or the hop limit of what is sent.
-pub fn set_ttl(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
+/// Sets the TTL or the hop limit.
+pub(crate) fn set_ttl(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
     let (level, name) = if ipv6 {
         (libc::SOL_IPV6, libc::IPV6_UNICAST_HOPS)
     } else {
@@ -44,28 +44,28 @@ pub fn set_ttl(socket: impl AsFd, ipv6: bool, value: u8) -> io::Result<()> {
     set_int(socket, level, name, value.into())
 }
 
-/// Sets the IPv4 options of what is sent: a whole number of 32-bit words, at most forty bytes.
-pub fn set_ip_options(socket: impl AsFd, options: &[u8]) -> io::Result<()> {
+/// Sets the IPv4 options: a whole number of 32-bit words, at most 40 bytes.
+pub(crate) fn set_ip_options(socket: impl AsFd, options: &[u8]) -> io::Result<()> {
     set(socket, libc::SOL_IP, libc::IP_OPTIONS, options)
 }
 
-/// Sets the IPv6 hop-by-hop options header of what is sent; its first byte, the next header, has to be zero.
-pub fn set_hop_by_hop(socket: impl AsFd, header: &[u8]) -> io::Result<()> {
+/// Sets the IPv6 hop-by-hop options header; its first byte, the next header, has to be zero.
+pub(crate) fn set_hop_by_hop(socket: impl AsFd, header: &[u8]) -> io::Result<()> {
     set(socket, libc::SOL_IPV6, libc::IPV6_HOPOPTS, header)
 }
 
-/// Sets the IPv6 destination options header of what is sent; its first byte, the next header, has to be zero.
-pub fn set_destination_options(socket: impl AsFd, header: &[u8]) -> io::Result<()> {
+/// Sets the IPv6 destination options header; its first byte, the next header, has to be zero.
+pub(crate) fn set_destination_options(socket: impl AsFd, header: &[u8]) -> io::Result<()> {
     set(socket, libc::SOL_IPV6, libc::IPV6_DSTOPTS, header)
 }
 
-/// Lets an IPv6 socket take IPv6 only.
-pub fn set_v6_only(socket: impl AsFd) -> io::Result<()> {
+/// Restricts an IPv6 socket to IPv6 (IPV6_V6ONLY).
+pub(crate) fn set_v6_only(socket: impl AsFd) -> io::Result<()> {
     set_int(socket, libc::SOL_IPV6, libc::IPV6_V6ONLY, 1)
 }
 
-/// Puts a socket into TCP_REPAIR, in which it binds where others are bound already, or takes it out again.
-pub fn set_repair(socket: impl AsFd, on: bool) -> io::Result<()> {
+/// Sets or clears TCP_REPAIR; in repair mode a socket can bind an address that another socket has.
+pub(crate) fn set_repair(socket: impl AsFd, on: bool) -> io::Result<()> {
     set_int(
         socket,
         libc::SOL_TCP,
@@ -74,44 +74,44 @@ pub fn set_repair(socket: impl AsFd, on: bool) -> io::Result<()> {
     )
 }
 
-/// Caps the size of the segments that are sent and announced, in bytes.
-pub fn set_mss(socket: impl AsFd, bytes: u16) -> io::Result<()> {
+/// Sets the maximum segment size for both directions, in bytes (TCP_MAXSEG).
+pub(crate) fn set_mss(socket: impl AsFd, bytes: u16) -> io::Result<()> {
     set_int(socket, libc::SOL_TCP, libc::TCP_MAXSEG, bytes.into())
 }
 
-/// Sends acknowledgements at once, or lets them wait for data to go with; the kernel changes that when it sees fit.
-pub fn set_quickack(socket: impl AsFd, on: bool) -> io::Result<()> {
+/// Disables or enables delayed acknowledgements (TCP_QUICKACK); the kernel may change the mode later.
+pub(crate) fn set_quickack(socket: impl AsFd, on: bool) -> io::Result<()> {
     set_int(socket, libc::SOL_TCP, libc::TCP_QUICKACK, on.into())
 }
 
-/// Sends full segments only, for up to 200 ms.
-pub fn set_cork(socket: impl AsFd, on: bool) -> io::Result<()> {
+/// Sends only full segments, for up to 200 ms (TCP_CORK).
+pub(crate) fn set_cork(socket: impl AsFd, on: bool) -> io::Result<()> {
     set_int(socket, libc::SOL_TCP, libc::TCP_CORK, on.into())
 }
 
-/// Lets a listener take data from SYNs (RFC 7413), with this many requests waiting.
-pub fn set_fastopen_queue(socket: impl AsFd, requests: c_int) -> io::Result<()> {
+/// Enables fast open (RFC 7413) on a listener, with at most this many pending requests.
+pub(crate) fn set_fastopen_queue(socket: impl AsFd, requests: c_int) -> io::Result<()> {
     set_int(socket, libc::SOL_TCP, libc::TCP_FASTOPEN, requests)
 }
 
-/// Lets a connection carry its first data in the SYN (RFC 7413): `connect` returns at once and the SYN leaves with the
-/// first write, when a cookie for the server is known.
-pub fn set_fastopen_connect(socket: impl AsFd) -> io::Result<()> {
+/// Enables fast open (RFC 7413) for a connection: with a cookie for the server, `connect` returns at once,
+/// and the SYN leaves with the first write.
+pub(crate) fn set_fastopen_connect(socket: impl AsFd) -> io::Result<()> {
     set_int(socket, libc::SOL_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
 }
 
-/// Chooses the congestion control; the kernel loads its module when the caller may.
+/// Sets the congestion control; the kernel loads its module if the caller has the capability.
 ///
 /// # Errors
-/// `NotFound` for an algorithm that the kernel does not have, `PermissionDenied` for one that this network namespace
-/// is not allowed.
-pub fn set_congestion(socket: impl AsFd, algorithm: &str) -> io::Result<()> {
+/// `NotFound` for an algorithm that the kernel does not have, `PermissionDenied` for one that this network
+/// namespace does not allow.
+pub(crate) fn set_congestion(socket: impl AsFd, algorithm: &str) -> io::Result<()> {
     set(socket, libc::SOL_TCP, libc::TCP_CONGESTION, algorithm.as_bytes())
 }
 
-/// Sets the congestion window of a connection that has not sent data, in segments. Only where the daemon's eBPF program
-/// answers it; elsewhere the kernel knows no such option.
-pub fn set_initial_window(socket: impl AsFd, segments: u32) -> io::Result<()> {
+/// Sets the initial window, in segments, of a connection that has not sent data. Requires the daemon's eBPF
+/// program; the kernel itself has no such option.
+pub(crate) fn set_initial_window(socket: impl AsFd, segments: u32) -> io::Result<()> {
     set(
         socket,
         libc::SOL_TCP,
@@ -120,13 +120,13 @@ pub fn set_initial_window(socket: impl AsFd, segments: u32) -> io::Result<()> {
     )
 }
 
-/// `TCP_REPAIR_WINDOW` and its `struct tcp_repair_window` of `uapi/linux/tcp.h`, in 32-bit words: where the send window was
-/// last updated from, the send window, the largest one seen, the receive window, where that was last updated.
+/// `TCP_REPAIR_WINDOW` and its `struct tcp_repair_window` of `uapi/linux/tcp.h`, in 32-bit words: `snd_wl1`,
+/// `snd_wnd`, `max_window`, `rcv_wnd`, `rcv_wup`.
 const TCP_REPAIR_WINDOW: c_int = 29;
 type RepairWindow = [u32; 5];
 
-/// Takes it as said that the peer of a fresh connection receives this many bytes. Its next acknowledgement says what is so.
-pub fn set_send_window(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+/// Sets the receive window assumed for a new peer, in bytes (TCP_REPAIR_WINDOW); its next ACK replaces it.
+pub(crate) fn set_send_window(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     let fd = socket.as_fd();
     set_repair(fd, true)?;
     let widen = || {
@@ -141,8 +141,8 @@ pub fn set_send_window(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     set_repair(fd, false).and(done)
 }
 
-/// Caps what is sent at a rate, in bytes of payload per second.
-pub fn set_pacing_rate(socket: impl AsFd, bytes_per_second: u64) -> io::Result<()> {
+/// Sets the maximum pacing rate, in payload bytes per second (SO_MAX_PACING_RATE).
+pub(crate) fn set_pacing_rate(socket: impl AsFd, bytes_per_second: u64) -> io::Result<()> {
     set(
         socket,
         libc::SOL_SOCKET,
@@ -151,8 +151,9 @@ pub fn set_pacing_rate(socket: impl AsFd, bytes_per_second: u64) -> io::Result<(
     )
 }
 
-/// Makes the receive window cover this many bytes from the first segment on, past net.core.rmem_max.
-pub fn set_receive_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+/// Sets the receive buffer so that the window is this many bytes from the first segment on, also above
+/// net.core.rmem_max.
+pub(crate) fn set_receive_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     set_int(
         socket,
         libc::SOL_SOCKET,
@@ -161,8 +162,8 @@ pub fn set_receive_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     )
 }
 
-/// Lets this many bytes be sent and unacknowledged, past net.core.wmem_max.
-pub fn set_send_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+/// Sets the send buffer for this many unacknowledged bytes, also above net.core.wmem_max.
+pub(crate) fn set_send_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     set_int(
         socket,
         libc::SOL_SOCKET,
@@ -171,8 +172,8 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     )
 }
 
-/// Takes no more for sending while this many bytes wait unsent.
-pub fn set_unsent(socket: impl AsFd, bytes: u64) -> io::Result<()> {
+/// Sets the maximum of unsent bytes (TCP_NOTSENT_LOWAT).
+pub(crate) fn set_unsent(socket: impl AsFd, bytes: u64) -> io::Result<()> {
     set_int(
         socket,
         libc::SOL_TCP,
@@ -185,8 +186,8 @@ pub fn set_unsent(socket: impl AsFd, bytes: u64) -> io::Result<()> {
 const TCP_RTO_MAX_MS: c_int = 44;
 const TCP_RTO_MIN_US: c_int = 45;
 
-/// Bounds the retransmission timeout from below.
-pub fn set_rto_min(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
+/// Sets the minimum retransmission timeout.
+pub(crate) fn set_rto_min(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
     set_int(
         socket,
         libc::SOL_TCP,
@@ -195,8 +196,8 @@ pub fn set_rto_min(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
     )
 }
 
-/// Bounds the retransmission timeout from above, however often it was doubled.
-pub fn set_rto_max(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
+/// Sets the maximum retransmission timeout, after any number of doublings.
+pub(crate) fn set_rto_max(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
     set_int(
         socket,
         libc::SOL_TCP,
@@ -205,9 +206,9 @@ pub fn set_rto_max(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
     )
 }
 
-/// Sets how long data may go unacknowledged before the kernel gives the connection up, whatever number of
-/// retransmissions that takes; zero leaves it to the number, net.ipv4.tcp_retries2.
-pub fn set_user_timeout(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
+/// Sets the user timeout (TCP_USER_TIMEOUT), after which unacknowledged data end the connection; zero uses
+/// net.ipv4.tcp_retries2.
+pub(crate) fn set_user_timeout(socket: impl AsFd, timeout: Duration) -> io::Result<()> {
     set_int(
         socket,
         libc::SOL_TCP,
@@ -216,49 +217,41 @@ pub fn set_user_timeout(socket: impl AsFd, timeout: Duration) -> io::Result<()> 
     )
 }
 
-/// The size of the segments that are sent, in bytes of payload.
-pub fn mss(socket: impl AsFd) -> io::Result<u32> {
+/// Returns the segment size for sending, in payload bytes.
+pub(crate) fn mss(socket: impl AsFd) -> io::Result<u32> {
     let bytes: c_int = get(socket, libc::SOL_TCP, libc::TCP_MAXSEG)?;
     Ok(bytes.try_into().unwrap_or(0))
 }
 
-/// `SIOCOUTQNSD` of `uapi/linux/sockios.h`.
-const SIOCOUTQNSD: libc::c_ulong = 0x894b;
-
-/// The longest name of a congestion control, `TCP_CA_NAME_MAX` of the kernel's `net/tcp.h`.
+/// Maximum length of a congestion control's name, `TCP_CA_NAME_MAX` of the kernel's `net/tcp.h`.
 const CONGESTION_NAME_MAX: usize = 16;
 
-/// Has the congestion control begin anew with the window and the pacing that there are now: it does when it is chosen
-/// anew. BBR takes its first estimate of the rate from the window that it finds.
-pub fn restart_congestion(socket: impl AsFd) -> io::Result<()> {
+/// Restarts the congestion control with the present window and pacing rate, by setting it again. BBR takes
+/// its first rate estimate from the window.
+pub(crate) fn restart_congestion(socket: impl AsFd) -> io::Result<()> {
     let fd = socket.as_fd();
     let name = congestion(fd)?;
     set_congestion(fd, "reno")?;
     set_congestion(fd, &name)
 }
 
-/// The congestion control's name.
-pub fn congestion(socket: impl AsFd) -> io::Result<String> {
+/// Returns the name of the congestion control.
+pub(crate) fn congestion(socket: impl AsFd) -> io::Result<String> {
     let name: [u8; CONGESTION_NAME_MAX] = get(socket, libc::SOL_TCP, libc::TCP_CONGESTION)?;
     let len = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     Ok(String::from_utf8_lossy(&name[..len]).into_owned())
 }
 
-/// Bytes that were taken for sending and not sent yet.
-pub fn unsent(socket: impl AsFd) -> io::Result<u64> {
-    queued(socket, SIOCOUTQNSD)
-}
-
-/// Bytes that the peer has not acknowledged, those that were not sent yet included.
-pub fn unacknowledged(socket: impl AsFd) -> io::Result<u64> {
+/// Returns the unacknowledged bytes, including unsent ones.
+pub(crate) fn unacknowledged(socket: impl AsFd) -> io::Result<u64> {
     queued(socket, libc::TIOCOUTQ)
 }
 
 /// `SIOCATMARK` of the kernel's `asm-generic/sockios.h`.
 const AT_MARK: libc::c_ulong = 0x8905;
 
-/// Whether the next byte is an urgent one (RFC 9293, 3.8.5), or will be once it is there.
-pub fn is_at_mark(socket: impl AsFd) -> io::Result<bool> {
+/// Returns whether the next byte is urgent (RFC 9293, 3.8.5), received or not.
+pub(crate) fn is_at_mark(socket: impl AsFd) -> io::Result<bool> {
     queued(socket, AT_MARK).map(|at_mark| at_mark > 0)
 }
 
@@ -270,31 +263,31 @@ fn queued(socket: impl AsFd, request: libc::c_ulong) -> io::Result<u64> {
     Ok(bytes.try_into().unwrap_or(0))
 }
 
-/// Has the kernel probe a peer after this idle time, so that one that is gone does not keep its flow for ever.
-pub fn set_keepalive(socket: BorrowedFd<'_>, idle: Duration) -> io::Result<()> {
+/// Enables keepalive probes after this idle time, for dead-peer detection.
+pub(crate) fn set_keepalive(socket: BorrowedFd<'_>, idle: Duration) -> io::Result<()> {
     let keepalive = socket2::TcpKeepalive::new().with_time(idle);
     socket2::SockRef::from(&socket).set_tcp_keepalive(&keepalive)
 }
 
-/// What `close` does: a reset, or the orderly end that the kernel completes by itself.
+/// Sets whether `close` sends a reset, or a FIN in the background (SO_LINGER).
 pub fn reset_on_close(socket: BorrowedFd<'_>, reset: bool) -> io::Result<()> {
     socket2::SockRef::from(&socket).set_linger(reset.then_some(Duration::ZERO))
 }
 
-/// `struct tcp_info` of `uapi/linux/tcp.h`, as much of it as the running kernel fills.
-pub fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
+/// Returns `struct tcp_info` of `uapi/linux/tcp.h`; members that the running kernel does not have are zero.
+pub(crate) fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
     get(socket, libc::SOL_TCP, libc::TCP_INFO)
 }
 
-/// Returns whether an option was set; the reason of a refusal is logged.
-pub fn tried(what: &str, result: io::Result<()>) -> bool {
+/// Returns whether an option was set; logs the error.
+pub(crate) fn tried(what: &str, result: io::Result<()>) -> bool {
     if let Err(error) = &result {
-        debug!("{what} refused: {error}");
+        debug!("cannot set {what}: {error}");
     }
     result.is_ok()
 }
 
-/// What `getsockopt` can fill in: every pattern of bits is a value.
+/// A type that `getsockopt` can fill: every bit pattern is a value.
 ///
 /// # Safety
 /// Plain data without references, valid whatever its bytes are.
@@ -308,7 +301,7 @@ unsafe impl Plain for [u8; CONGESTION_NAME_MAX] {}
 // SAFETY: a structure of integers.
 unsafe impl Plain for libc::tcp_info {}
 
-/// An option's value; what the kernel does not fill in is zero.
+/// Returns the value of an option; bytes that the kernel does not fill are zero.
 fn get<T: Plain>(socket: impl AsFd, level: c_int, name: c_int) -> io::Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();
     let mut len = size_of::<T>() as libc::socklen_t;

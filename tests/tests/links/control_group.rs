@@ -80,7 +80,8 @@ fn without_control_groups_one_line_says_so_and_the_rest_of_the_profile_holds() -
     bed.splits()?;
     let log = bed.daemon.terminate()?.log;
     assert_eq!(
-        log.matches("the kernel's initial window: cannot make /").count(),
+        log.matches("the kernel's initial window: cannot create /")
+            .count(),
         1,
         "{log}"
     );

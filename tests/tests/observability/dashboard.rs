@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::Watched;
 
+/// The beginnings of the names of metrics: pepsal's, and the standard ones of a process.
+const PREFIXES: [&str; 2] = ["pepsal_", "process_"];
+
 #[test]
 fn dashboard_alerts_and_documents_name_what_is_exported() -> Result<()> {
     let bed = Watched::start(&["--link", "sat0,rate=50mbit,rtt=40ms"])?;
@@ -43,7 +46,11 @@ fn dashboard_alerts_and_documents_name_what_is_exported() -> Result<()> {
     let table = documented?;
     let table: String = table
         .lines()
-        .filter(|line| line.starts_with("| `pepsal_"))
+        .filter(|line| {
+            PREFIXES
+                .iter()
+                .any(|prefix| line.starts_with(&format!("| `{prefix}")))
+        })
         .collect();
     assert_eq!(metric_names(&table), exported);
     Ok(())
@@ -93,7 +100,7 @@ fn dashboard_has_what_grafana_needs() -> Result<()> {
             assert!(
                 target["expr"]
                     .as_str()
-                    .is_some_and(|expr| expr.contains("pepsal_")),
+                    .is_some_and(|expr| PREFIXES.iter().any(|prefix| expr.contains(prefix))),
                 "{title}"
             );
         }
@@ -120,7 +127,7 @@ fn every_alert_says_why() -> Result<()> {
 fn metric_names(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
     words
-        .filter(|word| word.starts_with("pepsal_"))
+        .filter(|word| PREFIXES.iter().any(|prefix| word.starts_with(prefix)))
         .map(str::to_owned)
         .collect()
 }

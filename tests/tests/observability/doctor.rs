@@ -17,7 +17,7 @@ fn doctor_finds_what_keeps_pepsal_from_working() -> Result<()> {
         let bad = |finding: &&Value| finding["severity"] == "error" || finding["severity"] == "warning";
         let shown = |finding: &Value| {
             let text = |key: &str| finding[key].as_str().unwrap_or_default().to_owned();
-            format!("{}: {}: {}", text("severity"), text("check"), text("what"))
+            format!("{}: {}: {}", text("severity"), text("check"), text("message"))
         };
         let bad = findings.iter().filter(bad).map(shown).collect();
         Ok((output.status.success(), bad))
@@ -33,7 +33,7 @@ fn doctor_finds_what_keeps_pepsal_from_working() -> Result<()> {
         Ok(())
     };
     gateway.sysctl("net.ipv4.tcp_fastopen", 1)?;
-    expect("warning", "fast open", "not allowed for both legs")?;
+    expect("warning", "fast open", "not enabled for both legs")?;
     gateway.sysctl("net.ipv4.tcp_fastopen", 3)?;
     assert_eq!(doctor()?, (true, vec![]));
 

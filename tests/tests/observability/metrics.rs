@@ -54,7 +54,7 @@ fn bytes_and_ends_are_counted_as_they_were() -> Result<()> {
         }
     }
     assert_eq!(scrape.of("pepsal_flow_duration_seconds_count", &[]), 7.0);
-    assert_eq!(scrape.of("pepsal_connect_seconds_count", &[]), 6.0);
+    assert_eq!(scrape.of("pepsal_connect_duration_seconds_count", &[]), 6.0);
     assert_eq!(
         scrape.of("pepsal_packets_total", &[("verdict", "intercepted")]),
         7.0
@@ -104,7 +104,7 @@ fn open_flows_are_in_the_totals_while_they_run() -> Result<()> {
 fn share_of_a_links_rate_in_use_follows_the_flows() -> Result<()> {
     let bed = Watched::start(&["--link", "sat0,rate=20mbit,rtt=20ms"])?;
     let flow = bed.flow(Family::V4)?;
-    let used = |scrape: &Scrape| scrape.of("pepsal_link_rate_used_ratio", &[("interface", "sat0")]);
+    let used = |scrape: &Scrape| scrape.of("pepsal_link_utilization_ratio", &[("interface", "sat0")]);
     assert_eq!(used(&bed.scrape()?), 0.0);
     thread::scope(|scope| -> Result<()> {
         let reader = scope.spawn(|| std::io::copy(&mut &flow.server, &mut std::io::sink()));
@@ -143,7 +143,7 @@ fn readiness_names_what_is_missing() -> Result<()> {
     bed.topology.gateway.ip("link del lan0")?;
     eventually(PATIENCE, || {
         bed.get("/readyz")
-            .is_ok_and(|(status, body)| status == 503 && body.contains("interface lan0 is not there"))
+            .is_ok_and(|(status, body)| status == 503 && body.contains("interface lan0 is missing"))
     });
     assert_eq!(
         bed.scrape()?
@@ -154,7 +154,7 @@ fn readiness_names_what_is_missing() -> Result<()> {
     assert!(!status.status.success());
     let shown = String::from_utf8(status.stdout)?;
     assert!(
-        shown.contains("NOT READY") && shown.contains("missing: interface lan0"),
+        shown.contains("NOT READY") && shown.contains("problem: interface lan0"),
         "{shown}"
     );
     Ok(())

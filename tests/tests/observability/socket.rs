@@ -108,17 +108,17 @@ fn successor_takes_the_places_over() -> Result<()> {
 fn garbage_is_answered_and_hurts_nobody() -> Result<()> {
     let bed = Watched::start(&[])?;
     for (line, part) in [
-        (&b"\x00\xff\xfe garbage\n"[..], "no request of this protocol"),
-        (b"{}\n", "no request of this protocol"),
+        (&b"\x00\xff\xfe garbage\n"[..], "not a request of this protocol"),
+        (b"{}\n", "not a request of this protocol"),
         (
             b"{\"version\":1,\"request\":\"fly\"}\n",
-            "no request of this protocol",
+            "not a request of this protocol",
         ),
         (
             b"{\"version\":2,\"request\":\"status\"}\n",
-            "version 2 of the protocol is not spoken here: 1 is",
+            "protocol version 2 is not supported: use 1",
         ),
-        (&[b'['; 4000], "no request of this protocol"),
+        (&[b'['; 4000], "not a request of this protocol"),
         (&[b'x'; 100_000], "longer than 4096 bytes"),
     ] {
         let mut stream = UnixStream::connect(bed.daemon.admin_socket())?;

@@ -59,7 +59,7 @@ fn pending_connection_ends_with_its_lifetime() -> Result<()> {
     let start = Instant::now();
     assert_refused(&bed, address, ErrorKind::TimedOut);
     assert!(start.elapsed() >= SECOND, "{:?}", start.elapsed());
-    assert_eq!(bed.daemon.terminate()?.counter("pending_too_long"), 1);
+    assert_eq!(bed.daemon.terminate()?.counter("pending_timeout"), 1);
     Ok(())
 }
 

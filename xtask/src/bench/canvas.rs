@@ -1,4 +1,4 @@
-//! What charts are drawn on: the same look for all, as SVG and as PNG.
+//! The canvas of charts, with one style for SVG and PNG.
 
 use std::{error::Error, path::Path, sync::Once};
 
@@ -14,10 +14,9 @@ use plotters::{
 
 const SIZE: (u32, u32) = (1000, 560);
 
-/// The family of all text.
 pub const FONT: &str = "sans-serif";
 
-/// Told apart by people who do not see all colours, too (Okabe and Ito).
+/// Distinguishable by colour-blind readers (Okabe and Ito).
 pub const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 0, 0),
     RGBColor(230, 159, 0),
@@ -28,9 +27,9 @@ pub const COLOURS: [RGBColor; 7] = [
     RGBColor(204, 121, 167),
 ];
 
-/// What can be drawn on either backend.
+/// A chart for both backends.
 pub trait Picture {
-    /// Fills the area.
+    /// Draws the chart into the area.
     fn draw<'a, B: DrawingBackend + 'a>(
         &self,
         area: &DrawingArea<B, Shift>,
@@ -45,7 +44,7 @@ pub trait Picture {
 /// When a file cannot be written.
 pub fn save(picture: &impl Picture, folder: &Path, name: &str) -> Result<()> {
     install_font()?;
-    // Their own type of error borrows the backend.
+    // The error type borrows the backend.
     let svg = folder.join(format!("{name}.svg"));
     picture
         .draw(&SVGBackend::new(&svg, SIZE).into_drawing_area())
@@ -56,7 +55,7 @@ pub fn save(picture: &impl Picture, folder: &Path, name: &str) -> Result<()> {
         .map_err(|error| anyhow!("cannot draw {}: {error}", png.display()))
 }
 
-/// Says what the chart's series are.
+/// Draws the legend of the series.
 ///
 /// # Errors
 /// When the backend cannot draw.
@@ -77,7 +76,7 @@ where
     Ok(())
 }
 
-/// Makes charts independent of the system's fonts.
+/// Registers a font, so that charts do not depend on the system's.
 fn install_font() -> Result<()> {
     static INSTALLED: Once = Once::new();
     let mut result = Ok(());

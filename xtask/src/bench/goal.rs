@@ -1,4 +1,4 @@
-//! What pepsal has to show, and whether it does.
+//! The goals, and whether pepsal meets them.
 
 use serde::Serialize;
 
@@ -7,24 +7,24 @@ use crate::table::{
     Align::{self, Left},
 };
 
-/// A goal and what became of it.
+/// A goal with its result.
 #[derive(Clone, Debug, Serialize)]
 pub struct Goal {
     pub what: &'static str,
     pub measured: String,
     pub goal: &'static str,
-    /// Nothing when it was not measured.
+    /// None if not measured.
     pub met: Option<bool>,
 }
 
-/// A value, and whether it is good enough.
+/// A value, and whether it meets the goal.
 pub struct Verdict {
     pub measured: String,
     pub met: bool,
 }
 
 impl Goal {
-    /// A goal with what was measured of it, if anything was.
+    /// Returns a goal with its verdict, if it was measured.
     pub fn judged(what: &'static str, goal: &'static str, verdict: Option<Verdict>) -> Self {
         Self {
             what,
@@ -47,12 +47,12 @@ impl Goal {
 const HEADINGS: [&str; 4] = ["what", "measured", "goal", ""];
 const ALIGNMENT: [Align; 4] = [Left, Left, Left, Left];
 
-/// Goals as a table for a terminal.
+/// Formats goals as a table for a terminal.
 pub fn aligned(goals: &[Goal]) -> String {
     table::aligned(&rows(goals), ALIGNMENT)
 }
 
-/// Goals as a table in Markdown.
+/// Formats goals as a table in Markdown.
 pub fn markdown(goals: &[Goal]) -> String {
     table::markdown(&rows(goals), ALIGNMENT)
 }

@@ -1,21 +1,18 @@
-//! The machine that measures.
+//! Properties of the measuring machine.
 
 use std::{fs, thread};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 
-/// What results depend on.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
     /// `uname -r`.
     pub kernel: String,
-    /// Its number of processors.
     pub cpus: usize,
 }
 
 impl Machine {
-    /// This one.
     pub fn here() -> Result<Self> {
         let kernel =
             fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's version")?;
@@ -26,7 +23,7 @@ impl Machine {
     }
 }
 
-/// How many processors this process may use.
+/// Returns the number of CPUs of this process.
 pub fn cpus() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }

@@ -1,8 +1,8 @@
-//! What the proxy costs where there is no link to speak of.
+//! Measures the cost of the proxy without a bottleneck link.
 //!
-//! Every [`Contender`] has a [`Lane`]: client, gateway and server in namespaces of their own, over veth. What is measured
-//! is measured with one contender after the other, round by round, so that a change of the machine's mood meets all of
-//! them. Only one lane works at a time; the processor time and the memory that are counted are the machine's.
+//! Every [`Contender`] has a [`Lane`]: client, gateway and server in separate namespaces, over veth. Each
+//! round measures one contender after the other, so that changes of the machine's speed affect all of them.
+//! Only one lane works at a time; CPU time and memory are those of the machine.
 
 use std::{
     fs,
@@ -47,7 +47,7 @@ use super::{
 };
 use crate::{cargo, progress::Progress, setup, setup::Needs, signals::Signals};
 
-/// By default what pepsal's goals are about, in under two minutes.
+/// Options of the benchmark. The default covers pepsal's goals, in less than two minutes.
 #[derive(Args)]
 pub struct Options {
     /// Measure briefly; this is the default
@@ -56,35 +56,35 @@ pub struct Options {
     /// Measure more bytes, connections and numbers of flows, in more rounds
     #[arg(long)]
     full: bool,
-    /// What to measure
+    /// Groups of rows to measure
     #[arg(
         long,
         value_delimiter = ',',
         default_value = "flows,bulk,connections,steering"
     )]
     rows: Vec<Rows>,
-    /// Count the system calls that a connection takes, with strace, which slows everything down: a run of its own is best
+    /// Count the system calls per connection, with strace, which slows down the run
     #[arg(long)]
     syscalls: bool,
-    /// How often everything is measured; ten rounds tell two builds apart [default: 3, with --full 5]
+    /// Rounds of each measurement; a comparison of two builds needs ten [default: 3, with --full 5]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: Option<u32>,
     /// Congestion control of the ends and of the gateway [default: the kernel's]
     #[arg(long, value_name = "ALGORITHM")]
     congestion: Option<String>,
-    /// Give the daemon this argument too
+    /// Further argument of the daemon
     #[arg(long = "pepsal-arg", value_name = "ARGUMENT", allow_hyphen_values = true)]
     arguments: Vec<String>,
-    /// Measure this build of pepsal too, in the same rounds, and show the ratio of the new build to it in each
+    /// Measure this build of pepsal too, in the same rounds, and show the ratio of the builds for each
     #[arg(long, value_name = "FILE")]
     daemon: Option<PathBuf>,
     /// Put a stateful firewall of some twenty rules on every gateway, also for plain forwarding
     #[arg(long)]
     firewall: bool,
-    /// Run this build as pepsal instead of making one
+    /// Measure this build as pepsal instead of building one
     #[arg(long, value_name = "FILE")]
     built: Option<PathBuf>,
-    /// Where results.json, results.md and the charts go [default: target/bench/relay]
+    /// Output folder of results.json, results.md and the charts [default: target/bench/relay]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -92,13 +92,13 @@ pub struct Options {
 /// Groups of rows of the results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Rows {
-    /// Rate and processor time of one flow and of sixteen.
+    /// Rate and CPU time of one flow and of sixteen.
     Bulk,
-    /// New connections per second, and how long each takes.
+    /// New connections per second, and the time of each.
     Connections,
-    /// Memory, descriptors and processor time for each open flow.
+    /// Memory, descriptors and CPU time of each open flow.
     Flows,
-    /// Nanoseconds for each packet.
+    /// Nanoseconds per packet.
     Steering,
 }
 
@@ -142,7 +142,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         found: Observations::default(),
     };
     let found = match measure(bench, options) {
-        // Children meet the signal too, and fail.
+        // The signal also ends child processes, which then fail.
         _ if signals.is_pending() => return signals.interrupted(),
         result => result?,
     };
@@ -192,7 +192,7 @@ impl Options {
     }
 }
 
-/// Measures what is asked for.
+/// Measures the selected rows.
 fn measure(mut bench: Bench<'_>, options: &Options) -> Result<Observations> {
     for rows in &options.rows {
         match rows {
@@ -209,20 +209,20 @@ fn measure(mut bench: Bench<'_>, options: &Options) -> Result<Observations> {
     Ok(bench.found)
 }
 
-/// What a process may have open leaves room for so many flows of two descriptors, and for the process itself.
+/// Returns the number of flows, of two descriptors each, within the limit of descriptors.
 fn most_flows(firewall: bool) -> Result<usize> {
     const OTHERS: u64 = 400;
-    // Past this, addresses and ports run out, not descriptors.
+    // Above this number, addresses and ports are exhausted before descriptors.
     const MOST: u64 = 50_000;
     let (_, hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
-        .context("cannot tell the limit of descriptors")?;
+        .context("cannot read the limit of file descriptors")?;
     let most = if firewall { MOST_FLOWS_WITH_FIREWALL } else { MOST };
     Ok((hard.saturating_sub(OTHERS) / 2).clamp(100, most) as usize)
 }
 
 fn own_congestion() -> Result<String> {
     let name = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")
-        .context("cannot tell the kernel's congestion control")?;
+        .context("cannot read the kernel's congestion control")?;
     Ok(name.trim().to_owned())
 }
 

@@ -1,8 +1,8 @@
-//! Figures of several samples.
+//! Statistics of samples.
 
 use std::time::Duration;
 
-/// The value that the given share of the samples does not exceed, interpolated between neighbours.
+/// Returns a quantile, interpolated between neighbours.
 pub fn quantile(samples: &[f64], share: f64) -> Option<f64> {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -11,19 +11,20 @@ pub fn quantile(samples: &[f64], share: f64) -> Option<f64> {
     Some(below + (above - below) * rank.fract())
 }
 
-/// The middle one of the samples.
+/// Returns the median.
 pub fn median(samples: &[f64]) -> Option<f64> {
     quantile(samples, 0.5)
 }
 
-/// Jain's fairness index (RFC 5166, 2.3): one over the number of shares when one has everything, 1 when all are equal.
+/// Returns Jain's fairness index (RFC 5166, 2.3): one over the number of shares when one has everything, 1
+/// when all are equal.
 pub fn jain(shares: &[f64]) -> Option<f64> {
     let sum: f64 = shares.iter().sum();
     let squares: f64 = shares.iter().map(|share| share * share).sum();
     (squares > 0.0).then(|| sum * sum / (shares.len() as f64 * squares))
 }
 
-/// A time in milliseconds.
+/// Returns a time in milliseconds.
 pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }

@@ -1,4 +1,4 @@
-//! What the benchmarks have in common: the builds that they measure, and results that are printed and written.
+//! The common part of the benchmarks: the measured builds, and the output of results.
 
 use std::{
     env, fs,
@@ -20,10 +20,11 @@ use crate::{
     shell,
 };
 
-/// Returns the daemon to measure: the given one, or one that is built, optimised, after installing what a benchmark needs.
+/// Returns the daemon to measure: the given one, or an optimised build, after installing the benchmark's
+/// requirements.
 ///
-/// Does not return but for an error unless this process is root and optimised: it becomes the same command that is. Links
-/// and hosts are this program's work, and unoptimised it would be measured itself.
+/// Unless this process is root and optimised, executes the same command so, and returns only errors. This
+/// program runs links and hosts, and without optimisation it would limit the results.
 pub fn daemon(built: Option<&Path>, needs: Needs) -> Result<PathBuf> {
     let daemon = match built {
         Some(daemon) => daemon.to_owned(),
@@ -47,46 +48,40 @@ pub fn existing(daemon: &Path) -> Result<PathBuf> {
         .with_context(|| format!("no daemon at {}", daemon.display()))
 }
 
-/// What a build says of itself.
+/// Returns the version of a build.
 pub fn version(daemon: &Path) -> Result<String> {
     let version = shell::output(Command::new(daemon).arg("--version"))?;
     Ok(version.trim().to_owned())
 }
 
-/// What a benchmark has found: its samples, and what follows from them.
+/// Results of a benchmark: its samples, and derived figures.
 pub trait Study: Serialize {
-    /// What a run was.
     type Run: Serialize;
-    /// The samples of one thing that was measured.
+    /// Samples of one quantity.
     type Summary: Serialize;
-    /// The two builds of pepsal in one of these.
+    /// Comparison of two builds in one quantity.
     type Comparison: Serialize;
 
-    /// What stands below the table of samples.
+    /// Text below the table of samples.
     const NOTES: &str;
 
     fn summaries(&self) -> Vec<Self::Summary>;
-    /// Nothing without an old build.
     fn comparisons(&self) -> Vec<Self::Comparison>;
     fn goals(&self) -> Vec<Goal>;
-    /// Draws charts, and returns how many there are.
+    /// Draws charts, and returns their number.
     fn draw(&self, folder: &Path) -> Result<usize>;
 
-    /// One line about the run.
     fn heading(run: &Self::Run) -> String;
-    /// The table of samples.
     fn cells(report: &Report<'_, Self>) -> String;
-    /// The table of comparisons.
     fn round_by_round(report: &Report<'_, Self>) -> String;
-    /// What stands at the end.
     fn remarks(report: &Report<'_, Self>) -> String;
-    /// Files besides `results.json` and `results.md`, with their names.
+    /// Further files besides `results.json` and `results.md`, with their names.
     fn files(&self) -> Vec<(&'static str, String)> {
         Vec::new()
     }
 }
 
-/// Everything that is written; as JSON, `results.json`.
+/// The results that are written; as JSON, `results.json`.
 #[derive(Serialize)]
 pub struct Report<'a, S: Study + ?Sized> {
     pub run: S::Run,
@@ -109,7 +104,6 @@ impl<'a, S: Study> Report<'a, S> {
         }
     }
 
-    /// The whole report for people.
     pub fn markdown(&self) -> String {
         let mut text = format!("{}\n\n", S::heading(&self.run));
         if self.goals.iter().any(|goal| goal.met.is_some()) {
@@ -130,7 +124,7 @@ impl<'a, S: Study> Report<'a, S> {
     /// # Errors
     /// When a file cannot be written.
     pub fn conclude(&self, folder: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let markdown = self.markdown();
         print!("\n{markdown}");
         let json = serde_json::to_string_pretty(self)? + "\n";
@@ -146,7 +140,7 @@ impl<'a, S: Study> Report<'a, S> {
     }
 }
 
-/// The new build's figures over the old build's, round by round.
+/// Ratios of the new build's figures to the old build's, for each round.
 #[derive(Clone, Debug, Serialize)]
 pub struct RoundRatios {
     /// In the order of rounds.
@@ -157,7 +151,8 @@ pub struct RoundRatios {
 }
 
 impl RoundRatios {
-    /// Of pairs of the old build's figure and the new build's. `None` where there is no pair with an old figure above zero.
+    /// Computes ratios from pairs of old and new figures. `None` without a pair whose old figure is above
+    /// zero.
     pub fn of(pairs: impl IntoIterator<Item = (f64, f64)>) -> Option<Self> {
         let pairs = pairs.into_iter().filter(|(old, _)| *old > 0.0);
         let rounds: Vec<_> = pairs.map(|(old, new)| new / old).collect();
@@ -169,12 +164,12 @@ impl RoundRatios {
         })
     }
 
-    /// The median, and the least and the most in parentheses.
+    /// Formats the median, with minimum and maximum in parentheses.
     pub fn spread(&self) -> String {
         format!("{:.2} ({:.2}–{:.2})", self.median, self.least, self.most)
     }
 
-    /// Each round's ratio.
+    /// Formats the ratio of each round.
     pub fn listed(&self) -> String {
         let rounds: Vec<_> = self.rounds.iter().map(|ratio| format!("{ratio:.2}")).collect();
         rounds.join(", ")

@@ -1,6 +1,6 @@
-//! The package's life in a clean Debian that is booted, as the gateway between a client and a server: installed, edited,
-//! started, at work, watched, reloaded, upgraded under load, purged. The gateway has a stateful firewall, and network managers
-//! that manage every device they may. What it prints is a transcript.
+//! Tests the life cycle of the package in a booted, clean Debian, which is the gateway between a client and a
+//! server: install, edit, start, use, monitor, reload, upgrade under load, purge. The gateway has a stateful
+//! firewall, and network managers that manage every unmanaged device. The output is a transcript.
 
 use std::{
     fs,
@@ -21,14 +21,12 @@ use pepsal_tests::{
 use super::{root::Root, system::System};
 use crate::{cargo, shell};
 
-/// What the administrator writes.
 const EDIT: &str = "interfaces = [\"lan0\", \"sat0\"]\n\n[link.sat0]\nrate = \"50mbit\"\nrtt = \"600ms\"\n";
-/// What is misspelt.
 const WRONG: &str = "\n[proxy]\nidle-timeuot = \"1h\"\n";
 
 const CONFIGURATION: &str = "/etc/pepsal/pepsal.toml";
 
-/// The gateway's firewall: clients may open connections to the outside, and nobody else may. What it drops is counted.
+/// The gateway's firewall: accepts connections of the clients only, and counts dropped packets.
 const FIREWALL: &str = "\
 #!/usr/sbin/nft -f
 flush ruleset
@@ -42,13 +40,13 @@ table inet gateway {
 }
 ";
 
-/// Has systemd-networkd configure every device but the topology's.
+/// Configuration by which systemd-networkd manages every device except the topology's.
 const NETWORKD: &str = "[Match]\nName=!lo lan0 sat0\n\n[Network]\nAddress=198.51.100.1/24\n";
-/// Has NetworkManager leave the topology's devices alone, and no other.
+/// Configuration by which NetworkManager ignores the topology's devices only.
 const NETWORK_MANAGER: &str =
     "[device-topology]\nmatch-device=interface-name:lan0;interface-name:sat0\nmanaged=0\n";
 
-/// How often the package is upgraded.
+/// Number of upgrades.
 const UPGRADES: u32 = 10;
 
 /// The port of the web server.
@@ -59,7 +57,7 @@ const DEVICE_ADDRESS: &str = "02:70:65:70:00:01";
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Goes through all of it.
+/// Runs all steps.
 pub fn run(suite: &str, package: &path::Path) -> Result<()> {
     let root = Root::new(suite)?;
     for (path, text) in [
@@ -91,7 +89,7 @@ pub fn run(suite: &str, package: &path::Path) -> Result<()> {
 }
 
 struct Life {
-    // Fields drop in order: what is in the namespaces goes before them, and what is in the folder before that.
+    // Fields drop in order: processes in the namespaces first, then the namespaces, then the folder.
     system: System,
     web: Web,
     server: Server,
@@ -113,7 +111,7 @@ impl Life {
         self.purge(&clean)?;
         ensure!(
             Footprint::of(&self.topology.gateway)? == untouched,
-            "purging leaves something in the kernel"
+            "objects remain in the kernel after the purge"
         );
         Ok(())
     }
@@ -140,13 +138,13 @@ impl Life {
         );
         self.system
             .show("systemd-analyze security --no-pager pepsal.service")?;
-        shell::heading("Is anything amiss?");
+        shell::heading("Check the host");
         self.system.show("pepsal doctor || true")
     }
 
-    /// Compares the daemon's devices with one that is anybody's.
+    /// Compares the daemon's devices with an ordinary device.
     fn leave_alone(&self) -> Result<()> {
-        shell::heading("Do network managers leave its devices alone?");
+        shell::heading("Check that network managers ignore its devices");
         self.system
             .show("ip link add other0 type veth peer name other1")?;
         eventually(PATIENCE, || {
@@ -161,7 +159,7 @@ impl Life {
 
     fn devices_are_untouched(&self) -> Result<()> {
         let devices = || self.system.output("ls /sys/class/net | grep ^pepsal-");
-        // Those of an earlier version go a moment after its process.
+        // Devices of an earlier version are removed shortly after its process.
         eventually(PATIENCE, || {
             devices().is_ok_and(|devices| devices.lines().count() == 2)
         });
@@ -240,14 +238,14 @@ impl Life {
         self.reload_until("reloaded: ")?;
         self.new_flows_are(Path::Forwarded)?;
         self.edit(&[EDIT, WRONG].concat())?;
-        self.reload_until("not reloaded, the running configuration stays")?;
+        self.reload_until("not reloaded, the running configuration stays in effect")?;
         self.new_flows_are(Path::Forwarded)?;
         self.edit(EDIT)?;
         self.reload_until("reloaded: ")?;
         self.new_flows_are(Path::Split)?;
         let (_, intact) = lasting.download(1_000_000, 1)?;
         ensure!(intact, "a flow was damaged by reloads");
-        println!("A flow that was open all the while goes on.");
+        println!("The open flow continues.");
         Ok(())
     }
 
@@ -261,7 +259,7 @@ impl Life {
             .show("journalctl --output cat --unit pepsal _COMM=pepsal --grep reloaded --lines 1")
     }
 
-    /// Installs newer versions while connections are made and used all the time.
+    /// Installs newer versions while connections are opened and used.
     fn upgrade(&self, successors: &Successors) -> Result<()> {
         shell::heading(&format!("Upgrade {UPGRADES} times under load"));
         let lasting = [self.session(Family::V4)?, self.session(Family::V6)?];
@@ -326,7 +324,7 @@ impl Life {
         Ok(())
     }
 
-    /// Connects, transfers and closes, again and again.
+    /// Repeatedly connects, transfers and closes.
     fn load(&self, family: Family, seed: u64, stop: &AtomicBool) -> Result<u64> {
         let mut flows = 0;
         while !stop.load(Ordering::Relaxed) {
@@ -431,7 +429,7 @@ impl Web {
         Ok(web)
     }
 
-    /// Takes some seconds.
+    /// Path of a transfer that takes some seconds.
     fn download(&self, client: &Namespace) -> Command {
         let mut curl = client.command("curl");
         curl.args("--silent --show-error --fail --limit-rate 5M --output /dev/null --write-out".split(' '))
@@ -449,14 +447,14 @@ impl Web {
 
 impl Drop for Web {
     fn drop(&mut self) {
-        // Both fail only for a process that has ended already.
+        // Both fail only for a process that has ended.
         let _ = self.server.kill();
         let _ = self.server.wait();
         let _ = fs::remove_dir_all(&self.folder);
     }
 }
 
-/// The same package with ever higher versions.
+/// Copies of the package with increasing versions.
 struct Successors {
     folder: PathBuf,
     control: String,
@@ -483,7 +481,7 @@ impl Successors {
         })
     }
 
-    /// The package of one of them.
+    /// Returns the path of one version.
     fn make(&self, number: u32) -> Result<PathBuf> {
         let version = format!("{}+{number}", self.version);
         fs::write(

@@ -1,4 +1,4 @@
-//! A clean Debian in a folder of its own, which debootstrap makes.
+//! A clean Debian in a folder, created by debootstrap.
 
 use std::{
     fs,
@@ -10,14 +10,13 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{cargo, shell};
 
-/// The folder, which goes away with this.
+/// Dropping it removes the folder.
 pub struct Root {
-    /// Where it is.
     pub path: PathBuf,
 }
 
 impl Root {
-    /// Makes one of a release of Debian.
+    /// Creates a system of a Debian release.
     pub fn new(suite: &str) -> Result<Self> {
         let debootstrap =
             shell::find("debootstrap").context("debootstrap is missing: apt-get install debootstrap")?;
@@ -31,9 +30,11 @@ impl Root {
         };
         root.remove();
         fs::create_dir_all(&root.path)?;
-        // What the package itself and a gateway need is there already, so that what is left at the end is the package's.
+        // Includes all dependencies of the package and of a gateway, so that files that remain after the
+        // purge are the package's.
         shell::run(
-            // What it mounts goes with it, however it ends, so that removing the folder never reaches the host's.
+            // In a mount namespace, so that its mounts end with it, and removing the folder never reaches the
+            // host's files.
             Command::new("unshare")
                 .args(["--mount", "--propagation", "private"])
                 .arg(debootstrap)
@@ -45,7 +46,7 @@ impl Root {
                 .arg(&root.path)
                 .stdout(fs::File::create(root.path.with_extension("log"))?),
         )?;
-        // debootstrap configures packages in an order in which this one's dependencies fail.
+        // debootstrap configures packages in an order in which the dependencies of this one fail.
         shell::run(
             Command::new("unshare")
                 .args(["--mount", "--propagation", "private"])
@@ -62,8 +63,8 @@ impl Root {
         Ok(root)
     }
 
-    /// Every path of the system's, without what managers of packages, networks and services keep, logs, and what a boot
-    /// clears.
+    /// Returns every path of the system, except the files of package, network and service managers, logs, and
+    /// files that a boot removes.
     pub fn files(&self) -> Result<Vec<String>> {
         const OTHERS: [&str; 9] = [
             "./run",
@@ -85,7 +86,7 @@ impl Root {
         Ok(list.lines().map(str::to_owned).collect())
     }
 
-    /// A file, by its path inside.
+    /// Returns the host's path of a file.
     pub fn file(&self, path: &str) -> PathBuf {
         self.path.join(path.trim_start_matches('/'))
     }
@@ -99,7 +100,7 @@ impl Root {
     }
 
     fn remove(&self) {
-        // What fails here shows when the folder is made again.
+        // An error here causes an error when the folder is created again.
         let _ = fs::remove_dir_all(&self.path);
     }
 }

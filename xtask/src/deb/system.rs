@@ -1,4 +1,4 @@
-//! A Debian that is booted: systemd is the first process of namespaces of its own, on a gateway.
+//! A booted Debian: systemd is the first process of separate namespaces, on a gateway.
 
 use std::{
     fs,
@@ -14,11 +14,12 @@ use pepsal_tests::{Namespace, eventually};
 use super::root::Root;
 use crate::shell;
 
-/// How long systemd may take to start what a minimal system has.
+/// Timeout of systemd's start of a minimal system.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// Gives systemd what it expects of a container's manager (<https://systemd.io/CONTAINER_INTERFACE>). The kernel's
-/// parameters are read-only, as they are the host's, but for those of network namespaces; and so is its clock.
+/// Prepares the environment that systemd expects from a container manager
+/// (<https://systemd.io/CONTAINER_INTERFACE>). Kernel parameters are read-only, as they are the host's,
+/// except those of network namespaces; so is the clock.
 const BOOT: &str = r#"
 set -e
 echo $$ >"$2/cgroup.procs"
@@ -46,19 +47,19 @@ exec unshare --mount --propagation private --pid --fork --kill-child --uts --ipc
 ' sh "$1"
 "#;
 
-/// The system. Dropping it ends all that is in it.
+/// The running system; dropping it ends all its processes.
 pub struct System {
     manager: Child,
     group: PathBuf,
-    /// Its first process, as the host numbers it.
+    /// The host's process id of its first process.
     init: String,
 }
 
 impl System {
-    /// Boots a system whose network is the namespace.
+    /// Boots a system in a network namespace.
     pub fn boot(root: &Root, network: &Namespace) -> Result<Self> {
         let group = group()?;
-        fs::create_dir(&group).with_context(|| format!("cannot make {}", group.display()))?;
+        fs::create_dir(&group).with_context(|| format!("cannot create {}", group.display()))?;
         let manager = network
             .command("sh")
             .args(["-c", BOOT, "sh"])
@@ -79,8 +80,8 @@ impl System {
                 .unwrap_or_default()
                 .trim()
                 .to_owned();
-            // `degraded`: a unit of Debian's own failed, which wants what a container does not have. Before the manager
-            // answers, its client complains.
+            // `degraded`: a unit of Debian failed, which does not support containers. Before the manager
+            // replies, its client returns errors.
             let state = || system.output("systemctl is-system-running 2>/dev/null");
             !system.init.is_empty()
                 && state().is_ok_and(|state| ["running", "degraded"].contains(&state.as_str()))
@@ -88,19 +89,19 @@ impl System {
         Ok(system)
     }
 
-    /// Runs a command inside, shown as at a root's prompt, its output going to the terminal.
+    /// Runs a command in the system, printed with a root prompt and its output.
     pub fn show(&self, line: &str) -> Result<()> {
         println!("# {line}");
         shell::run(&mut self.command(line)).with_context(|| format!("`{line}` failed inside"))
     }
 
-    /// Runs a command inside and returns what it wrote to standard output, however it ended.
+    /// Runs a command in the system and returns its standard output, for any exit status.
     pub fn output(&self, line: &str) -> Result<String> {
         let output = self.command(line).stderr(Stdio::inherit()).output()?;
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
-    /// The unit's property, as systemctl(1) shows it.
+    /// Returns a property of the unit, by systemctl(1).
     pub fn property(&self, unit: &str, name: &str) -> Result<String> {
         let value = self.output(&format!("systemctl show --value --property {name} {unit}"))?;
         ensure!(!value.is_empty(), "{unit} has no {name}");
@@ -125,10 +126,10 @@ impl System {
 
 impl Drop for System {
     fn drop(&mut self) {
-        // systemd dies with `unshare`, and everything with systemd.
+        // systemd ends with `unshare`, and all processes with systemd.
         let _ = self.manager.kill();
         let _ = self.manager.wait();
-        // Processes leave their groups a little after they have died. What is left of groups in the end harms nobody.
+        // Processes leave their groups shortly after their end. Remaining groups are harmless.
         for _ in 0..100 {
             if remove(&self.group).is_ok() {
                 break;
@@ -138,7 +139,7 @@ impl Drop for System {
     }
 }
 
-/// A control group for the whole system, so that its own begin there.
+/// Creates a control group of the system, as the root of its own groups.
 fn group() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").context("no list of mounts")?;
     let mount = mounts
@@ -151,7 +152,7 @@ fn group() -> Result<PathBuf> {
     Ok(Path::new(mount).join(format!("pepsal-check.{}", process::id())))
 }
 
-/// Removes a group with those below it.
+/// Removes a group with its subgroups.
 fn remove(group: &Path) -> std::io::Result<()> {
     for entry in fs::read_dir(group)? {
         let entry = entry?;

@@ -1,17 +1,16 @@
-//! What is transferred, and where pepsal runs meanwhile.
+//! The compared transfers, and the positions of pepsal.
 
 use std::fmt;
 
 use pepsal_tests::{Direction, Family, Outcome};
 
-/// Where pepsal runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
     /// Nowhere: plain forwarding.
     Nowhere,
     /// On the gateway between client and link.
     Gateway,
-    /// There, and on the router between link and server.
+    /// On that gateway, and on the router between link and server.
     BothEnds,
 }
 
@@ -27,7 +26,6 @@ impl Placement {
     }
 }
 
-/// One transfer and its surroundings.
 #[derive(Clone, Copy, Debug)]
 pub struct Contest {
     pub direction: Direction,
@@ -36,7 +34,7 @@ pub struct Contest {
 }
 
 impl Contest {
-    /// What is transferred, wherever pepsal runs.
+    /// A transfer, independent of pepsal's position.
     pub fn transfer(&self) -> String {
         let direction = match self.direction {
             Direction::Upload => "upload",
@@ -52,7 +50,7 @@ impl fmt::Display for Contest {
     }
 }
 
-/// A contest that has ended well.
+/// Result of a successful contest.
 #[derive(Debug)]
 pub struct Finish {
     pub contest: Contest,

@@ -15,12 +15,13 @@ use pepsal_tests::{
 
 use super::contest::{Contest, Placement};
 
-/// What the endpoints send with: the default of Linux.
+/// Congestion control of the endpoints: the default of Linux.
 pub const STOCK_CONGESTION: &str = "cubic";
 /// Assured forwarding, class 2, low drop precedence (RFC 2597): DSCP 18, as a traffic class.
 pub const AF21: u8 = 18 << 2;
 
-/// A transfer may stand still for this long: the last bytes of a large file are long under way on a slow link.
+/// Timeout of a transfer without progress: the last bytes of a large file are in transit for long on a slow
+/// link.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
 /// A contest's own client, gateway, link and server.
@@ -33,7 +34,7 @@ pub struct Lane {
 
 impl Lane {
     pub fn new(contest: Contest, profile: &LinkProfile) -> Result<Self> {
-        // The same losses with pepsal and without, others for the other family.
+        // The same losses with pepsal and without, different ones for each address family.
         let seed = match contest.family {
             Family::V4 => profile.seed,
             Family::V6 => profile.seed + 1,
@@ -52,7 +53,6 @@ impl Lane {
         })
     }
 
-    /// Where pepsal is to run.
     pub fn gateways(&self) -> impl Iterator<Item = Gateway<'_>> {
         let near = (self.contest.placement != Placement::Nowhere).then_some(Gateway {
             namespace: &self.topology.gateway,
@@ -89,7 +89,7 @@ impl Lane {
     }
 }
 
-/// A place for pepsal, with the names of its interfaces.
+/// A gateway for pepsal, with the names of its interfaces.
 pub struct Gateway<'a> {
     pub namespace: &'a Namespace,
     pub terrestrial: &'static str,

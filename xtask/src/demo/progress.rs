@@ -1,4 +1,4 @@
-//! How far the transfers are.
+//! Progress of the transfers.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ impl Progress {
         Self(progress::Progress::new())
     }
 
-    /// Shows how much of the files has arrived, by pepsal's place.
+    /// Shows the received share of the files, by pepsal's position.
     pub fn show(&mut self, lanes: &[Arc<Lane>], bytes: u64) {
         self.0.show(|| {
             let shares = Placement::ALL.into_iter().filter_map(|placement| {

@@ -1,4 +1,4 @@
-//! Transfers at once, each with namespaces and a link of its own.
+//! Concurrent transfers, each with its own namespaces and link.
 
 use std::{
     path::PathBuf,
@@ -20,21 +20,19 @@ use super::{
 };
 use crate::{quantity, signals::Signals};
 
-/// What all contests have in common.
+/// Parameters of all contests.
 pub struct Race {
-    /// The daemon's binary.
     pub daemon: PathBuf,
-    /// The satellite link.
     pub profile: LinkProfile,
     /// Size of the file.
     pub bytes: u64,
 }
 
 impl Race {
-    /// Runs contests at once and returns how they went, in their order; nothing when a signal came first.
+    /// Runs contests concurrently and returns their results in order; `None` after a signal.
     pub fn run(&self, contests: &[Contest], signals: &Signals) -> Result<Option<Vec<Finish>>> {
         let mut lanes = Vec::new();
-        // Started by this thread and owned by it: a daemon dies with the thread that started it, at the latest.
+        // Started and owned by this thread, with which the daemon ends.
         let mut daemons = Vec::new();
         for contest in contests {
             if signals.is_pending() {
@@ -71,10 +69,10 @@ impl Race {
         Ok(Some(finishes.into_iter().map(|(_, finish)| finish).collect()))
     }
 
-    /// What a daemon is told of the link behind an interface of its own.
+    /// Returns the `--link` option of an interface.
     pub fn link_argument(&self, interface: &str) -> String {
         let rate = quantity::exact_rate(self.profile.up_bps);
-        // A link without a round trip is nothing to tune for; this is the least that the daemon takes.
+        // The minimum round-trip time that the daemon accepts, for a link without delay.
         let rtt = quantity::exact_time(self.profile.rtt.max(Duration::from_millis(1)));
         format!("{interface},rate={rate},rtt={rtt}")
     }
@@ -100,7 +98,7 @@ impl Race {
         for (number, lane) in lanes.iter().enumerate() {
             let (lane, sender, bytes) = (Arc::clone(lane), sender.clone(), self.bytes);
             thread::spawn(move || {
-                // Nobody is there to hear it after a signal.
+                // The receiver is gone after a signal.
                 let _ = sender.send((number, lane.transfer(bytes)));
             });
         }
@@ -108,5 +106,4 @@ impl Race {
     }
 }
 
-/// How often progress is shown.
 const TICK: Duration = Duration::from_millis(200);

@@ -1,4 +1,4 @@
-//! The daemon on its gateway, and how each fault is done to it.
+//! The daemon on its gateway, and the injection of each fault.
 
 use std::{
     fs,
@@ -14,8 +14,8 @@ use pepsal_tests::{Daemon, Topology};
 use super::{faults::Fault, totals::Totals, vitals};
 use crate::shell;
 
-/// What the daemon is told. The reset of a client that an interface which is down has lost leaves a flow behind that nothing but
-/// the idle timeout ends: it is longer than any pause, and shorter than what is waited for when no more flows are begun.
+/// Arguments of the daemon. A client's reset that is lost on a down interface leaves a flow, which only the
+/// idle timeout ends: it is longer than every pause, and shorter than the timeout at the end of the run.
 const ARGUMENTS: [&str; 8] = [
     "-i",
     "lan0",
@@ -27,7 +27,7 @@ const ARGUMENTS: [&str; 8] = [
     "20s",
 ];
 
-/// The gateway's firewall: clients may open connections to the outside, and nobody else may.
+/// The gateway's firewall: accepts connections of the clients only.
 const FIREWALL: &str = "flush ruleset
 table inet gateway {
     chain forward {
@@ -38,7 +38,7 @@ table inet gateway {
 }
 ";
 
-/// The daemon's limit of descriptors, but for while there are none.
+/// The daemon's limit of file descriptors, except during the fault that exhausts them.
 const DESCRIPTORS: &str = "20000:20000";
 
 /// A daemon on the gateway of a topology.
@@ -46,17 +46,17 @@ pub struct Bed<'a> {
     topology: &'a Topology,
     binary: PathBuf,
     daemon: Option<Daemon>,
-    /// Those that were taken over from. They end with their last flow.
+    /// Previous instances after a takeover, which exit after their last flow.
     predecessors: Vec<Daemon>,
     log: String,
-    /// What the map of flows takes without flows.
+    /// Memory of the flow map without flows.
     empty_map_bytes: u64,
 }
 
 impl<'a> Bed<'a> {
     /// Starts a daemon.
     pub fn start(topology: &'a Topology, binary: &Path) -> Result<Self> {
-        // Addresses and what hangs on them come back with the interface, as they do where somebody manages it.
+        // Restores addresses and routes with the interface, as a network manager would.
         topology
             .gateway
             .sysctl("net.ipv6.conf.all.keep_addr_on_down", 1)?;
@@ -91,12 +91,11 @@ impl<'a> Bed<'a> {
         Ok(())
     }
 
-    /// The daemon's process.
     pub fn pid(&self) -> u32 {
         self.daemon.as_ref().map_or(0, Daemon::pid)
     }
 
-    /// Does it, and undoes it.
+    /// Injects a fault, and ends it.
     pub fn inflict(&mut self, fault: Fault, totals: &Totals) -> Result<()> {
         totals.fault_begins(fault);
         let gateway = &self.topology.gateway;
@@ -159,12 +158,12 @@ impl<'a> Bed<'a> {
         Ok(Path::new(&format!("/proc/{}/fd/0", self.daemon()?.pid())).exists())
     }
 
-    /// Does something to every interface of the gateway whose name begins so, but the loopback.
+    /// Runs a command for every interface of the gateway with this prefix, except loopback.
     fn each_interface(&self, prefix: &str, work: impl Fn(&str) -> Result<()>) -> Result<()> {
         for name in self.interfaces()? {
             if name.starts_with(prefix) && name != "lo" {
                 let done = work(&name);
-                // A daemon that was taken over from may have ended just now, and its devices with it.
+                // A previous instance may have exited just now, with its devices.
                 if done.is_err() && self.interfaces()?.contains(&name) {
                     return done;
                 }
@@ -180,7 +179,7 @@ impl<'a> Bed<'a> {
         Ok(listed.lines().map(name).collect())
     }
 
-    /// Replaces the ruleset; the kernel does it all at once.
+    /// Replaces the ruleset atomically.
     fn load_firewall(&self) -> Result<()> {
         shell::output(self.topology.gateway.command("nft").arg(FIREWALL)).map(drop)
     }
@@ -191,7 +190,7 @@ impl<'a> Bed<'a> {
         shell::output(&mut prlimit).map(drop)
     }
 
-    /// Waits until the kernel knows no flow any more, and daemons that were taken over from have ended.
+    /// Waits until the flow map is empty and previous instances have exited.
     pub fn wait_until_idle(&mut self, patience: Duration) -> Result<()> {
         for daemon in self.predecessors.drain(..) {
             let exit = daemon.wait_within(patience)?;
@@ -208,13 +207,13 @@ impl<'a> Bed<'a> {
                 return Ok(());
             }
             if start.elapsed() > patience {
-                bail!("the map of flows still has entries after {patience:?} without flows");
+                bail!("the flow map still has entries after {patience:?} without flows");
             }
             thread::sleep(Duration::from_millis(200));
         }
     }
 
-    /// Stops the daemon and returns all that daemons have logged.
+    /// Stops the daemon and returns the logs of all instances.
     pub fn stop(mut self) -> Result<String> {
         let daemon = self.daemon.take().context("the daemon runs")?;
         let exit = daemon.terminate()?;

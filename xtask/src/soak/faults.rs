@@ -1,38 +1,36 @@
-//! What is done to the daemon and the gateway.
+//! Faults of the daemon and the gateway.
 
 use std::fmt;
 
-/// A fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// SIGKILL, and a new daemon at once.
     Kill,
     /// SIGKILL, and a new daemon some seconds later.
     Absence,
-    /// Another daemon takes over, and the first ends with its last flow.
+    /// A takeover: the previous instance exits after its last flow.
     Takeover,
-    /// SIGSTOP for longer than the programs take the daemon for alive, then SIGCONT.
+    /// SIGSTOP for longer than the heartbeat timeout, then SIGCONT.
     Hang,
     /// The clients' interface goes down and comes up.
     FlapLan,
     /// The satellite link's interface goes down and comes up.
     FlapSat,
-    /// Somebody removes the device of the clients' side.
+    /// The device of the clients' side is removed.
     RemoveClients,
-    /// Somebody removes the device of the servers' side.
+    /// The device of the servers' side is removed.
     RemoveServers,
-    /// Somebody takes both devices down.
+    /// Both devices are set down.
     DevicesDown,
-    /// Somebody replaces the clsact qdisc of every interface, and removes it, with all filters there.
+    /// The clsact qdisc of every interface is replaced and removed, with all filters.
     Qdiscs,
-    /// The gateway's firewall is loaded again.
+    /// The gateway's firewall is reloaded.
     Firewall,
-    /// There are no descriptors left for a while.
+    /// File descriptors are exhausted for a while.
     Descriptors,
 }
 
 impl Fault {
-    /// Every fault.
     pub const ALL: &[Self] = &[
         Self::Kill,
         Self::Absence,
@@ -48,7 +46,7 @@ impl Fault {
         Self::Descriptors,
     ];
 
-    /// Those after which the daemon is the same process.
+    /// Faults that the daemon's process survives.
     pub const SURVIVED: &[Self] = &[
         Self::Hang,
         Self::FlapLan,
@@ -61,12 +59,12 @@ impl Fault {
         Self::Descriptors,
     ];
 
-    /// Whether flows that are open may break by it.
+    /// Returns whether the fault may break open flows.
     pub fn breaks_open_flows(self) -> bool {
         matches!(self, Self::Kill | Self::Absence)
     }
 
-    /// Whether connections that are being made may break by it.
+    /// Returns whether the fault may break connections in their handshake.
     pub fn breaks_new_flows(self) -> bool {
         !matches!(self, Self::Takeover | Self::Qdiscs | Self::Firewall)
     }

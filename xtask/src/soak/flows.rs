@@ -1,7 +1,8 @@
 //! Flows of every kind, checked at both ends.
 //!
-//! A client opens a connection, says what it wants in a [`Plan`], and both ends draw the payload from the plan's seed. Who
-//! sends payload ends its direction in order and not before its last byte, unless the plan says that the client resets.
+//! A client opens a connection and sends a [`Plan`], and both ends generate the payload from the plan's seed.
+//! The sender of payload ends its direction by FIN after the last byte, unless the plan has a reset by the
+//! client.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -20,27 +21,26 @@ use pepsal_tests::{Connector, Family, Listener, Namespace, reset};
 
 use super::totals::Totals;
 
-/// What becomes of a flow.
 #[derive(Clone, Copy)]
 struct Plan {
     seed: u64,
     bytes: u64,
     kind: Kind,
-    /// Milliseconds that the client waits for in the middle, saying and reading nothing.
+    /// Pause of the client in the middle, in milliseconds.
     pause_ms: u16,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    /// The client sends and ends its direction; then the server says so.
+    /// The client sends and closes its direction; then the server confirms.
     Upload,
-    /// The server sends, the client's direction stays open.
+    /// The server sends while the client's direction stays open.
     Download,
-    /// The same after the client has ended its direction.
+    /// The server sends after the client has closed its direction.
     HalfClosed,
-    /// The client sends half of it, and resets.
+    /// The client sends half of the payload, and resets.
     UploadReset,
-    /// The client receives half of it, and resets.
+    /// The client receives half of the payload, and resets.
     DownloadReset,
 }
 
@@ -52,11 +52,11 @@ const KINDS: [Kind; 5] = [
     Kind::DownloadReset,
 ];
 
-/// What the server says when it has received all.
+/// The server's confirmation of the complete payload.
 const RECEIPT: u8 = 0x2a;
 
 impl Plan {
-    /// Sizes from a byte to 2 MiB, as many of each order of magnitude; one flow in eight pauses for seconds.
+    /// Sizes from a byte to 2 MiB, evenly over orders of magnitude; one flow in eight pauses for seconds.
     fn draw(random: &mut Rng) -> Self {
         Self {
             seed: random.u64(..),
@@ -88,14 +88,14 @@ impl Plan {
     }
 }
 
-/// Clients that make one flow after the other.
+/// Clients, each with one flow after the other.
 pub struct Flows {
     stop: Arc<AtomicBool>,
     workers: Vec<JoinHandle<()>>,
 }
 
 impl Flows {
-    /// Starts as many clients.
+    /// Starts `count` clients.
     pub fn start(
         namespace: &Namespace,
         server: &Server,
@@ -120,7 +120,7 @@ impl Flows {
         }
     }
 
-    /// Lets those that are open come to their end.
+    /// Waits for the end of open flows.
     pub fn stop(self) {
         self.stop.store(true, Ordering::Relaxed);
         for worker in self.workers {
@@ -137,15 +137,16 @@ fn run(plan: Plan, server: SocketAddr, totals: &Totals) {
         Ok(stream) => stream,
         Err(error) => {
             totals.broke(begin, false, &error, "connect");
-            // The gateway says no at once, and would be asked at once again.
+            // Waits, because the gateway refuses at once, and a retry would be refused too.
             return thread::sleep(Duration::from_millis(100));
         }
     };
-    // A split connection is accepted before the server is reached: until it has said something, it may be refused.
+    // A split connection is accepted before the server is connected: it may be refused until the server has
+    // sent data.
     match client(plan, &stream, totals) {
         Ok(()) if matches!(plan.kind, Kind::UploadReset | Kind::DownloadReset) => {
             totals.cancelled.add(1);
-            // A socket that the kernel has closed itself cannot be reset, and need not be.
+            // The kernel has closed this socket already: no reset is needed.
             let _ = reset(stream);
         }
         Ok(()) => totals.complete.add(1),
@@ -155,10 +156,9 @@ fn run(plan: Plan, server: SocketAddr, totals: &Totals) {
     }
 }
 
-/// How a connection broke.
 struct Ended {
     error: io::Error,
-    /// Whether anything had been received, so that it was certainly open from end to end.
+    /// Whether data had been received, so that the connection was open end to end.
     received: bool,
 }
 
@@ -219,11 +219,11 @@ fn client(plan: Plan, mut stream: &TcpStream, totals: &Totals) -> Result<(), End
     }
 }
 
-/// The payload of a plan, from its first byte on.
+/// Generator of a plan's payload.
 struct Payload {
     random: Rng,
     block: Vec<u8>,
-    /// Bytes of the block that have been used.
+    /// Used bytes of the block.
     used: usize,
     done: u64,
     total: u64,
@@ -241,7 +241,7 @@ impl Payload {
         }
     }
 
-    /// What comes next, at most so many bytes of it.
+    /// Returns the next bytes, at most `most`.
     fn next(&mut self, most: u64) -> &[u8] {
         if self.used == self.block.len() {
             self.random.fill(&mut self.block);
@@ -263,7 +263,8 @@ impl Payload {
         Ok(())
     }
 
-    /// Receives as many bytes and compares them. An end of stream before them is loss; so are other bytes.
+    /// Receives `count` bytes and compares them. An early end of stream counts as loss, and so do wrong
+    /// bytes.
     fn check(&mut self, mut stream: &TcpStream, bytes: u64, what: &str, totals: &Totals) -> io::Result<()> {
         let end = self.done + bytes;
         let mut received = vec![0; self.block.len()];
@@ -301,7 +302,7 @@ impl Payload {
     }
 }
 
-/// After the last byte there is an end, and nothing else.
+/// Checks that the end of stream follows the last byte.
 fn expect_end(mut stream: &TcpStream, plan: Plan, totals: &Totals) -> io::Result<()> {
     let mut surplus = [0];
     if stream.read(&mut surplus)? > 0 {
@@ -310,7 +311,7 @@ fn expect_end(mut stream: &TcpStream, plan: Plan, totals: &Totals) -> io::Result
     Ok(())
 }
 
-/// The other end of every flow.
+/// The server of all flows.
 pub struct Server {
     port: u16,
     stop: Arc<AtomicBool>,
@@ -328,7 +329,7 @@ impl Server {
             let (stop, totals) = (stop.clone(), totals.clone());
             thread::spawn(move || {
                 while !stop.load(Ordering::Relaxed) {
-                    // Nothing in time, or a connection that was reset before it was accepted.
+                    // A timeout, or a connection that was reset before accept.
                     let Ok(accepted) = listener.accept(Duration::from_millis(200)) else {
                         continue;
                     };
@@ -349,14 +350,14 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for acceptor in self.acceptors.drain(..) {
-            // A panic there has been printed.
+            // The panic has been printed.
             let _ = acceptor.join();
         }
     }
 }
 
-/// What breaks here breaks at the client too, which accounts for it: only wrong bytes and orderly ends before their time
-/// are this end's to report.
+/// Serves a connection. The client also detects a broken flow, and reports it; this end reports only wrong
+/// bytes and early ends by FIN.
 fn serve(mut stream: &TcpStream, totals: &Totals) {
     let mut plan = [0; 17];
     if stream.read_exact(&mut plan).is_err() {
@@ -370,11 +371,11 @@ fn serve(mut stream: &TcpStream, totals: &Totals) {
         Kind::Upload => {
             let checked = payload.check(stream, plan.bytes, "upload", totals);
             if checked.and_then(|()| expect_end(stream, plan, totals)).is_ok() {
-                // The client may be gone by a fault, and finds out by itself.
+                // The client may have ended by a fault, and reports it itself.
                 let _ = stream.write_all(&[RECEIPT]);
             }
         }
-        // There is no orderly end, neither after the half that was sent nor later.
+        // No FIN may arrive, neither after half of the payload nor later.
         Kind::UploadReset => {
             let _ = payload.check(stream, plan.bytes, "upload that was reset", totals);
         }

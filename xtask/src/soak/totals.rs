@@ -1,4 +1,4 @@
-//! What flows came to, and which faults there were when they did.
+//! Results of flows, and the faults during them.
 
 use std::{
     io::{self, ErrorKind},
@@ -11,33 +11,32 @@ use std::{
 
 use super::faults::Fault;
 
-/// How long after a fault flows may still break by it: as long as retransmissions take to find out.
+/// Time after a fault during which flows may break by it: that of retransmissions.
 const AFTERMATH: Duration = Duration::from_secs(10);
 
 /// Counted by all flows.
 #[derive(Default)]
 pub struct Totals {
-    /// Flows whose every byte arrived.
+    /// Complete flows.
     pub complete: Counter,
-    /// Flows that their client broke off on purpose.
+    /// Flows with a planned reset by the client.
     pub cancelled: Counter,
-    /// Connections that could not be made, or broke, while a fault accounts for it.
+    /// Failed or broken connections that a fault explains.
     pub broken: Counter,
-    /// Payload bytes that were compared and found right.
+    /// Correct payload bytes.
     pub checked: Counter,
-    /// Payload bytes that were wrong, or missing before an orderly end.
+    /// Wrong payload bytes, or bytes missing before a FIN.
     pub lost: Counter,
     unexplained: Mutex<Vec<String>>,
     damage: Mutex<Vec<String>>,
     faults: Mutex<Vec<Inflicted>>,
 }
 
-/// A number that goes up.
 #[derive(Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Makes it more.
+    /// Adds to the counter.
     pub fn add(&self, more: u64) {
         self.0.fetch_add(more, Ordering::Relaxed);
     }
@@ -53,21 +52,21 @@ struct Inflicted {
 }
 
 impl Totals {
-    /// A fault is about to be inflicted.
+    /// Records the start of a fault.
     pub fn fault_begins(&self, fault: Fault) {
         lock(&self.faults).push(Inflicted { fault, end: None });
     }
 
-    /// It is over.
+    /// Records the end of a fault.
     pub fn fault_ends(&self) {
         if let Some(last) = lock(&self.faults).last_mut() {
             last.end = Some(Instant::now());
         }
     }
 
-    /// A flow broke, or was never made. Only a fault may account for that, at any time since the flow began: one that breaks
-    /// open flows, or, while it was being made, one that breaks new flows. No fault accounts for a peer that was left waiting:
-    /// whatever ends a flow tells both ends.
+    /// Records a broken or failed flow. A fault has to explain it, at any time since the flow began: one that
+    /// breaks open flows or, during the handshake, one that breaks new flows. No fault explains a peer
+    /// without notice: every end of a flow is visible at both ends.
     pub fn broke(&self, begin: Instant, is_open: bool, error: &io::Error, what: &str) {
         let accounts = |inflicted: &Inflicted| {
             let is_over = inflicted.end.is_some_and(|end| end + AFTERMATH < begin);
@@ -85,13 +84,13 @@ impl Totals {
         }
     }
 
-    /// Bytes are wrong, or an end came before its time.
+    /// Records wrong bytes, or an early end by FIN.
     pub fn damaged(&self, bytes: u64, what: String) {
         self.lost.add(bytes.max(1));
         lock(&self.damage).push(what);
     }
 
-    /// For the line that shows how far things are.
+    /// Formats the progress line.
     pub fn in_short(&self) -> String {
         format!(
             "{} flows, {:.1} MB checked, {} lost, {} broken by {} faults",
@@ -125,7 +124,7 @@ impl Totals {
         ]
     }
 
-    /// How often each fault was inflicted.
+    /// Number of injections of each fault.
     pub fn fault_rows(&self) -> Vec<[String; 2]> {
         let faults = lock(&self.faults);
         let row = |fault: &Fault| {
@@ -138,7 +137,6 @@ impl Totals {
         Fault::ALL.iter().map(row).collect()
     }
 
-    /// What must not have happened.
     pub fn complaints(&self) -> Vec<String> {
         let mut complaints = lock(&self.damage).clone();
         complaints.extend(lock(&self.unexplained).iter().cloned());

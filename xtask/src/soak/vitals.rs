@@ -1,25 +1,25 @@
-//! What must not grow: the daemon's memory, its descriptors, the entries of its map of flows.
+//! Resources that must not grow: the daemon's memory, its descriptors, the entries of its flow map.
 
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 
-/// How it stands with a process that has no flows.
+/// Resources of a process without flows.
 pub struct Vitals {
     resident_bytes: u64,
-    /// But for pipes, some of which are kept for the next flow.
+    /// Without pipes, of which the pool keeps some.
     descriptors: usize,
     flow_map_bytes: u64,
 }
 
-/// Memory that an allocator may keep, once it has had it, without being a leak.
+/// Memory that an allocator may keep without a leak, in bytes.
 const SLACK_BYTES: u64 = 8 << 20;
 
 impl Vitals {
-    /// Measures.
+    /// Measures the resources.
     pub fn of(pid: u32) -> Result<Self> {
         let status =
-            fs::read_to_string(format!("/proc/{pid}/status")).context("cannot tell the memory used")?;
+            fs::read_to_string(format!("/proc/{pid}/status")).context("cannot read the memory usage")?;
         let resident_kib: u64 = status
             .lines()
             .find_map(|line| {
@@ -29,7 +29,7 @@ impl Vitals {
                     .parse()
                     .ok()
             })
-            .context("cannot tell the memory used")?;
+            .context("cannot read the memory usage")?;
         Ok(Self {
             resident_bytes: resident_kib * 1024,
             descriptors: descriptors_but_pipes(pid)?,
@@ -37,7 +37,6 @@ impl Vitals {
         })
     }
 
-    /// These and later ones.
     pub fn rows(&self, later: &Self) -> Vec<[String; 3]> {
         let kib = |bytes: u64| format!("{} KiB", bytes / 1024);
         vec![
@@ -53,14 +52,13 @@ impl Vitals {
                 later.descriptors.to_string(),
             ],
             [
-                "memory of the map of flows".to_owned(),
+                "memory of the flow map".to_owned(),
                 kib(self.flow_map_bytes),
                 kib(later.flow_map_bytes),
             ],
         ]
     }
 
-    /// What has grown.
     pub fn complaints(&self, later: &Self) -> Vec<String> {
         let mut complaints = Vec::new();
         if later.resident_bytes > self.resident_bytes + SLACK_BYTES {
@@ -84,13 +82,14 @@ fn descriptors_but_pipes(pid: u32) -> Result<usize> {
     Ok(open.filter(|target| !is_pipe(target)).count())
 }
 
-/// Bytes that the kernel uses for the map of flows, which is the hash table with keys of its size; the extension headers
-/// of flows have the same keys in an LRU. An entry has memory of its own, which the kernel counts from Linux 6.4 on.
+/// Returns the kernel memory of the flow map in bytes: the hash table with keys of its size; the LRU of
+/// extension headers has the same keys. Entries have separate memory, which the kernel counts from Linux 6.4
+/// on.
 pub fn flow_map_bytes(pid: u32) -> Result<u64> {
     const HASH: &str = "map_type:\t1";
     const KEY: &str = "key_size:\t36";
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo")).context("cannot see the daemon's descriptors")? {
-        // One that was closed meanwhile.
+        // A descriptor that was closed meanwhile.
         let Ok(info) = fs::read_to_string(entry?.path()) else {
             continue;
         };
@@ -101,8 +100,8 @@ pub fn flow_map_bytes(pid: u32) -> Result<u64> {
             let mut lines = info.lines();
             return lines
                 .find_map(|line| line.strip_prefix("memlock:")?.trim().parse().ok())
-                .context("the kernel does not tell a map's memory");
+                .context("the kernel does not report the memory of a map");
         }
     }
-    bail!("the daemon has no map of flows")
+    bail!("the daemon has no flow map")
 }

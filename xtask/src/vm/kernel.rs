@@ -1,4 +1,4 @@
-//! Debian's kernels, downloaded and unpacked; nothing of them is installed.
+//! Downloads and unpacks Debian's kernels, without installing them.
 
 use std::{
     fs,
@@ -23,13 +23,13 @@ pub enum Release {
     /// Debian 13.
     #[value(name = "6.12")]
     Trixie,
-    /// Whatever is newest in the backports of Debian 13.
+    /// The newest kernel of the backports of Debian 13.
     #[value(name = "newest")]
     Backports,
 }
 
 impl Release {
-    /// Those that pepsal promises to run on, from old to new.
+    /// Supported kernels, from old to new.
     pub const PROMISED: [Self; 3] = [Self::Bookworm, Self::Trixie, Self::Backports];
 
     fn suite(self) -> &'static str {
@@ -42,11 +42,11 @@ impl Release {
     }
 }
 
-/// A kernel that can be booted.
+/// An unpacked kernel.
 pub struct Kernel {
-    /// Its release as `uname -r` says it, without the flavour.
+    /// Release as in `uname -r`, without the flavour.
     pub version: String,
-    /// The compressed image. Its modules lie where virtme-ng looks for them.
+    /// The compressed image. Its modules are where virtme-ng expects them.
     pub image: PathBuf,
 }
 
@@ -56,7 +56,7 @@ const PARTS: [&str; 4] = ["linux-image-", "linux-binary-", "linux-modules-", "li
 const MIRROR: &str = "http://deb.debian.org/debian";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Downloads and unpacks the newest kernel of a release, unless that was done before.
+/// Downloads and unpacks the newest kernel of a release, if necessary.
 pub fn fetch(release: Release) -> Result<Kernel> {
     let suite = release.suite();
     let folder = cargo::target_dir().join("vm/kernels").join(suite);
@@ -66,10 +66,10 @@ pub fn fetch(release: Release) -> Result<Kernel> {
     shell::heading(&format!("Downloading the kernel of Debian {suite}"));
     let apt = Apt::new(suite)?;
     let packages = apt.kernel_packages()?;
-    // Unpacked beside its place, so that an interrupted download is no kernel.
+    // In a temporary folder first, so that an interrupted download leaves no kernel.
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
-    fs::create_dir_all(&partial).with_context(|| format!("cannot make {}", partial.display()))?;
+    fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
     apt.download(&packages, &partial)?;
     for entry in fs::read_dir(&partial)? {
         let package = entry?.path();
@@ -79,11 +79,11 @@ pub fn fetch(release: Release) -> Result<Kernel> {
         }
     }
     depmod(&partial)?;
-    fs::rename(&partial, &folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::rename(&partial, &folder).with_context(|| format!("cannot create {}", folder.display()))?;
     find(&folder)?.with_context(|| format!("no kernel image in the packages {}", packages.join(", ")))
 }
 
-/// The kernel in a folder, if there is one.
+/// Returns the kernel in a folder, if there is one.
 fn find(folder: &Path) -> Result<Option<Kernel>> {
     let Some((release, modules)) = modules(folder) else {
         return Ok(None);
@@ -107,7 +107,7 @@ fn modules(folder: &Path) -> Option<(String, PathBuf)> {
     })
 }
 
-/// Debian's packages leave the list of dependencies to their installation.
+/// Generates the list of module dependencies, which Debian's packages do at installation.
 fn depmod(folder: &Path) -> Result<()> {
     let (release, modules) = modules(folder).context("the kernel's packages have no modules")?;
     let base = modules
@@ -118,7 +118,7 @@ fn depmod(folder: &Path) -> Result<()> {
     shell::run(Command::new(depmod).arg("-b").arg(base).arg(release))
 }
 
-/// apt with lists and a cache of its own, so that the system's sources and packages do not matter.
+/// Runs apt with separate lists and cache, independent of the system's sources and packages.
 struct Apt {
     options: Vec<String>,
 }
@@ -130,7 +130,7 @@ impl Apt {
         }
         let folder = cargo::target_dir().join("vm/apt").join(suite);
         for path in ["state/lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(folder.join(path)).context("cannot make apt's folders")?;
+            fs::create_dir_all(folder.join(path)).context("cannot create apt's folders")?;
         }
         let sources = folder.join("sources.list");
         fs::write(
@@ -147,7 +147,7 @@ impl Apt {
             "Dir::Etc::SourceParts=/dev/null".to_owned(),
             "Acquire::Languages=none".to_owned(),
             "Acquire::Retries=3".to_owned(),
-            // Downloads go to a folder of ours, which apt's own user may not enter.
+            // Downloads go to xtask's folder, which apt's user cannot access.
             "APT::Sandbox::User=root".to_owned(),
         ];
         Ok(Self {
@@ -158,7 +158,7 @@ impl Apt {
         })
     }
 
-    /// What the newest kernel of the release consists of.
+    /// Returns the packages of the newest kernel of the release.
     fn kernel_packages(&self) -> Result<Vec<String>> {
         shell::run(self.command("apt-get").args(["-qq", "update"]))?;
         let depends = shell::output(self.command("apt-cache").args([

@@ -1,4 +1,4 @@
-//! A virtual machine that runs one file of tests.
+//! Runs one test file in a virtual machine.
 
 use std::{
     fs::{self, File},
@@ -16,10 +16,10 @@ use nix::{
 use super::{kernel::Kernel, matrix::TestResult};
 use crate::{build::OBJECT_VARIABLE, cargo, shell};
 
-/// How many times as long as usual the tests have patience: software emulation is about so much slower.
+/// Factor of the tests' timeouts, which is the slowdown of software emulation.
 const SLOWNESS: u32 = 10;
 
-/// What virtme-ng is told of every machine. Neither KVM nor the microvm's devices are everywhere.
+/// Options of virtme-ng. Not every host has KVM or the devices of microvm.
 const MACHINE: &str = "--verbose --disable-kvm --disable-microvm --cpus 2 --memory 3G";
 
 /// The version of virtme-ng that is installed.
@@ -37,21 +37,19 @@ pub fn install() -> Result<PathBuf> {
     Ok(programs)
 }
 
-/// A machine that has still to be started.
+/// Parameters of a machine.
 pub struct Machine<'a> {
     /// The folder of virtme-ng's programs.
     pub vng: &'a Path,
-    /// What to boot.
     pub kernel: &'a Kernel,
     /// The eBPF object, for tests that load it themselves.
     pub object: &'a Path,
-    /// The daemon under test.
     pub daemon: &'a Path,
     /// Arguments of libtest.
     pub filter: &'a [String],
 }
 
-/// A machine that runs. Dropping it ends it.
+/// A running machine; dropping it ends the machine.
 pub struct Run {
     child: Child,
     output: PathBuf,
@@ -59,12 +57,12 @@ pub struct Run {
 }
 
 impl Machine<'_> {
-    /// Boots it to run one program of tests.
+    /// Boots a machine that runs one test program.
     ///
-    /// The results come back through a folder that both sides see: the console has the kernel's messages between them.
+    /// A shared folder returns the results: the console also has messages of the kernel.
     pub fn start(&self, name: &str, program: &Path) -> Result<Run> {
         let folder = cargo::target_dir().join("vm/results").join(&self.kernel.version);
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
         let file = |extension: &str| folder.join(format!("{name}.{extension}"));
         let (script, output, status) = (file("sh"), file("txt"), file("status"));
         for old in [&output, &status] {
@@ -84,8 +82,8 @@ impl Machine<'_> {
             folder.display(),
             script.display()
         );
-        // virtme-ng wants a terminal, which makes it a session of its own. A process namespace ends all of it at once;
-        // its first process is a shell, since `script` does not know what to make of orphans.
+        // virtme-ng needs a terminal, which creates another session. A PID namespace ends all its processes
+        // together; its first process is a shell, because `script` does not reap orphans.
         let child = Command::new("unshare")
             .args(["--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c"])
             .args([
@@ -106,7 +104,7 @@ impl Machine<'_> {
         })
     }
 
-    /// TUN's device file comes with its module, which nobody loads on demand there.
+    /// Loads the module of TUN, whose device file does not exist before.
     fn script(&self, program: &Path, output: &Path, status: &Path) -> String {
         let filter: Vec<String> = self
             .filter
@@ -132,13 +130,12 @@ impl Machine<'_> {
 }
 
 impl Run {
-    /// Whether the machine is off.
     pub fn has_ended(&mut self) -> Result<bool> {
         let status = self.child.try_wait().context("cannot wait for the machine")?;
         Ok(status.is_some())
     }
 
-    /// How many tests have come to an end.
+    /// Returns the number of completed tests.
     pub fn tests_done(&self) -> usize {
         let output = fs::read_to_string(&self.output).unwrap_or_default();
         output
@@ -147,7 +144,7 @@ impl Run {
             .count()
     }
 
-    /// What the tests came to; `ended` says whether the machine was off in time.
+    /// Returns the results; `ended` is false after a timeout.
     pub fn result(self, ended: bool) -> TestResult {
         let output = fs::read_to_string(&self.output).unwrap_or_default();
         let has_status = fs::read_to_string(&self.status).is_ok_and(|status| !status.trim().is_empty());
@@ -157,7 +154,7 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // The namespace, with the virtme-ng and the QEMU that `script` has started. It may all be gone already.
+        // Kills the namespace, with virtme-ng and QEMU. It may have ended already.
         let _ = killpg(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
         let _ = self.child.wait();
     }

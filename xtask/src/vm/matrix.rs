@@ -1,4 +1,4 @@
-//! Kernels and test files, and what came of each with each.
+//! Results of test files on kernels.
 
 use std::process::ExitCode;
 
@@ -7,15 +7,15 @@ use crate::{
     table::{Align, aligned},
 };
 
-/// What one file of tests came to on one kernel.
+/// Result of a test file on a kernel.
 pub struct TestResult {
     tally: Tally,
-    /// Whether the program ran to its end.
+    /// Whether the program completed.
     is_whole: bool,
 }
 
 impl TestResult {
-    /// From the output of libtest.
+    /// Parsed output of libtest.
     pub fn new(output: &str, is_whole: bool) -> Self {
         let tally = Tally::of(output);
         Self {
@@ -24,7 +24,7 @@ impl TestResult {
         }
     }
 
-    /// Passed and failed, in a few words.
+    /// Formats the numbers of passed and failed tests.
     pub fn in_short(&self) -> String {
         let Tally { passed, failed, .. } = self.tally;
         match (self.is_whole, failed) {
@@ -39,14 +39,13 @@ impl TestResult {
     }
 }
 
-/// The results so far.
 pub struct Matrix {
     files: Vec<String>,
     kernels: Vec<(String, Vec<(String, TestResult)>)>,
 }
 
 impl Matrix {
-    /// None yet, of these test files.
+    /// Creates a matrix without results.
     pub fn new(files: Vec<String>) -> Self {
         Self {
             files,
@@ -79,7 +78,7 @@ impl Matrix {
         aligned(&rows, [Align::Left; 3]) + &failures
     }
 
-    /// A failure if there is anything but success.
+    /// Returns failure if any result is not a success.
     pub fn exit_code(&self) -> ExitCode {
         let mut results = self.kernels.iter().flat_map(|(_, results)| results);
         if results.all(|(_, result)| result.is_good()) {

@@ -1,4 +1,4 @@
-//! The end-to-end tests as programs.
+//! Builds the end-to-end tests.
 
 use std::path::PathBuf;
 
@@ -7,13 +7,13 @@ use serde::Deserialize;
 
 use crate::{cargo, shell};
 
-/// Builds them, and returns the name of each file with its program.
+/// Builds the tests, and returns the name of each file with its program.
 pub fn build() -> Result<Vec<(String, PathBuf)>> {
     let mut cargo = cargo::cargo("test --quiet --package pepsal-tests --no-run --message-format=json");
     let messages = shell::output(&mut cargo)?;
     let mut programs = Vec::new();
     for line in messages.lines() {
-        let message: Message = serde_json::from_str(line).context("cargo's message is not understood")?;
+        let message: Message = serde_json::from_str(line).context("cannot parse the message of cargo")?;
         if let (Some(target), Some(program)) = (message.target, message.executable)
             && target.kind.iter().any(|kind| kind == "test")
         {
@@ -24,7 +24,7 @@ pub fn build() -> Result<Vec<(String, PathBuf)>> {
     Ok(programs)
 }
 
-/// What is read of cargo's messages (cargo reference, "External tools").
+/// Members of cargo's messages (cargo reference, "External tools").
 #[derive(Deserialize)]
 struct Message {
     target: Option<Target>,

@@ -2,60 +2,55 @@
 
 use serde::Serialize;
 
-/// How bad a finding is, the worst first.
+/// Severity of a finding, the highest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Severity {
-    /// pepsal does not start, or intercepts nothing.
+    /// pepsal does not start, or intercepts no connection.
     Error,
-    /// Some connections are not intercepted, or go slower than they could.
+    /// Some connections are not intercepted, or are slower than possible.
     Warning,
-    /// Worth knowing; it includes what could not be looked at.
+    /// Information, or a check that could not be made.
     Note,
-    /// As it should be.
     Ok,
 }
 
-/// What was found.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// What was looked at.
     pub check: &'static str,
-    /// How bad it is.
     pub severity: Severity,
-    /// What is so, and what that means.
-    pub what: String,
-    /// The command that mends it, or what else there is to do.
-    pub mend: Option<String>,
+    pub message: String,
+    /// The command that fixes it, or another action.
+    pub fix: Option<String>,
 }
 
 impl Finding {
-    /// A check that passed.
-    pub fn ok(check: &'static str, what: impl Into<String>) -> Self {
+    /// Returns the finding of a check that passed.
+    pub fn ok(check: &'static str, message: impl Into<String>) -> Self {
         Self {
             check,
             severity: Severity::Ok,
-            what: what.into(),
-            mend: None,
+            message: message.into(),
+            fix: None,
         }
     }
 
-    /// A check that did not pass, and the command that mends it.
+    /// Returns the finding of a check that did not pass, with the command that fixes it.
     pub fn new(
         check: &'static str,
         severity: Severity,
-        what: impl Into<String>,
-        mend: impl Into<Option<String>>,
+        message: impl Into<String>,
+        fix: impl Into<Option<String>>,
     ) -> Self {
         Self {
             check,
             severity,
-            what: what.into(),
-            mend: mend.into(),
+            message: message.into(),
+            fix: fix.into(),
         }
     }
 
-    /// A check that could not be made.
+    /// Returns the finding of a check that could not be made.
     pub fn unknown(check: &'static str, why: impl Into<String>) -> Self {
         Self::new(check, Severity::Note, why, None)
     }

@@ -1,4 +1,4 @@
-//! The kernel and its limits.
+//! Checks of the kernel and its limits.
 
 use std::{fs, path::Path};
 
@@ -15,26 +15,33 @@ use crate::{
     host::{descriptors, requirements},
 };
 
-/// Bytes of TCP memory that a leg holds while it is busy on a short path.
+/// TCP memory in bytes of a busy leg on a short path.
 const LEG_MEMORY: u64 = 32 << 10;
 
-/// A window below which a long path is not filled: 50 Mbit/s over 600 ms.
+/// Window in bytes that fills a long path: 50 Mbit/s over 600 ms.
 const WINDOW: u64 = 4 << 20;
 
-/// Features that a kernel may lack, with the version that brought them.
+/// Optional kernel features, with the version that introduced them.
 const FEATURES: [((u32, u32), &str); 4] = [
     (
         (6, 4),
-        "pepsal's own congestion control, for --link; BBR takes its place",
+        "pepsal's own congestion control for --link; BBR is used instead",
     ),
     (
         (6, 6),
-        "attachment by tcx, which vanishes with the process; clsact takes its place",
+        "tcx, whose attachments end with the process; clsact is used instead",
     ),
-    ((6, 15), "an upper bound of the retransmission timeout"),
-    ((6, 18), "a lower bound of the retransmission timeout"),
+    (
+        (6, 15),
+        "TCP_RTO_MAX_MS, the maximum retransmission timeout of a leg",
+    ),
+    (
+        (6, 18),
+        "TCP_RTO_MIN_US, the minimum retransmission timeout of a leg",
+    ),
 ];
 
+/// Returns the findings for `flows` flows.
 pub fn look(flows: u32, fastopen: bool) -> Vec<Finding> {
     let mut findings = vec![kernel(), btf(), capabilities(), cgroup(), descriptors(flows)];
     findings.extend(features());
@@ -71,7 +78,7 @@ fn features() -> impl Iterator<Item = Finding> {
         Finding::new(
             "kernel",
             Severity::Note,
-            format!("without {what}"),
+            format!("not supported: {what}"),
             Some(format!("Linux {major}.{minor} or newer")),
         )
     })
@@ -79,7 +86,7 @@ fn features() -> impl Iterator<Item = Finding> {
 
 fn btf() -> Finding {
     match Path::new("/sys/kernel/btf/vmlinux").exists() {
-        true => Finding::ok("BTF", "the kernel describes its types"),
+        true => Finding::ok("BTF", "/sys/kernel/btf/vmlinux is present"),
         false => Finding::new(
             "BTF",
             Severity::Error,
@@ -92,12 +99,12 @@ fn btf() -> Finding {
 fn capabilities() -> Finding {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     match requirements::check_capabilities(&status) {
-        Ok(()) => Finding::ok("capabilities", "this user has all that are needed"),
+        Ok(()) => Finding::ok("capabilities", "all required capabilities are held"),
         Err(error) => Finding::new(
             "capabilities",
             Severity::Error,
             error.to_string(),
-            Some("sudo pepsal doctor, to see what root has".into()),
+            Some("sudo pepsal doctor, which checks those of root".into()),
         ),
     }
 }
@@ -108,11 +115,11 @@ fn cgroup() -> Finding {
         .lines()
         .any(|line| line.split(' ').nth(2) == Some("cgroup2"));
     match is_mounted {
-        true => Finding::ok("cgroup", "version 2 is mounted, for initial windows"),
+        true => Finding::ok("cgroup", "cgroup v2 is mounted, for initial windows"),
         false => Finding::new(
             "cgroup",
             Severity::Note,
-            "version 2 is not mounted: legs get the kernel's initial window unless pepsal may mount it",
+            "cgroup v2 is not mounted: legs get the kernel's initial window, unless pepsal has permission to mount it",
             Some("mount -t cgroup2 none /sys/fs/cgroup".to_owned()),
         ),
     }
@@ -121,16 +128,16 @@ fn cgroup() -> Finding {
 fn descriptors(flows: u32) -> Finding {
     const CHECK: &str = "descriptors";
     let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) else {
-        return Finding::unknown(CHECK, "the limit of descriptors is unknown");
+        return Finding::unknown(CHECK, "the limit of file descriptors is unknown");
     };
     let needed = descriptors::needed(flows);
     if most >= needed {
-        return Finding::ok(CHECK, format!("{most} are allowed, {flows} flows need {needed}"));
+        return Finding::ok(CHECK, format!("the limit is {most}, {flows} flows need {needed}"));
     }
     Finding::new(
         CHECK,
         Severity::Warning,
-        format!("{flows} flows need {needed}, {most} are allowed: fewer are handled, the others pass"),
+        format!("{flows} flows need {needed}, the limit is {most}: fewer connections are intercepted"),
         Some(format!(
             "LimitNOFILE={needed} in the unit, or ulimit -n {needed} before the start"
         )),
@@ -141,11 +148,16 @@ fn backlog() -> Option<Finding> {
     const NAME: &str = "net/core/somaxconn";
     let most = *numbers(NAME)?.first()?;
     Some(match most {
-        1024.. => Finding::ok("backlog", format!("{most} connections may wait to be accepted")),
+        1024.. => Finding::ok(
+            "backlog",
+            format!("the accept queue has room for {most} connections"),
+        ),
         _ => Finding::new(
             "backlog",
             Severity::Warning,
-            format!("only {most} connections may wait to be accepted: bursts of new ones are slowed down"),
+            format!(
+                "the accept queue has room for {most} connections only: bursts of new connections are delayed"
+            ),
             set(NAME, 4096),
         ),
     })
@@ -159,7 +171,7 @@ fn memory(flows: u32) -> Option<Finding> {
     let (pressure, wanted) = (pages.get(1)? * page, u64::from(flows) * 2 * LEG_MEMORY);
     let mib = |bytes: u64| bytes >> 20;
     if pressure >= wanted {
-        let what = format!("TCP may use {} MiB before buffers shrink", mib(pressure));
+        let what = format!("TCP memory pressure starts at {} MiB", mib(pressure));
         return Some(Finding::ok("memory", what));
     }
     let pages = wanted.div_ceil(page);
@@ -167,7 +179,7 @@ fn memory(flows: u32) -> Option<Finding> {
         "memory",
         Severity::Warning,
         format!(
-            "buffers shrink when TCP uses {} MiB; {flows} busy flows use {} MiB",
+            "TCP memory pressure starts at {} MiB, where buffers shrink; {flows} busy flows use {} MiB",
             mib(pressure),
             mib(wanted)
         ),
@@ -180,12 +192,12 @@ fn windows() -> impl Iterator<Item = Finding> {
         let sizes = numbers(name)?;
         let most = *sizes.get(2)?;
         Some(match most >= WINDOW {
-            true => Finding::ok("windows", format!("{name}: up to {} MiB for a leg", most >> 20)),
+            true => Finding::ok("windows", format!("{name}: maximum {} MiB for a leg", most >> 20)),
             false => Finding::new(
                 "windows",
                 Severity::Warning,
                 format!(
-                    "{name}: at most {} KiB for a leg without --link: too little for a long path",
+                    "{name}: maximum {} KiB for a leg without --link, too little for a long path",
                     most >> 10
                 ),
                 set(name, format_args!("{} {} {}", sizes[0], sizes[1], 4 * WINDOW)),
@@ -202,11 +214,11 @@ fn fast_open() -> Option<Finding> {
     const NAME: &str = "net/ipv4/tcp_fastopen";
     let value = *numbers(NAME)?.first()?;
     Some(match value & 3 {
-        3 => Finding::ok("fast open", "allowed for both legs"),
+        3 => Finding::ok("fast open", "enabled for both legs"),
         _ => Finding::new(
             "fast open",
             Severity::Warning,
-            format!("{NAME} is {value}: not allowed for both legs, so -f has no effect on one"),
+            format!("{NAME} is {value}: not enabled for both legs, so -f has no effect on one of them"),
             set(NAME, value | 3),
         ),
     })

@@ -1,8 +1,7 @@
-//! `pepsal doctor`: what of this host would keep pepsal from working, or from working well. It needs no daemon, and changes
-//! nothing.
+//! `pepsal doctor`: checks this host for the requirements of pepsal. It needs no daemon, and changes nothing.
 //!
-//! [`host`] is about the kernel and its limits, [`network`] about what happens to packets. The firewall, address translation
-//! and routing of the host are not looked at: they see the flows as without pepsal.
+//! [`host`] checks the kernel and its limits, [`network`] forwarding, TC programs and offloads. Firewall, NAT
+//! and routing of the host are not checked: they apply to flows as without pepsal.
 
 mod finding;
 mod host;
@@ -19,30 +18,36 @@ use crate::{
     wire::interfaces,
 };
 
-/// What pepsal is going to be started with.
+/// Options of `pepsal doctor`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Look at this interface (repeatable) [default: all]
+    /// Check this interface (repeatable) [default: all]
     #[arg(short = 'i', long = "interface", value_name = "INTERFACE")]
     interfaces: Vec<String>,
 
-    /// Most connections at once
-    #[arg(short = 'c', long = "conns", value_name = "MAXCONN", default_value_t = 2112)]
+    /// Maximum number of connections
+    #[arg(
+        short = 'c',
+        long = "max-connections",
+        alias = "conns",
+        value_name = "N",
+        default_value_t = 2112
+    )]
     max_connections: u32,
 
-    /// TCP fast open is going to be used
+    /// Check for TCP fast open
     #[arg(short = 'f', long)]
     fastopen: bool,
 
-    /// Print a list of {"check","severity","what","mend"}
+    /// Print a list of {"check","severity","message","fix"}
     #[arg(long)]
     json: bool,
 }
 
-/// Looks at everything. The exit code is 1 when something would keep pepsal from working.
+/// Runs all checks. The exit code is 1 when a finding is an error.
 ///
 /// # Errors
-/// When there is no way to ask the kernel at all.
+/// When the kernel cannot be queried by netlink.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -55,7 +60,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         if !arguments.interfaces.is_empty() {
             for name in &arguments.interfaces {
                 if !interfaces.contains(name) {
-                    let what = format!("there is no interface {name} that can be intercepted");
+                    let what = format!("no interface {name} that can be intercepted");
                     findings.push(Finding::new("interface", Severity::Error, what, None));
                 }
             }
@@ -84,8 +89,8 @@ fn show(finding: &Finding) {
         Severity::Note => "note",
         Severity::Ok => "ok",
     };
-    println!("{severity:<8} {:<13} {}", finding.check, finding.what);
-    if let Some(mend) = &finding.mend {
-        println!("{:<22} mend: {mend}", "");
+    println!("{severity:<8} {:<13} {}", finding.check, finding.message);
+    if let Some(fix) = &finding.fix {
+        println!("{:<22} fix: {fix}", "");
     }
 }

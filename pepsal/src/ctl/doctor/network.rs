@@ -1,4 +1,4 @@
-//! What happens to packets on their way through: forwarding, other programs, offloads.
+//! Checks of forwarding, TC programs and offloads.
 
 use std::process::Command;
 
@@ -9,6 +9,7 @@ use crate::ctl::doctor::{
     setting::{numbers, set},
 };
 
+/// Returns the findings for the interfaces.
 pub fn look(interfaces: &[String]) -> Vec<Finding> {
     let mut findings = Vec::new();
     for interface in interfaces {
@@ -30,7 +31,7 @@ fn forwarding(interface: &str, family: &str, severity: Severity) -> Finding {
             CHECK,
             severity,
             format!(
-                "{family} is not forwarded from {interface}, and what is not forwarded is not intercepted"
+                "{family} is not forwarded from {interface}; packets that are not forwarded are not intercepted"
             ),
             set(&format!("net/{family}/conf/all/forwarding"), 1),
         ),
@@ -38,7 +39,7 @@ fn forwarding(interface: &str, family: &str, severity: Severity) -> Finding {
     }
 }
 
-/// Other programs on the hook see packets too, and may keep them from pepsal.
+/// Checks for other tcx programs, which may take packets before pepsal's.
 fn programs(interface: &str) -> Vec<Finding> {
     const CHECK: &str = "TC programs";
     let attached = match SchedClassifier::query_tcx(interface, TcAttachType::Ingress) {
@@ -53,31 +54,29 @@ fn programs(interface: &str) -> Vec<Finding> {
     let names = attached
         .iter()
         .map(|program| program.name_as_str().unwrap_or("without a name").to_owned());
-    let foreign: Vec<String> = names.filter(|name| !name.starts_with("pepsal")).collect();
-    match foreign.is_empty() {
+    let others: Vec<String> = names.filter(|name| !name.starts_with("pepsal")).collect();
+    match others.is_empty() {
         true => vec![Finding::ok(
             CHECK,
-            format!("none of others by tcx on {interface}"),
+            format!("no other tcx programs on {interface}"),
         )],
-        false => vec![foreign_program(interface, "tcx", &foreign)],
+        false => vec![other_program(interface, "tcx", &others)],
     }
 }
 
-fn foreign_program(interface: &str, hook: &str, names: &[String]) -> Finding {
+fn other_program(interface: &str, hook: &str, names: &[String]) -> Finding {
     Finding::new(
         "TC programs",
         Severity::Warning,
         format!(
-            "{} by {hook} on {interface}: what it takes, drops or redirects does not reach pepsal",
+            "{} by {hook} on {interface}: packets that it drops or redirects do not reach pepsal",
             names.join(", ")
         ),
-        Some(format!(
-            "bpftool net show dev {interface}, and see what it is for"
-        )),
+        Some(format!("bpftool net show dev {interface}, to find its purpose")),
     )
 }
 
-/// Filters of the clsact or ingress qdisc, as `tc` shows them.
+/// Checks for other filters of the clsact or ingress qdisc, by `tc`.
 fn filters(interface: &str) -> Option<Finding> {
     let output = Command::new("tc")
         .args(["-j", "filter", "show", "dev", interface, "ingress"])
@@ -85,7 +84,7 @@ fn filters(interface: &str) -> Option<Finding> {
     let Ok(output) = output else {
         return Some(Finding::unknown(
             "TC programs",
-            "filters are unknown, as there is no tc (iproute2)",
+            "TC filters are unknown: tc (iproute2) is not installed",
         ));
     };
     let filters: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap_or_default();
@@ -100,16 +99,16 @@ fn filters(interface: &str) -> Option<Finding> {
         .collect();
     // u32 lists its hash tables, too.
     names.dedup();
-    (!names.is_empty()).then(|| foreign_program(interface, "a filter", &names))
+    (!names.is_empty()).then(|| other_program(interface, "a filter", &names))
 }
 
-/// What `ethtool -k` says of an interface.
+/// Checks the offloads of an interface, by `ethtool -k`.
 fn offloads(interface: &str) -> Vec<Finding> {
     const CHECK: &str = "offloads";
     let Ok(output) = Command::new("ethtool").args(["-k", interface]).output() else {
         return vec![Finding::unknown(
             CHECK,
-            format!("those of {interface} are unknown, as there is no ethtool"),
+            format!("offloads of {interface} are unknown: ethtool is not installed"),
         )];
     };
     let text = String::from_utf8_lossy(&output.stdout);
@@ -122,7 +121,7 @@ fn offloads(interface: &str) -> Vec<Finding> {
         findings.push(Finding::new(
             CHECK,
             Severity::Warning,
-            format!("LRO on {interface} merges segments so that they cannot be forwarded any more"),
+            format!("LRO on {interface} merges segments that then cannot be forwarded"),
             Some(format!("ethtool -K {interface} lro off")),
         ));
     }
@@ -134,13 +133,16 @@ fn offloads(interface: &str) -> Vec<Finding> {
             findings.push(Finding::new(
                 CHECK,
                 Severity::Note,
-                format!("{feature} is off on {interface}, which costs processor time"),
+                format!("{feature} is off on {interface}, which costs CPU time"),
                 Some(format!("ethtool -K {interface} {short} on")),
             ));
         }
     }
     if findings.is_empty() {
-        findings.push(Finding::ok(CHECK, format!("as they should be on {interface}")));
+        findings.push(Finding::ok(
+            CHECK,
+            format!("offloads of {interface} are suitable"),
+        ));
     }
     findings
 }

@@ -1,8 +1,8 @@
-//! Kernel settings, as they are and as a command would set them.
+//! Reads sysctls, and makes the commands that set them.
 
 use crate::host::sysctls;
 
-/// The numbers of a kernel setting.
+/// Returns the numbers of a sysctl; none when it is missing or no number.
 pub fn numbers(name: &str) -> Option<Vec<u64>> {
     let text = sysctls::read(name)?;
     text.split_whitespace()
@@ -10,7 +10,7 @@ pub fn numbers(name: &str) -> Option<Vec<u64>> {
         .collect()
 }
 
-/// The command that changes a kernel setting. Names of interfaces may have dots, so it goes by the path.
+/// Returns the command that sets a sysctl, by path, because interface names may contain dots.
 pub fn set(name: &str, value: impl std::fmt::Display) -> Option<String> {
     Some(format!("sysctl -w {name}='{value}'"))
 }

@@ -10,24 +10,24 @@ use crate::{
     observe::protocol::{Answer, Flows, FlowsQuestion, Question, Sort, Status},
 };
 
-/// What the daemon says at one moment.
+/// Status and flows at one moment.
 pub struct Picture {
     pub status: Status,
     pub flows: Flows,
 }
 
 impl Picture {
-    /// It takes `interval`.
+    /// Requests status and flows, which takes `interval`.
     pub fn ask(client: &mut Client, interval: Duration) -> Result<Self> {
         let question = FlowsQuestion {
             interval_ms: interval.as_millis().try_into().unwrap_or(u64::MAX),
             ..Default::default()
         };
         let Answer::Flows(flows) = client.ask(Question::Flows(question))? else {
-            bail!("the daemon answers something else");
+            bail!("unexpected reply of the daemon");
         };
         let Answer::Status(status) = client.ask(Question::Status)? else {
-            bail!("the daemon answers something else");
+            bail!("unexpected reply of the daemon");
         };
         Ok(Self {
             status: *status,
@@ -36,14 +36,13 @@ impl Picture {
     }
 }
 
-/// What is shown.
 pub struct App {
     pub picture: Option<Picture>,
-    /// Why there is no newer picture.
+    /// Error of the last request.
     pub trouble: Option<String>,
     pub history: History,
     pub sort: Sort,
-    /// The first flow that is shown.
+    /// Index of the first shown flow.
     pub offset: usize,
 }
 
@@ -79,7 +78,7 @@ impl App {
         }
     }
 
-    /// Does what a key says, and whether that is to end.
+    /// Handles a key; returns whether it ends the program.
     pub fn is_last(&mut self, key: KeyEvent) -> bool {
         let page = 10;
         match key.code {

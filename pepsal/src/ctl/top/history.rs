@@ -1,15 +1,15 @@
-//! What rates were in the last minutes.
+//! Rates of the last minutes.
 
 use std::collections::{HashMap, VecDeque};
 
 use crate::observe::protocol::Flows;
 
-/// Pictures that are remembered of the whole.
+/// Samples of the sum of all flows.
 const LONG: usize = 512;
-/// Pictures that are remembered of each flow.
+/// Samples of each flow.
 const SHORT: usize = 8;
 
-/// Bytes per second, picture by picture, the newest last.
+/// Samples in bytes per second, the newest last.
 #[derive(Debug, Default)]
 pub struct History {
     /// Of all flows, from clients to servers.
@@ -20,7 +20,6 @@ pub struct History {
 }
 
 impl History {
-    /// Takes a picture down.
     pub fn add(&mut self, flows: &Flows) {
         let (mut up, mut down) = (0.0, 0.0);
         let mut present = HashMap::with_capacity(flows.list.len());
@@ -36,7 +35,7 @@ impl History {
         push(&mut self.down, down, LONG);
     }
 
-    /// A flow's rates both ways as bars, against its own highest.
+    /// Returns the sum of a flow's rates as bars, relative to its maximum.
     pub fn bars(&self, flow: u64) -> String {
         const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
         let Some(history) = self.flows.get(&flow) else {

@@ -1,4 +1,4 @@
-//! `pepsal top`: the flows live, sorted, with small plots. [`view`] draws the [`app`], and what [`history`] remembers.
+//! `pepsal top`: a live, sorted list of flows with plots. [`view`] draws the [`app`] with its [`history`].
 
 mod app;
 mod history;
@@ -27,22 +27,22 @@ use crate::{
     observe::protocol::Sort,
 };
 
-/// How often, and how, it is shown.
+/// Options of `pepsal top`.
 #[derive(Debug, Clone, Args)]
 pub struct Arguments {
-    /// Time between two pictures, over which rates are measured
+    /// Refresh interval, over which rates are measured
     #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = interval)]
     interval: Duration,
 
-    /// What comes first: the flow that has most of this
+    /// Sort key, in descending order
     #[arg(long, value_name = "BY", default_value = "rate")]
     sort: Sort,
 
-    /// Print one picture as text and end
+    /// Print one screen as text and exit
     #[arg(long)]
     once: bool,
 
-    /// Size of that picture in characters
+    /// Size of that screen in characters
     #[arg(long, value_name = "WIDTHxHEIGHT", default_value = "120x30", value_parser = size, requires = "once")]
     size: (u16, u16),
 
@@ -67,10 +67,10 @@ fn size(text: &str) -> Result<(u16, u16), String> {
     Ok((side(width)?, side(height)?))
 }
 
-/// Shows them until `q` is pressed.
+/// Shows the flows until `q` is pressed.
 ///
 /// # Errors
-/// When there is no daemon, or no terminal.
+/// When no daemon replies, or without a terminal.
 pub fn run(arguments: &Arguments) -> Result<ExitCode> {
     let mut client = arguments.socket.connect()?;
     let mut app = App::new(arguments.sort);
@@ -83,8 +83,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let pictures = poll(arguments.clone(), client);
-    // It restores the terminal when this panics, too.
-    let mut terminal = ratatui::try_init().context("cannot take over the terminal")?;
+    // This also restores the terminal after a panic.
+    let mut terminal = ratatui::try_init().context("cannot set up the terminal")?;
     let watched = watch(&mut app, &mut terminal, &pictures);
     ratatui::restore();
     watched?;
@@ -102,7 +102,8 @@ fn text_of(backend: &TestBackend) -> String {
     .collect()
 }
 
-/// Asks on a thread of its own, so that keys are not kept waiting. A daemon that was started again is found again.
+/// Polls the daemon on a separate thread, so that keys are handled at once. Reconnects after a restart of the
+/// daemon.
 fn poll(arguments: Arguments, client: Client) -> Receiver<Result<Picture>> {
     let (send, pictures) = sync_channel(1);
     thread::spawn(move || {
@@ -130,12 +131,12 @@ fn poll(arguments: Arguments, client: Client) -> Receiver<Result<Picture>> {
     pictures
 }
 
-/// Shows pictures until the user has seen enough.
+/// Draws until the user quits.
 fn watch(app: &mut App, terminal: &mut DefaultTerminal, pictures: &Receiver<Result<Picture>>) -> Result<()> {
     loop {
         terminal.draw(|frame| view::draw(frame, app))?;
         if event::poll(Duration::from_millis(100))? {
-            // A change of size is drawn by the next round.
+            // The next iteration draws a new size.
             if let Event::Key(key) = event::read()?
                 && key.kind == KeyEventKind::Press
                 && app.is_last(key)
@@ -146,7 +147,7 @@ fn watch(app: &mut App, terminal: &mut DefaultTerminal, pictures: &Receiver<Resu
         match pictures.try_recv() {
             Ok(asked) => app.update(asked),
             Err(TryRecvError::Empty) => {}
-            Err(TryRecvError::Disconnected) => bail!("the daemon is not asked any more"),
+            Err(TryRecvError::Disconnected) => bail!("the thread that polls the daemon has ended"),
         }
     }
 }
@@ -179,11 +180,11 @@ mod tests {
     fn picture() -> Picture {
         Picture {
             status: serde_json::from_value(serde_json::json!({
-                "pepsal": "0.1.0", "pid": 7, "uptime_seconds": 61.0, "ready": true, "missing": [],
+                "version": "0.1.0", "pid": 7, "uptime_seconds": 61.0, "ready": true, "problems": [],
                 "port": 5000, "mark": "0x1/0x1", "devices": ["pepsal-c0", "pepsal-s0"], "interfaces": [],
                 "links": [{"interface": "sat0", "rtt_seconds": 0.6, "rate_bytes_per_second": 1000,
-                           "ceiling_bytes_per_second": 2000, "queueing_seconds": 0.0, "state": "holding",
-                           "used_bytes_per_second": 500.0, "congestion": "pepsal"}],
+                           "ceiling_bytes_per_second": 2000, "queueing_delay_seconds": 0.0, "state": "holding",
+                           "throughput_bytes_per_second": 500.0, "congestion": "pepsal"}],
                 "flows": {"open": 2, "pending": 0, "limit": 2112}, "bytes": {"up": 20, "down": 40},
                 "closed": {}, "events": {}, "packets": {}
             }))

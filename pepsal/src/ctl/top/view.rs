@@ -1,4 +1,4 @@
-//! The picture: a line about the daemon, rates of all flows, links, and as many flows as there is room for.
+//! The screen: a status line, plots of all flows, links, and the list of flows.
 
 use std::collections::VecDeque;
 
@@ -17,7 +17,6 @@ use crate::{
 
 const PLOT_HEIGHT: u16 = 5;
 
-/// Draws it.
 pub fn draw(frame: &mut Frame<'_>, app: &App) {
     let links = app
         .picture
@@ -56,7 +55,7 @@ fn headline(app: &App) -> Line<'static> {
     let Status { flows, .. } = &picture.status;
     let line = format!(
         "pepsal {}  up {}  {} of {} flows, {} pending  {} up, {} down",
-        picture.status.pepsal,
+        picture.status.version,
         text::age(picture.status.uptime_seconds),
         flows.open,
         flows.limit,
@@ -64,9 +63,9 @@ fn headline(app: &App) -> Line<'static> {
         text::bytes(picture.status.bytes.up),
         text::bytes(picture.status.bytes.down),
     );
-    match picture.status.missing.first() {
+    match picture.status.problems.first() {
         None => Line::from(line).bold(),
-        Some(missing) => Line::from(format!("{line}  MISSING: {missing}")).red().bold(),
+        Some(problem) => Line::from(format!("{line}  NOT READY: {problem}")).red().bold(),
     }
 }
 
@@ -93,11 +92,11 @@ fn plot(frame: &mut Frame<'_>, area: Rect, way: &str, history: &VecDeque<u64>, c
 
 fn share(frame: &mut Frame<'_>, area: Rect, link: &LinkStatus) {
     let rate = link.rate_bytes_per_second as f64;
-    let ratio = (link.used_bytes_per_second / rate.max(1.0)).clamp(0.0, 1.0);
+    let ratio = (link.throughput_bytes_per_second / rate.max(1.0)).clamp(0.0, 1.0);
     let label = format!(
         "{}: {} of {}, {:.0} %, {}",
         link.interface,
-        text::rate(link.used_bytes_per_second),
+        text::rate(link.throughput_bytes_per_second),
         text::rate(rate),
         ratio * 100.0,
         link.state.replace('_', " ")

@@ -1,9 +1,9 @@
-//! The filter of system calls (seccomp(2)): those below work, every other one is answered as if the kernel did not have it.
-//! A second filter, on top of the first once the programs are loaded, leaves out what loading them took.
+//! The system call filter (seccomp(2)): listed calls are allowed, all others fail with ENOSYS. A second
+//! filter, installed after the programs are loaded, refuses the calls for loading.
 //!
-//! `ENOSYS`, and neither `EPERM` nor death: libraries know what to do about a call that an older kernel lacks, so a C
-//! library with habits of its own costs nothing, and certainly not all users' connections. What an intruder would need
-//! (execution, other processes, mounts, modules, namespaces) is refused just the same.
+//! `ENOSYS`, and neither `EPERM` nor a kill: libraries handle a call that an older kernel lacks, so a C
+//! library with other habits causes no outage. The calls of an intruder (execution, other processes, mounts,
+//! modules, namespaces) are refused in the same way.
 
 use std::{collections::BTreeMap, env::consts::ARCH};
 
@@ -15,17 +15,17 @@ use seccompiler::{
 
 use crate::host::bpf::Command;
 
-/// What a filter is for.
+/// Phase of the daemon that a filter belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
-    /// Until the programs are loaded.
+    /// Before the programs are loaded.
     Loading,
-    /// From then on.
+    /// After the programs are loaded.
     Running,
 }
 
-/// What the daemon and its libraries use, measured over all end-to-end tests, and what their neighbours use instead in
-/// other versions of the C library.
+/// System calls of the daemon and its libraries, measured over all end-to-end tests, and their alternatives
+/// in other versions of the C library.
 const ALLOWED: &[libc::c_long] = &[
     // Sockets
     libc::SYS_accept4,
@@ -105,7 +105,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_mprotect,
     libc::SYS_mremap,
     libc::SYS_munmap,
-    // Threads, signals to itself and to the process of -M, and nobody else
+    // Threads, signals to itself and to the process of -M
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_getegid,
@@ -133,13 +133,13 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_tgkill,
     libc::SYS_uname,
-    // Time, where the vDSO does not answer
+    // Time, without vDSO
     libc::SYS_clock_getres,
     libc::SYS_clock_gettime,
     libc::SYS_gettimeofday,
 ];
 
-/// Older forms of the above, which newer architectures never had.
+/// Older forms of these calls, which newer architectures do not have.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_FORMS: &[libc::c_long] = &[
     libc::SYS_access,
@@ -162,7 +162,8 @@ const ALLOWED_FORMS: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_FORMS: &[libc::c_long] = &[];
 
-/// What is allowed besides until the programs are loaded: bpf(2) with every command, and the way to the second filter.
+/// Additional calls before the programs are loaded: bpf(2) with every command, and the calls that install the
+/// second filter.
 const LOADING: &[libc::c_long] = &[
     libc::SYS_bpf,
     libc::SYS_capget,
@@ -170,9 +171,9 @@ const LOADING: &[libc::c_long] = &[
     libc::SYS_seccomp,
 ];
 
-/// What is done with loaded programs: to use their maps, to attach them to interfaces that come and where they were
-/// detached, and to see whether they were. All but the list of an interface's programs goes by descriptors, and none makes
-/// one for a program or map that the daemon has not loaded.
+/// Commands of bpf(2) for loaded programs: use of their maps, attachment to interfaces, and queries of
+/// attachments. All except the list of an interface's programs need a descriptor, and none returns a
+/// descriptor of a program or map that the daemon has not loaded.
 const RUNNING: &[Command] = &[
     Command::MapLookupElem,
     Command::MapUpdateElem,
@@ -185,7 +186,7 @@ const RUNNING: &[Command] = &[
     Command::ObjGetInfoByFd,
 ];
 
-/// Installs the filter for this thread and those that it starts.
+/// Installs the filter for this thread and the threads that it starts.
 pub fn install(phase: Phase) -> Result<(), seccompiler::Error> {
     apply_filter(&program(phase)?)
 }
@@ -196,8 +197,8 @@ fn program(phase: Phase) -> Result<BpfProgram, seccompiler::Error> {
         .chain(ALLOWED_FORMS)
         .map(|number| (*number, Vec::new()))
         .collect();
-    // Threads, but no processes. The C library asks by clone3 first, whose flags lie in memory and cannot be judged, and
-    // comes back with clone when there is none.
+    // Threads, but no processes. The C library calls clone3 first, whose flags are in memory and cannot be
+    // filtered, and falls back to clone.
     let threads = libc::CLONE_THREAD as u64;
     let is_thread = SeccompCondition::new(
         0,
@@ -223,7 +224,7 @@ fn program(phase: Phase) -> Result<BpfProgram, seccompiler::Error> {
 }
 
 fn is_command(command: Command) -> Result<SeccompRule, seccompiler::Error> {
-    // The kernel takes an int.
+    // The kernel reads an int.
     let (length, command) = (SeccompCmpArgLen::Dword, command as u64);
     let is_command = SeccompCondition::new(0, length, SeccompCmpOp::Eq, command)?;
     Ok(SeccompRule::new(vec![is_command])?)
@@ -246,7 +247,7 @@ mod tests {
     use super::*;
     use crate::host::bpf::bpf;
 
-    /// Runs `work` behind both filters, on a thread that takes them with it when it ends.
+    /// Runs `work` with both filters, on a thread that ends after it.
     fn filtered<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         filtered_in(&[Phase::Loading, Phase::Running], work)
     }
@@ -281,9 +282,9 @@ mod tests {
         assert_eq!(unshared, Err(Errno::ENOSYS));
     }
 
-    /// The kernel's answer to a command without attributes: no command does anything with these.
+    /// Returns the kernel's error for a command with invalid attributes.
     fn answer(command: Command) -> Errno {
-        // SAFETY: nothing is pointed to, and there is no descriptor of this number.
+        // SAFETY: no pointer is valid, and no descriptor has this number.
         unsafe { bpf(command, &mut [u32::MAX; 32]) }.unwrap_err()
     }
 
@@ -318,7 +319,7 @@ mod tests {
             (
                 kill(Pid::this(), None),
                 process.and_then(|process| {
-                    // Nothing is done at this signal.
+                    // This signal has no effect.
                     pidfd_send_signal(process, Signal::CONT)
                 }),
             )

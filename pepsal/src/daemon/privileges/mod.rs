@@ -1,7 +1,7 @@
-//! What the daemon gives up before the first connection, in two steps: capabilities, the way back to them, and the system
-//! calls that it has no use for.
+//! Drops privileges before the first connection, in two steps: capabilities, the means to regain them, and
+//! unused system calls.
 //!
-//! [`drop`] leaves what loading eBPF programs takes, [`drop_loading`] what the daemon does from then on.
+//! [`drop`] keeps the privileges for loading eBPF programs, [`drop_loading`] those of the running daemon.
 
 use std::{io, sync::Once};
 
@@ -20,44 +20,46 @@ mod filter;
 
 use crate::daemon::privileges::filter::Phase;
 
-/// What is kept for as long as the daemon runs; [`crate::host::requirements`] refuses to start without. Linux 5.19 and newer
-/// want no more for the maps and links of programs that are loaded, whatever `kernel.unprivileged_bpf_disabled` is.
+/// Capabilities of the running daemon; [`crate::host::requirements`] refuses to start without them. Linux
+/// 5.19 and newer require no others for the maps and links of loaded programs, with any value of
+/// `kernel.unprivileged_bpf_disabled`.
 const KEPT: [Capability; 3] = [
     Capability::CAP_NET_ADMIN,
     Capability::CAP_NET_RAW,
     Capability::CAP_NET_BIND_SERVICE,
 ];
 
-/// What loading programs takes besides.
+/// Additional capabilities for loading programs.
 const LOADING: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_PERFMON];
 
-/// Becomes `user` with its groups; all capabilities stay until [`drop`].
+/// Changes to `user` and its groups; all capabilities stay until [`drop`].
 ///
 /// # Errors
-/// When there is no such user, or the kernel refuses.
+/// When the user does not exist, or the kernel refuses.
 pub fn become_user(user: &str) -> Result<()> {
     switch_to(user)?;
-    let permitted = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
-    caps::set(None, CapSet::Effective, &permitted).context("cannot use capabilities")
+    let permitted = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
+    caps::set(None, CapSet::Effective, &permitted).context("cannot set the effective capabilities")
 }
 
-/// Keeps the five capabilities with which eBPF programs are loaded, if they are there, gives up all others, for good, and
-/// has the kernel refuse system calls that the daemon does not make.
+/// Drops all capabilities except the five for loading eBPF programs, permanently, and installs the first
+/// system call filter.
 ///
-/// All of it belongs to the calling thread, and to those that it starts.
+/// Applies to the calling thread and to threads that it starts.
 ///
 /// # Errors
-/// When the kernel refuses something other than the filter, which is only warned about.
+/// When the kernel refuses a step, except the filter, which is logged as a warning.
 pub fn drop() -> Result<()> {
-    let held = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
+    let held = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
     let loading = loading(&held);
-    // Kernels before 5.11 count eBPF maps as locked memory. Where this is refused, what is allowed may still do.
+    // Kernels before 5.11 count eBPF maps as locked memory. If the kernel refuses, the present limit may
+    // suffice.
     let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
     if held.contains(&Capability::CAP_SETPCAP) {
-        let bounding = caps::read(None, CapSet::Bounding).context("cannot tell the capabilities")?;
+        let bounding = caps::read(None, CapSet::Bounding).context("cannot read the capabilities")?;
         for capability in bounding.difference(&KEPT.into()) {
             caps::drop(None, CapSet::Bounding, *capability)
-                .with_context(|| format!("cannot give up {capability}"))?;
+                .with_context(|| format!("cannot drop {capability} from the bounding set"))?;
         }
     }
     let none = CapsHashSet::new();
@@ -67,25 +69,25 @@ pub fn drop() -> Result<()> {
         (CapSet::Effective, &loading),
         (CapSet::Permitted, &loading),
     ] {
-        caps::set(None, set, capabilities).context("cannot give up capabilities")?;
+        caps::set(None, set, capabilities).context("cannot drop capabilities")?;
     }
-    prctl::set_no_new_privs().context("cannot give up what execution grants")?;
+    prctl::set_no_new_privs().context("cannot set no_new_privs")?;
     filter(Phase::Loading);
     Ok(())
 }
 
-/// Gives up what only loading programs takes, for good: all but three capabilities, and most commands of bpf(2). What the
-/// daemon needs of eBPF from then on goes by the descriptors that it has.
+/// Drops the privileges for loading programs, permanently: all capabilities except three, and most commands
+/// of bpf(2). From then on the daemon uses eBPF objects by its descriptors.
 ///
-/// All of it belongs to the calling thread, and to those that it starts.
+/// Applies to the calling thread and to threads that it starts.
 ///
 /// # Errors
-/// When the kernel refuses something other than the filter, which is only warned about.
-pub fn drop_loading() -> Result<()> {
-    let held = caps::read(None, CapSet::Permitted).context("cannot tell the capabilities")?;
+/// When the kernel refuses a step, except the filter, which is logged as a warning.
+pub(crate) fn drop_loading() -> Result<()> {
+    let held = caps::read(None, CapSet::Permitted).context("cannot read the capabilities")?;
     let kept = held.intersection(&KEPT.into()).copied().collect();
     for set in [CapSet::Effective, CapSet::Permitted] {
-        caps::set(None, set, &kept).context("cannot give up capabilities")?;
+        caps::set(None, set, &kept).context("cannot drop capabilities")?;
     }
     filter(Phase::Running);
     Ok(())
@@ -94,12 +96,13 @@ pub fn drop_loading() -> Result<()> {
 fn filter(phase: Phase) {
     static WARNED: Once = Once::new();
     if let Err(error) = filter::install(phase) {
-        // Every thread would say the same.
-        WARNED.call_once(|| warn!("no filter of system calls: {error}"));
+        // One warning for all threads.
+        WARNED.call_once(|| warn!("no system call filter: {error}"));
     }
 }
 
-/// `CAP_SYS_ADMIN` stays where it has to stand for what was split from it.
+/// Returns the capabilities for loading programs. `CAP_SYS_ADMIN` replaces those that were split from it if
+/// they are missing.
 fn loading(held: &CapsHashSet) -> CapsHashSet {
     let mut kept: CapsHashSet = KEPT
         .into_iter()
@@ -114,10 +117,10 @@ fn loading(held: &CapsHashSet) -> CapsHashSet {
     kept
 }
 
-/// Becomes a user with its groups; what is permitted stays so.
+/// Changes user and groups; the permitted capabilities stay.
 fn switch_to(name: &str) -> Result<()> {
-    let Some(user) = User::from_name(name).with_context(|| format!("cannot look user {name} up"))? else {
-        bail!("user {name}: there is none of that name: make one, or leave --user out");
+    let Some(user) = User::from_name(name).with_context(|| format!("cannot look up user {name}"))? else {
+        bail!("user {name}: there is no such user: create it, or leave --user out");
     };
     let terminated = std::ffi::CString::new(name).map_err(io::Error::from)?;
     prctl::set_keepcaps(true)

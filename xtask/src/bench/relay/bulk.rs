@@ -1,4 +1,4 @@
-//! One flow and sixteen that go as fast as they can.
+//! Bulk transfers of one flow and of sixteen.
 
 use std::{
     collections::BTreeMap,
@@ -17,13 +17,12 @@ use super::{
     rounds::Bench,
 };
 
-/// For one transfer: a hundred times what the slowest should take.
+/// Timeout of a transfer: a hundred times the slowest expected.
 const PATIENCE: Duration = Duration::from_secs(60);
 const SERVER_BUSY: &str = "server is busy";
 const RETRY_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Bulk {
-    /// What is measured.
     pub fn all() -> impl Iterator<Item = Self> {
         let bulks =
             |flows| [Way::Up, Way::Down].map(|way| Family::BOTH.map(|family| Self { flows, way, family }));
@@ -31,7 +30,7 @@ impl Bulk {
     }
 }
 
-/// Measures all of them. The lanes stay from the first round to the last: what is cold is slow.
+/// Measures all bulk transfers. The lanes are kept for all rounds, because new lanes are slower.
 pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     let mut lanes = BTreeMap::new();
     for contender in bench.contenders {
@@ -78,7 +77,7 @@ fn transfer(lane: &Lane<'_>, bulk: Bulk, bytes: u64) -> Result<Transferred> {
         let before = machine_use::busy()?;
         let output = lane.run_in_client("iperf3", &arguments, PATIENCE);
         let busy = machine_use::busy()?.saturating_sub(before);
-        // The server takes a moment to be done with the one before.
+        // The server needs a moment after the previous transfer.
         let said = output
             .as_ref()
             .map_or_else(|error| error.to_string(), Clone::clone);
@@ -94,7 +93,7 @@ fn transfer(lane: &Lane<'_>, bulk: Bulk, bytes: u64) -> Result<Transferred> {
     })
 }
 
-/// What iperf3 says with `-J`, as far as it matters.
+/// Used members of iperf3's `-J` output.
 #[derive(Deserialize)]
 struct Iperf {
     #[serde(default)]
@@ -114,7 +113,7 @@ struct Received {
 }
 
 fn received(output: &str) -> Result<Received> {
-    let iperf: Iperf = serde_json::from_str(output).context("iperf3 does not speak JSON")?;
+    let iperf: Iperf = serde_json::from_str(output).context("cannot parse the JSON of iperf3")?;
     if let Some(error) = iperf.error {
         bail!("iperf3: {error}");
     }
@@ -122,7 +121,7 @@ fn received(output: &str) -> Result<Received> {
         .end
         .sum_received
         .filter(|received| received.bytes > 0.0)
-        .context("iperf3 has received nothing")
+        .context("iperf3 received no data")
 }
 
 #[cfg(test)]

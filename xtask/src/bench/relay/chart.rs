@@ -1,4 +1,4 @@
-//! Rates, processor time and the cost of open flows as pictures.
+//! Charts of rates, CPU time and the cost of open flows.
 
 use std::{collections::BTreeSet, error::Error, path::Path};
 
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::bench::canvas::{self, COLOURS, FONT, Picture};
 
-/// Draws what there is, each as `.svg` and `.png`, and returns how many charts there are.
+/// Draws all charts with data, each as `.svg` and `.png`, and returns their number.
 ///
 /// # Errors
 /// When a file cannot be written.
@@ -79,7 +79,7 @@ pub fn draw(found: &Observations, folder: &Path) -> Result<usize> {
     Ok(count)
 }
 
-/// Medians of each contender, by what is measured.
+/// Medians of each contender, by quantity.
 type Group = (String, Vec<(Contender, f64)>);
 
 fn bars(found: &Observations, is_meant: impl Fn(&Metric) -> bool) -> Vec<Group> {
@@ -109,7 +109,7 @@ fn growth(found: &Observations, flows: impl Fn(Metric) -> Option<usize>) -> Vec<
 }
 
 fn colour(contender: Contender) -> RGBColor {
-    // Without an old build the others have the same colours as with one.
+    // The colours do not depend on the presence of an old build.
     COLOURS[match contender {
         Contender::Forwarding => 0,
         Contender::Pepsal => 1,
@@ -141,7 +141,7 @@ impl Picture for Bars<'_> {
             .y_label_area_size(64)
             .build_cartesian_2d(0.0..self.groups.len() as f64, 0.0..most * 1.25)?;
         let label = |x: &f64| {
-            // Labels stand where groups begin.
+            // Labels are at the start of groups.
             let group = self.groups.get(*x as usize).filter(|_| x.fract() == 0.0);
             group.map(|(name, _)| name.clone()).unwrap_or_default()
         };

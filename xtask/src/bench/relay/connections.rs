@@ -13,10 +13,10 @@ use super::{
     rounds::Bench,
 };
 
-/// Beyond the time that connections are opened.
+/// Additional time after the last connection is opened.
 const PATIENCE: Duration = Duration::from_secs(40);
 
-/// Measures them in both families.
+/// Measures connections of both address families.
 pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     let mut lanes = BTreeMap::new();
     for contender in bench.contenders {

@@ -1,24 +1,21 @@
-//! Who is compared.
+//! The compared setups of the gateway.
 
 use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-/// What is at the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Contender {
-    /// No proxy.
     Forwarding,
-    /// Another build of the daemon, to be compared with the one under test.
+    /// Another build of the daemon, for comparison.
     OldBuild,
-    /// The daemon under test.
     Pepsal,
-    /// HAProxy with splice and as transparent as pepsal, its connections steered by iptables TPROXY.
+    /// HAProxy with splice and with the client's address, steered by iptables TPROXY.
     Haproxy,
 }
 
 impl Contender {
-    /// All of them, in the order of columns.
+    /// All contenders, in the order of columns.
     pub const ALL: [Self; 4] = [Self::Forwarding, Self::OldBuild, Self::Pepsal, Self::Haproxy];
 }
 

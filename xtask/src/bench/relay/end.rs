@@ -1,8 +1,8 @@
-//! Client and server of the connections that are measured, each in a process of its own, so that each has its own limit of
+//! Client and server of the measured connections, each in a separate process with its own limit of
 //! descriptors.
 //!
-//! A request is a few lines, its answer a header and 1 KiB. The server closes first if the request says so, which keeps
-//! the client's ports free of TIME_WAIT.
+//! A request is a few lines, its response a header and 1 KiB. The server closes first if the request asks for
+//! it, which keeps the client's ports free of TIME_WAIT.
 
 use std::{
     io::stdin,
@@ -29,74 +29,68 @@ use tokio::{
 
 use crate::bench::statistic;
 
-/// Which end this process is.
+/// Role of this process.
 #[derive(Subcommand)]
 pub enum End {
-    /// Answers requests until its standard input ends.
+    /// Serves requests until its standard input ends.
     Server {
-        /// Where it listens.
+        /// Listen address.
         address: SocketAddr,
     },
-    /// Does what it is told, a JSON document a line, and answers likewise.
+    /// Executes commands from standard input, one JSON document per line, and replies in the same way.
     Client,
 }
 
-/// What a client is told.
+/// Commands to a client.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Order {
-    /// Open connections, [`CONCURRENCY`] at a time, for a request each.
+    /// Opens connections, [`CONCURRENCY`] at a time, with one request each.
     Connect {
-        /// Whereto.
+        /// Server address.
         server: SocketAddr,
-        /// For how long.
+        /// Duration.
         duration: Duration,
     },
-    /// Open so many connections for a request each, likewise.
+    /// Opens `count` connections with one request each.
     ConnectTimes {
-        /// Whereto.
+        /// Server address.
         server: SocketAddr,
-        /// How many.
         count: usize,
     },
-    /// Have so many connections open that have carried a request.
+    /// Keeps `flows` connections open, each after one request.
     Hold {
-        /// Whereto.
+        /// Server address.
         server: SocketAddr,
-        /// How many in all.
         flows: usize,
     },
-    /// Send so many requests in all over the open connections, [`CONCURRENCY`] at a time, taking turns.
-    Exchange {
-        /// How many.
-        count: usize,
-    },
-    /// Close all open connections.
+    /// Sends `count` requests over the open connections, [`CONCURRENCY`] at a time, in turn.
+    Exchange { count: usize },
+    /// Closes all open connections.
     Release,
 }
 
-/// What a client has to say.
+/// Reply of a client.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Answer {
-    /// Requests that were answered.
+    /// Completed requests.
     pub requests: usize,
-    /// From the first to the last of them.
+    /// Time from the first to the last of them.
     pub seconds: f64,
     /// Median and 99th percentile of the time from connect to the server's end of stream.
     pub p50_ms: f64,
-    /// See above.
+    /// 99th percentile of that time.
     pub p99_ms: f64,
     /// Open connections.
     pub held: usize,
-    /// The client's address of one of them.
+    /// Client address of one of them.
     pub local: Option<SocketAddr>,
-    /// What went wrong.
     pub error: Option<String>,
 }
 
-/// Connections at a time.
+/// Concurrent connections.
 pub const CONCURRENCY: usize = 64;
 
-/// For one request.
+/// Timeout of a request.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 const CLOSE: &[u8] = b"GET / HTTP/1.1\r\nHost: server\r\nConnection: close\r\n\r\n";
@@ -106,7 +100,7 @@ const BODY_BYTES: usize = 1024;
 const ANSWER_BYTES: usize = HEADER.len() + BODY_BYTES;
 
 impl End {
-    /// Is that end.
+    /// Runs this end.
     pub fn run(&self) -> Result<ExitCode> {
         let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
@@ -125,7 +119,7 @@ fn serve(runtime: &Runtime, address: SocketAddr) -> Result<()> {
         .block_on(TcpListener::bind(address))
         .with_context(|| format!("cannot listen on {address}"))?;
     runtime.spawn(async move {
-        // Accepting fails for connections that are gone, and when descriptors run out, which the client sees.
+        // Accept fails for closed connections, and without free descriptors, which the client detects.
         loop {
             if let Ok((stream, _)) = listener.accept().await {
                 tokio::spawn(answer(stream));
@@ -138,7 +132,7 @@ fn serve(runtime: &Runtime, address: SocketAddr) -> Result<()> {
     Ok(())
 }
 
-/// Answers the requests of a connection until either end closes it.
+/// Serves the requests of a connection until either end closes it.
 async fn answer(mut stream: TcpStream) -> Result<()> {
     let mut answer = [b'x'; ANSWER_BYTES];
     answer[..HEADER.len()].copy_from_slice(HEADER);

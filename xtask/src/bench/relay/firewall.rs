@@ -1,7 +1,7 @@
-//! A stateful firewall as gateways have it: some twenty rules with sets and counters, and a policy of dropping.
+//! A typical stateful firewall of a gateway: some twenty rules with sets and counters, and policy drop.
 //!
-//! It is the same for all contenders. A proxy that terminates connections in the host's namespace meets the rules of INPUT
-//! and OUTPUT, all others those of FORWARD.
+//! The firewall is the same for all contenders. Flows of a proxy in the host's namespace pass INPUT and
+//! OUTPUT, all others FORWARD.
 
 use std::time::Duration;
 
@@ -13,13 +13,12 @@ use crate::{shell, signals::Signals};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A port that nobody has.
 pub const FOREIGN_PORT: u16 = 40_001;
-/// Another one (RFC 863).
+/// The discard port (RFC 863).
 pub const DISCARD_PORT: u16 = 9;
 
-/// Loads the rules into a gateway. Connections to `ports` are allowed, and packets without a connection between
-/// [`FOREIGN_PORT`] and [`DISCARD_PORT`].
+/// Loads the rules into a gateway. They accept connections to `ports`, and packets without a connection
+/// between [`FOREIGN_PORT`] and [`DISCARD_PORT`].
 pub fn set_up(gateway: &Namespace, ports: &[u16], signals: &Signals) -> Result<()> {
     let program = shell::find("nft").context("no nft (Debian's package nftables)")?;
     let mut command = gateway.command(program);
@@ -34,8 +33,8 @@ fn ruleset(ports: &[u16]) -> String {
         "ct state invalid counter drop",
         "tcp dport @services ct state new counter accept",
     );
-    // A transparent proxy's two connections may have the same addresses and ports, and share a tracked entry, whose state
-    // is wrong for one of them.
+    // The two connections of a transparent proxy may have the same addresses and ports, and share a conntrack
+    // entry, whose state is wrong for one of them.
     let [input, output] = ["input", "output"].map(|hook| {
         let accepted = "tcp dport @services counter accept; tcp sport @services counter accept";
         chain(hook, "ct state invalid counter", accepted)
@@ -49,14 +48,15 @@ fn ruleset(ports: &[u16]) -> String {
     )
 }
 
-/// Documentation prefixes (RFC 5737, RFC 3849) stand for the networks that operators block.
+/// Documentation prefixes (RFC 5737, RFC 3849), in place of networks that operators block.
 const SETS: &str = "    set blocked4 { type ipv4_addr; flags interval; elements = { 192.0.2.0/24, 198.51.100.0/24, 203.0.113.0/24 }; }
     set blocked6 { type ipv6_addr; flags interval; elements = { 2001:db8::/32, 3fff::/20 }; }
     set blocked_ports { type inet_service; flags interval; elements = { 135-139, 445, 1900, 5353 }; }
     set management { type ipv4_addr; flags interval; elements = { 10.100.0.0/16, 10.101.0.0/24 }; }
 ";
 
-/// A base chain for a hook, with its rules for packets that conntrack calls invalid and for the benchmark's connections.
+/// Returns the base chain of a hook, with rules for invalid packets of conntrack and for the benchmark's
+/// connections.
 fn chain(hook: &str, invalid: &str, services: &str) -> String {
     format!(
         "    chain {hook} {{

@@ -1,7 +1,7 @@
-//! What open flows cost, from a hundred to as many as descriptors allow.
+//! Measures the cost of open flows, from a hundred to the limit of descriptors.
 //!
-//! Memory and descriptors are those of the flows that are added from one number to the next, so that what the first ones
-//! bring about, once and for all, is not counted as theirs.
+//! Memory and descriptors are those of the additional flows between two numbers, so that one-time costs do
+//! not count.
 
 use std::{thread, time::Duration};
 
@@ -10,12 +10,12 @@ use pepsal_tests::Family;
 
 use super::{contender::Contender, end::Order, lane::Lane, machine_use, observation::Metric, rounds::Bench};
 
-/// Nothing is on its way any more after this, and what is freed in the background has been.
+/// Time after which no packets are in flight, and deferred frees are done.
 const SETTLED: Duration = Duration::from_millis(250);
-/// For thousands of connections.
+/// Timeout for thousands of connections.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Measures every contender in a fresh lane each round: memory that was in use once is not all given back.
+/// Measures every contender in a new lane each round: the kernel does not return all memory that was in use.
 pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     bench.rounds("open flows", |bench, round, contender| {
         let mut lane = Lane::new(contender, bench.equipment)?;
@@ -41,19 +41,18 @@ pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
             let microseconds = exchange(&mut lane, bench.amounts.exchanges)?;
             bench.found.add(round, contender, metric, microseconds);
             thread::sleep(SETTLED);
-            // What the first requests have warmed up is none of the next flows'.
+            // Later requests must not benefit from the first ones.
             before = Some(Held::now(count, &lane)?);
         }
         Ok(())
     })
 }
 
-/// What is in use while so many flows are open.
+/// Resources in use with a number of open flows.
 struct Held {
     count: usize,
-    /// Bytes of the machine.
+    /// Of the machine, in bytes.
     memory: u64,
-    /// Of the proxy.
     descriptors: usize,
 }
 
@@ -71,7 +70,7 @@ impl Held {
     }
 }
 
-/// Microseconds of processor time for a request over the open flows.
+/// CPU time of a request over the open flows, in microseconds.
 fn exchange(lane: &mut Lane<'_>, count: usize) -> Result<f64> {
     let before = machine_use::busy()?;
     lane.order(&Order::Exchange { count }, PATIENCE)?;

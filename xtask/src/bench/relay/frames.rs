@@ -1,4 +1,4 @@
-//! Frames of every kind that meets the steering programs.
+//! Frames of every kind for the steering programs.
 
 use std::{
     fmt,
@@ -7,28 +7,26 @@ use std::{
 
 use pepsal_tests::Family;
 
-/// A kind of packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Packet {
     pub kind: Kind,
     pub family: Family,
 }
 
-/// What a packet is to the gateway.
+/// Kind of a packet, from the gateway's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
-    /// Opens a connection that is intercepted.
+    /// SYN of an intercepted connection.
     Syn,
-    /// Belongs to an intercepted connection.
+    /// Segment of an intercepted connection.
     Established,
-    /// Belongs to a connection that is none of the proxy's.
+    /// Segment of another connection.
     ForeignAck,
-    /// Is not TCP.
+    /// UDP.
     Udp,
 }
 
 impl Packet {
-    /// All kinds in both families.
     pub const ALL: [Self; 8] = {
         const fn packet(kind: Kind, family: Family) -> Packet {
             Packet { kind, family }
@@ -45,12 +43,12 @@ impl Packet {
         ]
     };
 
-    /// Whether it passes, and has to lose as little time as possible.
+    /// Returns whether the packet passes, with the least possible delay.
     pub fn is_foreign(self) -> bool {
         matches!(self.kind, Kind::ForeignAck | Kind::Udp)
     }
 
-    /// The frame, between these ends and to this link-layer address.
+    /// Returns the frame between these ends, to this link-layer address.
     pub fn frame(self, source: SocketAddr, destination: SocketAddr, to: [u8; 6]) -> Vec<u8> {
         const SYN: u8 = 0x02;
         const ACK: u8 = 0x10;
@@ -91,7 +89,7 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const HOP_LIMIT: u8 = 64;
 
-/// RFC 9293, 3.1, without options. Connection tracking looks at the checksum.
+/// Builds a TCP segment (RFC 9293, 3.1) without options. conntrack verifies its checksum.
 fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8) -> Vec<u8> {
     let mut header = [source.port().to_be_bytes(), destination.port().to_be_bytes()].concat();
     header.extend([0, 0, 0, 1, 0, 0, 0, 1, 5 << 4, flags, 0xff, 0xff, 0, 0, 0, 0]);
@@ -100,8 +98,8 @@ fn tcp(source: SocketAddr, destination: SocketAddr, flags: u8) -> Vec<u8> {
     header
 }
 
-/// Over the pseudo-header of RFC 9293, 3.1, or RFC 8200, 8.1, whose sums are the same, and a segment that is shorter than
-/// 64 KiB.
+/// Returns the checksum over the pseudo-header of RFC 9293, 3.1, or RFC 8200, 8.1, whose sums are equal, and
+/// a segment of less than 64 KiB.
 fn transport_checksum(source: IpAddr, destination: IpAddr, protocol: u8, segment: &[u8]) -> u16 {
     let octets = |address| match address {
         IpAddr::V4(address) => address.octets().to_vec(),
@@ -112,7 +110,7 @@ fn transport_checksum(source: IpAddr, destination: IpAddr, protocol: u8, segment
     internet_checksum(&[&pseudo_header, segment].concat())
 }
 
-/// RFC 768, with as much behind it as makes it as long as the above, and without a checksum.
+/// Builds a UDP datagram (RFC 768) of the length of the TCP segments, without checksum.
 fn udp(source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
     let mut datagram = [
         source.port().to_be_bytes(),
@@ -125,7 +123,7 @@ fn udp(source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
     datagram
 }
 
-/// RFC 791 or RFC 8200, without options.
+/// Adds an IP header (RFC 791 or RFC 8200) without options.
 ///
 /// # Panics
 /// When the families differ.
@@ -153,7 +151,7 @@ fn network_header(source: IpAddr, destination: IpAddr, protocol: u8, payload: u1
     }
 }
 
-/// RFC 1071.
+/// Returns the Internet checksum (RFC 1071).
 fn internet_checksum(bytes: &[u8]) -> u16 {
     let words = bytes
         .chunks(2)
@@ -171,7 +169,7 @@ mod tests {
 
     #[test]
     fn headers_check() {
-        // The example of Wikipedia's "Internet checksum", which many have computed.
+        // The example of Wikipedia's "Internet checksum".
         let header = [
             0x45, 0, 0, 0x73, 0, 0, 0x40, 0, 0x40, 0x11, 0, 0, 0xc0, 0xa8, 0, 1, 0xc0, 0xa8, 0, 0xc7,
         ];

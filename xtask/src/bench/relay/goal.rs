@@ -1,4 +1,4 @@
-//! What pepsal has to show between its two legs, and whether it does.
+//! Goals of pepsal without a link, and whether it meets them.
 
 use super::{
     contender::Contender::{self, Forwarding, Haproxy, Pepsal},
@@ -7,10 +7,10 @@ use super::{
 };
 use crate::bench::goal::{Goal, Verdict};
 
-/// What HAProxy 2.6 was found to take for an idle flow; counts where it is not measured.
+/// Memory of an idle flow of HAProxy 2.6, used if it is not measured.
 const HAPROXY_MEMORY_KB: f64 = 9.4;
 
-/// All goals, judged by medians, and where there are several figures, by the worst.
+/// Returns all goals, judged by medians, and by the worst of several figures.
 pub fn judge(found: &Observations) -> Vec<Goal> {
     vec![
         Goal::judged(
@@ -74,7 +74,7 @@ pub fn judge(found: &Observations) -> Vec<Goal> {
     ]
 }
 
-/// The least and the most of several figures, written with the unit behind each.
+/// Formats minimum and maximum with their unit.
 struct Span {
     least: f64,
     most: f64,
@@ -94,7 +94,7 @@ impl Span {
         })
     }
 
-    /// With so many digits, as one figure where both are the same.
+    /// Formats a range with a number of digits, as one figure if both are equal.
     fn shown(&self, digits: usize) -> String {
         let (least, most) = (
             format!("{:.digits$}", self.least),
@@ -142,7 +142,7 @@ fn connections(found: &Observations, than: Contender, least: f64) -> Option<Verd
     })
 }
 
-/// By family.
+/// By address family.
 fn connection_time(found: &Observations) -> Option<Verdict> {
     let metrics: Vec<_> = found
         .metrics()
@@ -184,7 +184,7 @@ fn descriptors(found: &Observations) -> Option<Verdict> {
     let span = Span::of(metrics.filter_map(|metric| found.median(metric, Pepsal)))?;
     Some(Verdict {
         measured: span.shown(2),
-        // A pipe or two may be open while they are counted.
+        // One or two pipes may be open during the count.
         met: span.most < 2.05,
     })
 }
@@ -197,7 +197,7 @@ fn memory_growth(found: &Observations) -> Option<Verdict> {
     growth(found, |metric| matches!(metric, Metric::Memory(..)))
 }
 
-/// How what pepsal costs beyond forwarding changes with the number of flows.
+/// Returns the goal for the change of pepsal's excess cost with the number of flows.
 fn growth(found: &Observations, is_meant: impl Fn(&Metric) -> bool) -> Option<Verdict> {
     let metrics: Vec<_> = found.metrics().into_iter().filter(is_meant).collect();
     let costs: Vec<_> = metrics
@@ -215,7 +215,7 @@ fn growth(found: &Observations, is_meant: impl Fn(&Metric) -> bool) -> Option<Ve
     })
 }
 
-/// The programs and packets that are meant, below a number of nanoseconds.
+/// Returns the goal for programs and packets below a number of nanoseconds.
 fn steering(
     found: &Observations,
     is_meant: impl Fn(Programs, Packet) -> bool,

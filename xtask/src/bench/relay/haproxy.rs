@@ -1,4 +1,4 @@
-//! HAProxy in pepsal's place: its configuration, and the netfilter rules that bring it connections.
+//! HAProxy as a contender: its configuration, and the netfilter rules that steer connections to it.
 
 use std::{
     fs,
@@ -14,22 +14,22 @@ use super::{process, process::Process};
 use crate::bench::machine;
 use crate::{shell, signals::Signals};
 
-/// What it needs, with the Debian packages.
+/// Required programs, with their Debian packages.
 pub const PROGRAMS: &[(&str, &str)] = &[("haproxy", "haproxy"), ("iptables", "iptables")];
 
 const PORT: u16 = 5001;
-/// Of the connections that are spliced at one time; pipes count against the descriptors.
+/// Maximum number of concurrently spliced connections; pipes count against the descriptors.
 const MOST_PIPES: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// A running HAProxy; dropping it ends it. Its rules go with its namespace.
+/// A running HAProxy; dropping it ends the process. Its rules end with its namespace.
 pub struct Haproxy {
     process: Process,
     configuration: PathBuf,
 }
 
 impl Haproxy {
-    /// Starts it in a gateway and waits until it listens.
+    /// Starts HAProxy in a gateway and waits until it listens.
     pub fn start(gateway: &Namespace, most_flows: usize, signals: &Signals) -> Result<Self> {
         steer(gateway, signals)?;
         let configuration =
@@ -61,7 +61,6 @@ impl Haproxy {
         Ok(haproxy)
     }
 
-    /// Its process id.
     pub fn pid(&self) -> u32 {
         self.process.id()
     }
@@ -69,18 +68,18 @@ impl Haproxy {
 
 impl Drop for Haproxy {
     fn drop(&mut self) {
-        // A file in the temporary folder harms nobody.
+        // A remaining temporary file is harmless.
         let _ = fs::remove_file(&self.configuration);
     }
 }
 
-/// The first line of `haproxy -v`.
+/// Returns the first line of `haproxy -v`.
 pub fn version() -> Result<String> {
     let text = shell::output(Command::new(shell::find("haproxy").context("no haproxy")?).arg("-v"))?;
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
-/// As transparent as pepsal: the client's address towards the server, the original destination for the connection.
+/// The configuration: the client's address towards the server, the original destination of the connection.
 fn configuration(threads: usize, most_flows: usize) -> String {
     format!(
         "\
@@ -110,13 +109,13 @@ listen v6
     )
 }
 
-/// The rules of HAProxy's own documentation, in both families: packets of its connections are marked, new connections of
-/// the client are handed to its listener, and what is marked is delivered locally.
+/// Sets the rules of HAProxy's documentation, in both address families: mark packets of its connections,
+/// redirect new connections of the client to its listener, and deliver marked packets locally.
 fn steer(gateway: &Namespace, signals: &Signals) -> Result<()> {
     gateway.ip("rule add fwmark 1 lookup 100
          route add local 0.0.0.0/0 dev lo table 100
          route add local ::/0 dev lo table 100")?;
-    // A rule without addresses has the family of the command line, not of its batch.
+    // A rule without addresses has the family of the command line, not of the batch.
     let mut rule = gateway.command("ip");
     let rule = rule.args("-6 rule add fwmark 1 lookup 100".split(' '));
     process::output(rule, PATIENCE, signals)?;

@@ -22,11 +22,10 @@ use super::{
 };
 use crate::{shell, signals::Signals};
 
-/// What all lanes have in common.
+/// Parameters of all lanes.
 pub struct Equipment<'a> {
-    /// The daemon's binary.
     pub daemon: PathBuf,
-    /// Another build of it, which is a contender of its own.
+    /// Another build of the daemon, as a separate contender.
     pub old_build: Option<PathBuf>,
     /// Whether every gateway has a firewall.
     pub firewall: bool,
@@ -34,24 +33,25 @@ pub struct Equipment<'a> {
     pub arguments: Vec<String>,
     /// Congestion control of ends and gateway.
     pub congestion: String,
-    /// What every proxy has to take.
+    /// Connection limit of every proxy.
     pub most_flows: usize,
     pub signals: &'a Signals,
 }
 
 const ALL_PORTS: &str = "1024 65535";
-/// With a firewall a transparent proxy must not use a port that the client uses at the same time: connection tracking has
-/// one entry for both connections and drops SYNs. Namespaces of one kernel choose the same ports more often than two hosts.
+/// With a firewall a transparent proxy must not use a port that the client uses at the same time: conntrack
+/// has one entry for both connections and drops SYNs. Namespaces of one kernel choose the same ports more
+/// often than two hosts.
 const PORT_HALVES: [&str; 2] = ["1024 32767", "32768 65535"];
-/// Flows that a half has ports for.
+/// Number of flows with ports of one half of the range.
 pub const MOST_FLOWS_WITH_FIREWALL: u64 = 30_000;
 const SERVER_PORT: u16 = 8080;
 const IPERF_PORT: u16 = 5201;
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Ready to be measured; dropping it takes everything down.
+/// A running lane; dropping it removes everything.
 ///
-/// To be dropped by the thread that made it: the processes end with that thread.
+/// The thread that created it has to drop it: the processes end with that thread.
 pub struct Lane<'a> {
     // Fields drop in order: processes end before their namespaces.
     proxy: Proxy,
@@ -68,7 +68,7 @@ enum Proxy {
 }
 
 impl<'a> Lane<'a> {
-    /// Lays it out and starts what belongs to it.
+    /// Creates the topology and starts the processes.
     pub fn new(contender: Contender, equipment: &Equipment<'a>) -> Result<Self> {
         let topology = Topology::new()?;
         for namespace in [&topology.client, &topology.gateway, &topology.server] {
@@ -109,12 +109,11 @@ impl<'a> Lane<'a> {
         })
     }
 
-    /// Lets the client do something that takes no longer than `limit`.
+    /// Sends a command to the client, with a timeout of `limit`.
     pub fn order(&mut self, order: &Order, limit: Duration) -> Result<Answer> {
         self.client.order(order, limit)
     }
 
-    /// Where requests are answered.
     pub fn server(&self, family: Family) -> SocketAddr {
         SocketAddr::new(family.server(), SERVER_PORT)
     }
@@ -125,12 +124,11 @@ impl<'a> Lane<'a> {
         process::output(command.args(arguments), limit, self.signals)
     }
 
-    /// The namespaces.
     pub fn topology(&self) -> &Topology {
         &self.topology
     }
 
-    /// The process of the proxy, where there is one.
+    /// Returns the process of the proxy, if there is one.
     pub fn proxy_pid(&self) -> Option<u32> {
         match &self.proxy {
             Proxy::None => None,
@@ -145,7 +143,7 @@ impl Drop for Proxy {
         if let Self::Pepsal(daemon) = self
             && let Some(daemon) = daemon.take()
         {
-            // So that it takes its control group with it. It is killed when it does not.
+            // A signal first, so that the daemon removes its control group; a kill follows after a timeout.
             let _ = daemon.terminate();
         }
     }
@@ -199,7 +197,6 @@ fn listening(
     Ok(server)
 }
 
-/// The client's process.
 struct Client<'a> {
     process: Process,
     orders: ChildStdin,

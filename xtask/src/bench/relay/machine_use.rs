@@ -1,10 +1,10 @@
-//! What the whole machine spends: processor time and memory.
+//! Resource usage of the machine: CPU time and memory.
 
 use std::{fs, time::Duration};
 
 use anyhow::{Context as _, Result};
 
-/// Processor time that all processors together have been busy since the machine started, whatever with.
+/// Returns the busy time of all CPUs since boot.
 ///
 /// # Errors
 /// When `/proc/stat` cannot be read.
@@ -15,23 +15,23 @@ pub fn busy() -> Result<Duration> {
     Ok(Duration::from_secs_f64(ticks as f64 / ticks_per_second as f64))
 }
 
-/// Bytes that are in use and could not be had back: not the page cache, nor the caches that the kernel would shrink, nor
-/// the free pages that each processor keeps at hand, which no longer count as free and may be a gigabyte.
+/// Returns the used memory in bytes, without page cache, reclaimable caches, and the free pages of the
+/// per-CPU lists, which do not count as free and may be a gigabyte.
 ///
 /// # Errors
 /// When `/proc/meminfo` or `/proc/zoneinfo` cannot be read.
 pub fn memory() -> Result<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let used = used_bytes(&meminfo).context("/proc/meminfo lacks what memory use is made of")?;
+    let used = used_bytes(&meminfo).context("fields are missing in /proc/meminfo")?;
     let zoneinfo = fs::read_to_string("/proc/zoneinfo").context("cannot read /proc/zoneinfo")?;
     let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096);
     Ok(used.saturating_sub(pages_at_hand(&zoneinfo) * page as u64))
 }
 
-/// How many descriptors a process has open.
+/// Returns the number of open descriptors of a process.
 ///
 /// # Errors
-/// When it has ended.
+/// When the process has ended.
 pub fn descriptors(process: u32) -> Result<usize> {
     let folder = format!("/proc/{process}/fd");
     Ok(fs::read_dir(&folder)
@@ -63,7 +63,7 @@ fn used_bytes(meminfo: &str) -> Option<u64> {
     Some(kib("MemTotal")?.checked_sub(had_back)? * 1024)
 }
 
-/// Free pages in the lists of each processor.
+/// Returns the free pages of the per-CPU lists.
 fn pages_at_hand(zoneinfo: &str) -> u64 {
     zoneinfo
         .lines()

@@ -1,4 +1,4 @@
-//! What has been measured.
+//! Samples and their statistics.
 
 use std::fmt;
 
@@ -8,54 +8,51 @@ use serde::{Serialize, Serializer};
 use super::{contender::Contender, frames::Packet};
 use crate::bench::{statistic, study::RoundRatios};
 
-/// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Metric {
     /// Gbit/s of payload.
     Rate(Bulk),
-    /// The machine's processor seconds for 10⁹ bytes of payload.
+    /// CPU seconds of the machine per 10⁹ bytes of payload.
     Processor(Bulk),
     /// New connections per second.
     Connections(Family),
-    /// Percentile, in milliseconds, of the time that such a connection takes from connect to end of stream.
+    /// Percentile of the time from connect to end of stream of such a connection, in milliseconds.
     ConnectionTime(Family, u8),
-    /// The machine's processor time for such a connection, in microseconds.
+    /// CPU time of the machine per such connection, in microseconds.
     ConnectionProcessor(Family),
-    /// The machine's memory for each of the flows past the first of these numbers, up to the second, in kB.
+    /// Memory of the machine per additional flow between these numbers of flows, in kB.
     Memory(usize, usize),
-    /// Descriptors of the proxy for each of them.
+    /// Descriptors of the proxy per additional flow.
     Descriptors(usize, usize),
-    /// The machine's processor time for a request over one of so many open flows, in microseconds.
+    /// CPU time of the machine per request with this number of open flows, in microseconds.
     Exchange(usize),
-    /// Nanoseconds that the steering programs take for a packet.
+    /// Time of the steering programs per packet, in nanoseconds.
     Steering(Programs, Packet),
-    /// Nanoseconds that the gateway takes for a packet that it forwards, all in all.
+    /// Total time of the gateway per forwarded packet, in nanoseconds.
     Passing(Packet),
-    /// System calls of the proxy for a connection with one request.
+    /// System calls of the proxy per connection with one request.
     Syscalls,
 }
 
-/// The programs that a packet meets on its way through the gateway.
+/// Programs on the path of a packet through the gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Programs {
-    /// The one on ingress of the interface that it comes in by.
+    /// The ingress program of its input interface.
     Ingress,
-    /// The one on egress of the interface that it leaves by.
+    /// The egress program of its output interface.
     Egress,
-    /// The sum of both, for a packet that is forwarded.
+    /// The sum of both, for a forwarded packet.
     Both,
 }
 
-/// A bulk transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bulk {
-    /// Flows at once.
+    /// Concurrent flows.
     pub flows: u32,
     pub way: Way,
     pub family: Family,
 }
 
-/// A direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Way {
     /// From the client.
@@ -65,7 +62,7 @@ pub enum Way {
 }
 
 impl Metric {
-    /// What its values are counted in.
+    /// Returns the unit of the values.
     pub fn unit(self) -> &'static str {
         match self {
             Self::Rate(_) => "Gbit/s",
@@ -132,25 +129,23 @@ impl fmt::Display for Bulk {
     }
 }
 
-/// One sample.
 #[derive(Clone, Debug, Serialize)]
 pub struct Observation {
     pub metric: Metric,
     pub contender: Contender,
     pub round: u32,
-    /// In the metric's unit.
+    /// Value in the unit of the metric.
     pub value: f64,
 }
 
-/// All samples.
 #[derive(Default, Serialize)]
 pub struct Observations {
     pub samples: Vec<Observation>,
-    /// Calls of each kind for a connection, most frequent first, by contender.
+    /// Calls per connection by name, most frequent first, for each contender.
     pub syscalls: Vec<(Contender, Vec<(String, f64)>)>,
 }
 
-/// The samples of one metric with one contender.
+/// Samples of a metric for a contender.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Summary {
     pub metric: Metric,
@@ -162,11 +157,11 @@ pub struct Summary {
     pub samples: usize,
 }
 
-/// The two builds of pepsal in one metric.
+/// Comparison of two builds of pepsal in a metric.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     pub metric: Metric,
-    /// The new build's values over the old build's.
+    /// Ratios of the new build's values to the old build's.
     #[serde(flatten)]
     pub ratios: RoundRatios,
 }
@@ -182,7 +177,6 @@ impl Observations {
         });
     }
 
-    /// What has been measured, sorted.
     pub fn metrics(&self) -> Vec<Metric> {
         let mut metrics: Vec<_> = self.samples.iter().map(|sample| sample.metric).collect();
         metrics.sort();
@@ -190,7 +184,6 @@ impl Observations {
         metrics
     }
 
-    /// All summaries, sorted.
     pub fn summaries(&self) -> Vec<Summary> {
         self.metrics()
             .into_iter()
@@ -199,7 +192,7 @@ impl Observations {
             .collect()
     }
 
-    /// The figures of one metric with one contender, if there are any.
+    /// Returns the statistics of a metric for a contender, if measured.
     pub fn summary(&self, metric: Metric, contender: Contender) -> Option<Summary> {
         let is_meant = |sample: &&Observation| sample.metric == metric && sample.contender == contender;
         let values: Vec<_> = self
@@ -219,18 +212,18 @@ impl Observations {
         })
     }
 
-    /// The median of one metric with one contender.
+    /// Returns the median of a metric for a contender.
     pub fn median(&self, metric: Metric, contender: Contender) -> Option<f64> {
         self.summary(metric, contender).map(|summary| summary.median)
     }
 
-    /// pepsal's median over another's.
+    /// Returns the ratio of pepsal's median to another's.
     pub fn ratio(&self, metric: Metric, to: Contender) -> Option<f64> {
         let other = self.median(metric, to).filter(|median| *median != 0.0)?;
         Some(self.median(metric, Contender::Pepsal)? / other)
     }
 
-    /// What the new build has over the old one in each metric that both were measured in.
+    /// Returns the comparisons of both builds in all metrics that have both.
     pub fn comparisons(&self) -> Vec<Comparison> {
         let comparison = |metric| {
             Some(Comparison {
@@ -241,7 +234,6 @@ impl Observations {
         self.metrics().into_iter().filter_map(comparison).collect()
     }
 
-    /// The same in one metric.
     pub fn round_ratios(&self, metric: Metric) -> Option<RoundRatios> {
         let samples = |contender| {
             let is_meant =
@@ -254,7 +246,7 @@ impl Observations {
         }))
     }
 
-    /// What a contender costs beyond forwarding.
+    /// Returns the excess of a contender over forwarding.
     pub fn above_forwarding(&self, metric: Metric, contender: Contender) -> Option<f64> {
         Some(self.median(metric, contender)? - self.median(metric, Contender::Forwarding)?)
     }

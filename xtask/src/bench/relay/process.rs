@@ -1,4 +1,4 @@
-//! Child processes that cannot outlast their time.
+//! Child processes with timeouts.
 
 use std::{
     io::Read as _,
@@ -12,14 +12,13 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{shell, signals::Signals};
 
-/// Between two looks at what is waited for.
+/// Interval of checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A running process, killed when it is dropped.
 pub struct Process(Child);
 
 impl Process {
-    /// Starts it.
     pub fn start(command: &mut Command) -> Result<Self> {
         let child = command
             .spawn()
@@ -27,17 +26,14 @@ impl Process {
         Ok(Self(child))
     }
 
-    /// Its process id.
     pub fn id(&self) -> u32 {
         self.0.id()
     }
 
-    /// The process itself.
     pub fn child(&mut self) -> &mut Child {
         &mut self.0
     }
 
-    /// Whether it has ended.
     pub fn has_ended(&mut self) -> bool {
         !matches!(self.0.try_wait(), Ok(None))
     }
@@ -45,16 +41,16 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Both fail only for a child that has been waited for already.
+        // Both fail only for a child that has been waited for.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Runs a command to its end and returns what it wrote to standard output.
+/// Runs a command and returns its standard output.
 ///
 /// # Errors
-/// When it fails, takes longer than `limit`, or a signal comes.
+/// When it fails, takes longer than `limit`, or a signal arrives.
 pub fn output(command: &mut Command, limit: Duration, signals: &Signals) -> Result<String> {
     let line = shell::line(command);
     command
@@ -80,7 +76,7 @@ pub fn output(command: &mut Command, limit: Duration, signals: &Signals) -> Resu
         let result = stdout
             .read_to_string(&mut out)
             .and_then(|_| stderr.read_to_string(&mut err));
-        // Nobody waits for it after the limit.
+        // The receiver is gone after the limit.
         let _ = sender.send(result.map(|_| (out, err)));
     });
     let (out, err) = receive(&read, limit, signals)
@@ -99,26 +95,26 @@ pub fn output(command: &mut Command, limit: Duration, signals: &Signals) -> Resu
 /// Waits for a message.
 ///
 /// # Errors
-/// When none comes within `limit`, a signal comes first, or nobody can send one any more.
+/// When none arrives within `limit`, a signal arrives first, or all senders are gone.
 pub fn receive<T>(channel: &mpsc::Receiver<T>, limit: Duration, signals: &Signals) -> Result<T> {
     let deadline = Instant::now() + limit;
     loop {
         match channel.recv_timeout(POLL_INTERVAL * 10) {
             Ok(message) => return Ok(message),
-            Err(RecvTimeoutError::Disconnected) => bail!("ended without an answer"),
+            Err(RecvTimeoutError::Disconnected) => bail!("ended without a reply"),
             Err(RecvTimeoutError::Timeout) if signals.is_pending() => bail!("interrupted"),
             Err(RecvTimeoutError::Timeout) if Instant::now() >= deadline => {
-                bail!("no answer after {limit:?}")
+                bail!("no reply after {limit:?}")
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
     }
 }
 
-/// Waits until something is so.
+/// Waits until a condition is true.
 ///
 /// # Errors
-/// When it is not within `limit`, or a signal comes first.
+/// When it is false after `limit`, or a signal arrives first.
 pub fn wait_until(
     what: &str,
     limit: Duration,

@@ -1,4 +1,4 @@
-//! Results as tables for people, and as JSON for programs.
+//! Formats results as tables, and as JSON.
 
 use std::path::Path;
 
@@ -23,25 +23,23 @@ use crate::{
     },
 };
 
-/// What a run was.
 #[derive(Clone, Debug, Serialize)]
 pub struct Run {
     #[serde(flatten)]
     pub machine: Machine,
-    /// What daemon and HAProxy say of themselves.
+    /// Versions of daemon and HAProxy.
     pub versions: Vec<String>,
-    /// Why HAProxy is left out, if it is.
+    /// Reason for missing results of HAProxy.
     pub absent: Option<String>,
     /// Whether every gateway had a stateful firewall.
     pub firewall: bool,
     /// Further arguments of the daemon.
     pub daemon_arguments: Vec<String>,
-    /// Congestion control of ends and gateway, but where a proxy chooses its own.
+    /// Congestion control of ends and gateway, unless a proxy sets its own.
     pub congestion: String,
     pub rounds: u32,
     /// Payload of each bulk transfer.
     pub bulk_bytes: u64,
-    /// What it took.
     pub minutes: f64,
 }
 
@@ -57,7 +55,7 @@ const HEADINGS: [&str; 9] = [
     "/ HAProxy",
 ];
 const ALIGNMENT: [Align; 9] = [Left, Left, Right, Right, Right, Right, Right, Right, Right];
-/// The columns that are there without an old build, without HAProxy, and without both.
+/// The columns without an old build, without HAProxy, and without both.
 const WITHOUT_OLD_BUILD: [usize; 7] = [0, 1, 2, 4, 5, 6, 8];
 const WITHOUT_HAPROXY: [usize; 7] = [0, 1, 2, 3, 4, 6, 7];
 const WITHOUT_BOTH: [usize; 5] = [0, 1, 2, 4, 6];
@@ -146,7 +144,8 @@ old build's the median of the ratios of each round. Processor time and memory ar
 }
 
 impl Observations {
-    /// A metric's row, and another one for what the proxies add to forwarding where it is that which counts.
+    /// Returns the row of a metric, and a second one for the excess over forwarding of metrics that are
+    /// compared by it.
     fn rows(&self, metric: Metric) -> Vec<[String; 9]> {
         let cell = |contender| self.summary(metric, contender).map(spread).unwrap_or_default();
         let ratio = |to| {

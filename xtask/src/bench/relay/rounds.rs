@@ -1,4 +1,4 @@
-//! What all measurements share, and how contenders take turns.
+//! The common part of all measurements, and the order of contenders.
 
 use std::time::Duration;
 
@@ -7,24 +7,21 @@ use anyhow::{Context as _, Result};
 use super::{contender::Contender, lane::Equipment, observation::Observations};
 use crate::progress::Progress;
 
-/// How much is measured.
 pub struct Amounts {
     pub rounds: u32,
     /// Payload of a bulk transfer.
     pub bulk_bytes: u64,
-    /// How long connections are opened.
     pub connections: Duration,
-    /// Numbers of open flows; the last is the most that descriptors allow.
+    /// Numbers of open flows; the last is the maximum that descriptors allow.
     pub flows: Vec<usize>,
     /// Requests over the open flows.
     pub exchanges: usize,
-    /// How often a program runs on a packet.
+    /// Runs of a program on a packet.
     pub packets: u32,
-    /// How many frames are sent through a gateway.
+    /// Frames sent through a gateway.
     pub frames: u32,
 }
 
-/// What all measurements share.
 pub struct Bench<'a> {
     pub contenders: &'a [Contender],
     pub amounts: &'a Amounts,
@@ -34,7 +31,7 @@ pub struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Measures all contenders in every round, each time beginning with another one.
+    /// Measures all contenders in every round, starting with a different one in each.
     pub fn rounds(
         &mut self,
         what: &str,

@@ -1,12 +1,13 @@
-//! Cost of steering for each packet.
+//! Measures the cost of steering per packet.
 //!
-//! The time of pepsal's programs is measured on the programs that the daemon has loaded, with its maps, flows, listeners and
-//! the namespaces of its legs, as the kernel runs them over and over on one packet (`BPF_PROG_TEST_RUN`). A packet that is
-//! forwarded meets two of them, one on ingress and one on egress.
+//! The kernel runs the loaded programs of the daemon, with its maps, flows, listeners and namespaces,
+//! repeatedly on one packet (`BPF_PROG_TEST_RUN`). A forwarded packet passes two of them, one on ingress and
+//! one on egress.
 //!
-//! Netfilter's rules cannot be run that way. So packets that pass are sent through the gateway as well, and the time that
-//! each takes, all in all, is compared: veth hands a frame on to the end of its way before the next is sent. They come
-//! from the server's side, where TPROXY's rules look for a socket; from the client's they would take any segment of TCP.
+//! Netfilter's rules cannot be run in this way. So passing packets are also sent through the gateway, and
+//! their total times compared: veth delivers a frame before the next one is sent. The packets arrive on the
+//! server's side, where TPROXY's rules look for a socket; on the client's side they would match any TCP
+//! segment.
 
 use std::{
     collections::BTreeMap,
@@ -39,14 +40,14 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const SK_BUFF_LEN: usize = 192;
 /// `TC_ACT_REDIRECT`: the packet is given to a leg's namespace.
 const REDIRECT: u32 = 7;
-/// Unused subnets behind client and server, which both throw away what is for them.
+/// Unused addresses behind client and server, which drop packets to them.
 const BEHIND_CLIENT: [&str; 2] = ["10.8.0.1", "fd08::1"];
 const BEHIND_SERVER: [&str; 2] = ["10.9.0.1", "fd09::1"];
-/// Packets are sent in as many turns, each contender in each, for the least of the turns: whatever else the machine does
-/// adds to the others.
+/// Turns in which all contenders send packets; the result is the minimum, without the other load of the
+/// machine.
 const TURNS: u32 = 10;
 
-/// Measures both.
+/// Measures programs and gateways.
 pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     let mut lanes = BTreeMap::new();
     let mut builds = Vec::new();
@@ -106,7 +107,7 @@ fn programs(
     Ok(())
 }
 
-/// Client and server of a packet that belongs to no connection.
+/// Returns client and server of a packet without a connection.
 fn foreign_ends(family: Family) -> (SocketAddr, SocketAddr) {
     (
         SocketAddr::new(family.client(), FOREIGN_PORT),
@@ -138,8 +139,8 @@ impl Steering {
         })
     }
 
-    /// Returns the nanoseconds of each program that looks at a packet between client and server. To be called in the
-    /// gateway's namespace.
+    /// Returns the time of each program for a packet between client and server, in nanoseconds. The caller
+    /// has to be in the gateway's namespace.
     fn times(
         &self,
         packet: Packet,
@@ -154,9 +155,9 @@ impl Steering {
         let ingress = up.time(&self.ingress, packet, repeat)?;
         let mut times = vec![(Programs::Ingress, ingress)];
         let on_egress = match packet.kind {
-            // Client legs take it on ingress, and server legs send another.
+            // The client leg receives it on ingress, and the server leg sends another one.
             Kind::Syn => None,
-            // Server legs receive the server's.
+            // The server leg receives the server's segments.
             Kind::Established => Some(Passage {
                 frame: packet.frame(server, client, self.address),
                 from: self.sat0,
@@ -176,7 +177,6 @@ impl Steering {
     }
 }
 
-/// A frame at an interface.
 struct Passage {
     frame: Vec<u8>,
     /// Index of the interface that it came in by.
@@ -186,10 +186,10 @@ struct Passage {
 }
 
 impl Passage {
-    /// Returns the nanoseconds of each run of a program.
+    /// Returns the mean time of a run of a program, in nanoseconds.
     ///
     /// # Errors
-    /// When the program does not decide about the packet as its kind asks for.
+    /// When the program's verdict is not that of the packet's kind.
     fn time(&self, program: &SchedClassifier, packet: Packet, repeat: u32) -> Result<f64> {
         let mut context = [0; SK_BUFF_LEN];
         context[36..40].copy_from_slice(&self.from.to_ne_bytes());
@@ -220,10 +220,10 @@ impl Passage {
     }
 }
 
-/// The program of pepsal's on a hook of an interface of this namespace, if there is one.
+/// Returns pepsal's program on a hook of an interface of this namespace, if there is one.
 fn program(interface: &str, hook: TcAttachType) -> Result<Option<SchedClassifier>> {
     let (_, attached) = SchedClassifier::query_tcx(interface, hook)
-        .with_context(|| format!("cannot tell the programs on {interface}, which takes Linux 6.6"))?;
+        .with_context(|| format!("cannot list the programs on {interface}, which needs Linux 6.6"))?;
     let is_ours = |info: &ProgramInfo| info.name_as_str().is_some_and(|name| name.starts_with("pepsal_"));
     let info = attached.into_iter().find(is_ours);
     Ok(info
@@ -285,7 +285,7 @@ fn send_all(socket: &OwnedFd, frame: &[u8], count: u32) -> Result<f64> {
     Ok(start.elapsed().as_nanos() as f64 / f64::from(count))
 }
 
-/// A socket that sends frames through a device of this namespace.
+/// Returns a socket that sends frames through a device of this namespace.
 fn packet_socket(device: &str) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let socket = socket(AddressFamily::Packet, SockType::Raw, flags, None::<SockProtocol>)?;
@@ -297,7 +297,7 @@ fn packet_socket(device: &str) -> Result<OwnedFd> {
     Ok(socket)
 }
 
-/// The link-layer address of a device of this namespace.
+/// Returns the link-layer address of a device of this namespace.
 fn link_address(device: &str) -> Result<[u8; 6]> {
     getifaddrs()?
         .filter(|interface| interface.interface_name == device)

@@ -1,4 +1,4 @@
-//! How often a proxy asks the kernel for something, for each connection.
+//! Counts the system calls of a proxy per connection.
 
 use std::{
     fs,
@@ -27,10 +27,10 @@ use crate::{setup, shell};
 
 const CONNECTIONS: usize = 2000;
 const PATIENCE: Duration = Duration::from_secs(60);
-/// What belongs to the last connections happens within this.
+/// Time after which the calls of the last connections are done.
 const SETTLED: Duration = Duration::from_millis(500);
 
-/// Counts them.
+/// Counts the system calls of all contenders.
 pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     setup::offer(&[("strace", "strace")]).context("--syscalls needs strace")?;
     for contender in bench.contenders {
@@ -40,7 +40,7 @@ pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
         bench.progress.show(|| format!("system calls: {contender}"));
         let mut lane = Lane::new(*contender, bench.equipment)?;
         let server = lane.server(Family::V4);
-        // What is opened once is open then.
+        // Opens one-time resources first.
         let order = |count| Order::ConnectTimes { server, count };
         lane.order(&order(200), PATIENCE)?;
         let pid = lane.proxy_pid().context("the proxy runs")?;
@@ -60,7 +60,7 @@ pub fn measure(bench: &mut Bench<'_>) -> Result<()> {
     Ok(())
 }
 
-/// What strace says of a process while something is done.
+/// Returns strace's summary of a process during an operation.
 fn traced(
     bench: &Bench<'_>,
     mut command: Command,
@@ -108,7 +108,7 @@ fn all_threads_traced(pid: u32) -> bool {
     })
 }
 
-/// Calls of each kind for each connection, most frequent first; less than a hundredth is none of a connection's.
+/// Returns the calls per connection by name, most frequent first, without those below a hundredth.
 fn per_connection(summary: &str) -> Result<Vec<(String, f64)>> {
     let calls = calls(summary);
     if calls.is_empty() {
@@ -122,7 +122,7 @@ fn per_connection(summary: &str) -> Result<Vec<(String, f64)>> {
     Ok(each)
 }
 
-/// Lines of `% time, seconds, usecs/call, calls, errors (or nothing), syscall`.
+/// Parses lines of `% time, seconds, usecs/call, calls, errors (or nothing), syscall`.
 fn calls(summary: &str) -> Vec<(String, u64)> {
     let call = |line: &str| {
         let words: Vec<_> = line.split_whitespace().collect();

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 pub struct Estimate {
     rate_bytes_per_second: f64,
     ceiling_bytes_per_second: Option<f64>,
-    queueing_seconds: Option<f64>,
+    queueing_delay_seconds: Option<f64>,
     state: Option<String>,
 }
 
@@ -74,10 +74,10 @@ mod tests {
         let reply = |link: &str| format!(r#"{{"version":1,"status":{{"pid":1,"links":[{link}]}}}}"#);
         let old = parse(&reply(r#"{"interface":"sat1","rate_bytes_per_second":6250000}"#)).unwrap();
         assert_eq!((old.rate_mbit(), old.state), (50.0, None));
-        let new = r#"{"rate_bytes_per_second":1,"ceiling_bytes_per_second":2,"queueing_seconds":0.5,"state":"growing"}"#;
+        let new = r#"{"rate_bytes_per_second":1,"ceiling_bytes_per_second":2,"queueing_delay_seconds":0.5,"state":"growing"}"#;
         let new = parse(&reply(new)).unwrap();
         assert_eq!(
-            (new.ceiling_bytes_per_second, new.queueing_seconds),
+            (new.ceiling_bytes_per_second, new.queueing_delay_seconds),
             (Some(2.0), Some(0.5))
         );
         assert_eq!(new.state.as_deref(), Some("growing"));
