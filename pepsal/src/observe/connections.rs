@@ -67,8 +67,12 @@ where
             Ok(stream) => {
                 while visits.try_join_next().is_some() {}
                 present.retain(|visit| !visit.is_finished());
-                if present.len() >= places {
-                    present.remove(0).abort();
+                if visits.len() >= places {
+                    if let Some(oldest) = present.first() {
+                        oldest.abort();
+                    }
+                    // Waits until its descriptor is closed: there are at most so many, and the new one's.
+                    let _ = visits.join_next().await;
                 }
                 present.push(visits.spawn(visit(stream)));
             }
