@@ -63,8 +63,12 @@ where
             Ok(stream) => {
                 while serving.try_join_next().is_some() {}
                 present.retain(|connection| !connection.is_finished());
-                if present.len() >= most {
-                    present.remove(0).abort();
+                if serving.len() >= most {
+                    if let Some(oldest) = present.first() {
+                        oldest.abort();
+                    }
+                    // Its descriptor is closed then, so that the number of descriptors has a limit too.
+                    let _ = serving.join_next().await;
                 }
                 present.push(serving.spawn(serve(stream)));
             }
