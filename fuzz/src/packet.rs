@@ -46,7 +46,7 @@ pub fn exercise(data: &[u8]) {
             assert_eq!(first, begins.map(|(ends, _)| key(ends)));
         }
         (Err(Counter::Fragment), Seen::FragmentQuoted)
-        | (Err(Counter::Waypoint), Seen::Waypoint)
+        | (Err(Counter::SourceRoute), Seen::Waypoint)
         | (Err(Counter::NotTcp), Seen::Other)
         | (Err(_), Seen::Broken) => {}
         _ => panic!("{parsed:?}, and not {seen:?}"),
@@ -68,10 +68,10 @@ fn check_record(recorded: Result<(), Counter>, record: &SynRecord, syn: &Segment
     match recorded {
         Err(Counter::LinkLocal) => assert!(is_link_local(syn.ends.0.ip())),
         _ if syn.is_padded() => assert!(recorded.is_err()),
-        Err(Counter::Waypoint) => assert!(syn.is_at_waypoint()),
-        Err(Counter::Signed) => assert!(syn.is_signed()),
-        Err(Counter::Joining) => assert!(syn.joins()),
-        Err(Counter::Expiring) => assert!(syn.ttl <= 1),
+        Err(Counter::SourceRoute) => assert!(syn.is_at_waypoint()),
+        Err(Counter::TcpAuth) => assert!(syn.is_signed()),
+        Err(Counter::MpJoin) => assert!(syn.joins()),
+        Err(Counter::TtlExceeded) => assert!(syn.ttl <= 1),
         Err(other) => panic!("{other:?}"),
         Ok(()) => {
             assert!(!syn.is_at_waypoint() && !syn.is_signed() && !syn.joins());

@@ -456,7 +456,7 @@ counters! {
     /// A client leg's segment left for the client.
     Sent = "sent",
     /// Dropped: the host's ICMP redirect about a flow, by which client or server would go past the gateway.
-    Redirect = "icmp_redirect",
+    IcmpRedirect = "icmp_redirect",
     /// Dropped: a leg's packet that names no interface, or that there is no route for.
     Undeliverable = "undeliverable",
 
@@ -469,15 +469,15 @@ counters! {
     /// Passed: a fragment without ports whose packet's first fragment was not a leg's, or has not come before it.
     Fragment = "fragment",
     /// Passed: a source route with segments left, so the destination is not the server.
-    Waypoint = "source_route",
+    SourceRoute = "source_route",
     /// Passed: signed with a key that only the two ends have (TCP-MD5, TCP-AO).
-    Signed = "tcp_auth",
+    TcpAuth = "tcp_auth",
     /// Passed: joins a connection of several paths (MP_JOIN of RFC 8684) that is the two ends' own.
-    Joining = "mp_join",
+    MpJoin = "mp_join",
     /// Passed: truncated or inconsistent headers.
     Malformed = "malformed",
     /// Passed: a segment of a connection that is not pepsal's.
-    Foreign = "no_flow",
+    NoFlow = "no_flow",
     /// Passed: a SYN on an interface that is not intercepted.
     NotIntercepted = "not_intercepted",
     /// Passed: a SYN that was sent to another host's link-layer address.
@@ -485,11 +485,11 @@ counters! {
     /// Passed: a SYN from a link-local address, which no router forwards.
     LinkLocal = "link_local",
     /// Passed: a SYN with a TTL or hop limit of 1.
-    Expiring = "ttl_exceeded",
+    TtlExceeded = "ttl_exceeded",
     /// Passed: a SYN whose server is about to open the same connection from its side.
-    Simultaneous = "simultaneous_open",
+    SimultaneousOpen = "simultaneous_open",
     /// Passed: a SYN that the selection rules exclude.
-    Unselected = "not_selected",
+    NotSelected = "not_selected",
     /// Passed: a SYN that the gateway would not forward: to one of its own addresses, or to where it has no route.
     NotForwarded = "not_forwarded",
     /// Passed: no listener, so no daemon.
@@ -497,7 +497,7 @@ counters! {
     /// Passed: one of pepsal's devices is missing.
     NoDevice = "no_device",
     /// Passed: the daemon's heartbeat is too old.
-    Unresponsive = "heartbeat_expired",
+    HeartbeatExpired = "heartbeat_expired",
     /// Passed: as many flows as allowed are open.
     LimitReached = "limit_reached",
     /// Passed: as many flows of this subscriber as allowed are open.

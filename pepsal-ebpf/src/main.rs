@@ -80,7 +80,7 @@ pub fn pepsal_replies(ctx: TcContext) -> i32 {
         Ok(counter) => {
             count(counter);
             match counter {
-                Counter::Redirect => DROP,
+                Counter::IcmpRedirect => DROP,
                 _ => or_drop(replies::to_servers(skb)),
             }
         }

@@ -40,7 +40,7 @@ fn classify_whole(skb: Skb) -> Result<Counter, Counter> {
     };
     match Side::Servers.find(skb, &segment) {
         Found::Leg(_) => Ok(counter),
-        _ => Err(Counter::Foreign),
+        _ => Err(Counter::NoFlow),
     }
 }
 
@@ -50,7 +50,7 @@ fn classify_redirect(skb: Skb, family: Family) -> Result<Counter, Counter> {
     let segment = redirected(&skb, family).ok_or(Counter::NotTcp)?;
     let is_of_leg = |segment| matches!(Side::Servers.find(skb, &segment), Found::Leg(_));
     match is_of_leg(segment) || is_of_leg(segment.swapped()) {
-        true => Ok(Counter::Redirect),
+        true => Ok(Counter::IcmpRedirect),
         false => Err(Counter::NotTcp),
     }
 }

@@ -42,7 +42,7 @@ pub fn injected(skb: Skb) -> Option<Counter> {
         return None;
     }
     if skb.tc_index() != u32::from(instance()) {
-        return Some(Counter::Foreign);
+        return Some(Counter::NoFlow);
     }
     skb.set_mark(skb.mark() & !mark_mask());
     // The instance's number stays: one that has taken over knows by it whose SYN this is.
@@ -79,11 +79,11 @@ fn classify_whole(ctx: &TcContext) -> Result<Counter, Counter> {
             // look-up: where it found nothing there is no record either, which spares all foreign segments a question.
             // SAFETY: the record is not looked into.
             Found::Listener if unsafe { FLOWS.get(segment.flow()) }.is_some() => Ok(Counter::Pending),
-            _ => Err(Counter::Foreign),
+            _ => Err(Counter::NoFlow),
         },
         Parsed::IcmpError(segment) => match Side::Clients.find(skb, &segment) {
             Found::Leg(_) => Ok(Counter::IcmpError),
-            _ => Err(Counter::Foreign),
+            _ => Err(Counter::NoFlow),
         },
     }
 }
@@ -96,7 +96,7 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
         return Err(Counter::OtherHost);
     }
     if predecessor() != 0 && skb.tc_index() == u32::from(predecessor()) {
-        return Err(Counter::Foreign);
+        return Err(Counter::NoFlow);
     }
     let ingress_ifindex = skb.ifindex();
     // SAFETY: a whole value, which the daemon writes before it attaches to the interface.
@@ -111,12 +111,12 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
     // rest once for each way through the headers that leads here, and that takes them seconds.
     let Scratch { syn, record, options } = black_box(scratch);
     if !selected(syn) {
-        return Err(Counter::Unselected);
+        return Err(Counter::NotSelected);
     }
     // A simultaneous open (RFC 9293, 3.5), of which one flow is enough: its server leg will meet this end's SYNs.
     // SAFETY: the record is not looked into.
     if unsafe { FLOWS.get(syn.answered_flow()) }.is_some() {
-        return Err(Counter::Simultaneous);
+        return Err(Counter::SimultaneousOpen);
     }
     if !is_listening(listener(syn.family, ingress_ifindex)) {
         return Err(Counter::NoListener);
@@ -129,7 +129,7 @@ fn intercept(ctx: &TcContext, syn: Segment) -> Result<Counter, Counter> {
     // SAFETY: a helper without arguments, and an element that the daemon writes whole.
     let (now, heartbeat) = unsafe { (bpf_ktime_get_ns(), read_volatile(heartbeat)) };
     if now > heartbeat.saturating_add(heartbeat_bound_ns()) {
-        return Err(Counter::Unresponsive);
+        return Err(Counter::HeartbeatExpired);
     }
 
     record_syn(&skb, syn, record, options)?;

@@ -108,7 +108,7 @@ pub(super) fn parse_v6(packet: &impl Packet, header: [u32; 10], at: u32) -> Resu
             EXT_HOP_BY_HOP => ip.hop_by_hop = span,
             EXT_DESTINATION => ip.destination_options = span,
             // Segments left: this router is a waypoint and the destination is not the final one (RFC 8200, 4.4).
-            _ if header[3] != 0 => return Err(Counter::Waypoint),
+            _ if header[3] != 0 => return Err(Counter::SourceRoute),
             _ => {}
         }
         ip.protocol = header[0];
@@ -150,7 +150,7 @@ mod tests {
             syn.extensions.truncate(EXTENSIONS_WALKED - 1);
             let header = (EXT_ROUTING, vec![0, 4, left, 0, 0, 0, 0]);
             syn.extensions.insert(at.index(syn.extensions.len() + 1), header);
-            prop_assert_eq!(parse_bytes(&syn.packet(), Family::V6), Err(Counter::Waypoint));
+            prop_assert_eq!(parse_bytes(&syn.packet(), Family::V6), Err(Counter::SourceRoute));
         }
     }
 }

@@ -31,7 +31,7 @@ pub fn record_syn(
         }
     }
     if head.ttl <= 1 {
-        return Err(Counter::Expiring);
+        return Err(Counter::TtlExceeded);
     }
     let mut truncated = 0;
     head.ip_options_len =
@@ -117,7 +117,7 @@ fn refuse_waypoint(packet: &impl Packet, options: Span) -> Result<(), Counter> {
     match has_option(packet, options, |kind, len, pointer| {
         matches!(kind, 131 | 137) && len > 2 && pointer <= len
     })? {
-        true => Err(Counter::Waypoint),
+        true => Err(Counter::SourceRoute),
         false => Ok(()),
     }
 }
@@ -133,8 +133,8 @@ fn refuse_of_the_ends(packet: &impl Packet, options: Span) -> Result<(), Counter
             matches!(kind, TCP_MD5 | TCP_AO) && len > 2
         })?;
         return match is_signed {
-            true => Err(Counter::Signed),
-            false => Err(Counter::Joining),
+            true => Err(Counter::TcpAuth),
+            false => Err(Counter::MpJoin),
         };
     }
     Ok(())
@@ -243,14 +243,14 @@ mod tests {
             // A route of three hops, of which `left` are still to come.
             let route = [if is_strict { 137 } else { 131 }, 15, 16 - 4 * left, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 0];
             syn.ip_options = [&[1; 4][..before.min(4)], &route, &[0; 4][before.min(4)..]].concat();
-            let expected = if left > 0 { Err(Counter::Waypoint) } else { Ok(()) };
+            let expected = if left > 0 { Err(Counter::SourceRoute) } else { Ok(()) };
             prop_assert_eq!(packet(&syn), expected);
 
             syn.ip_options = Vec::new();
             let signature = [if is_ao { 29 } else { 19 }, 18];
             syn.tcp_options = [&vec![1; before][..], &signature, &[7; 16], &vec![0; 10 - before - before % 2]].concat();
             syn.tcp_options.resize(syn.tcp_options.len().next_multiple_of(4), 0);
-            prop_assert_eq!(packet(&syn), Err(Counter::Signed));
+            prop_assert_eq!(packet(&syn), Err(Counter::TcpAuth));
         }
 
         #[test]
@@ -272,10 +272,10 @@ mod tests {
             let port = syn.source.port();
             let local = Syn { source: (link_local, port).into(), ..syn.clone() };
             prop_assert_eq!(recorded(&local), Err(Counter::LinkLocal));
-            prop_assert_eq!(recorded(&Syn { ttl, ..syn.clone() }), Err(Counter::Expiring));
+            prop_assert_eq!(recorded(&Syn { ttl, ..syn.clone() }), Err(Counter::TtlExceeded));
             syn.tcp_options = [&vec![1; before][..], &[30, 12, subtype << 4], &[7; 9]].concat();
             syn.tcp_options.resize(syn.tcp_options.len().next_multiple_of(4), 0);
-            let expected = if subtype == MP_JOIN { Err(Counter::Joining) } else { Ok(()) };
+            let expected = if subtype == MP_JOIN { Err(Counter::MpJoin) } else { Ok(()) };
             prop_assert_eq!(recorded(&syn), expected);
         }
     }

@@ -65,7 +65,7 @@ fn hung_daemon_is_passed_by() -> Result<()> {
     gateway.beat(too_long)?;
     assert_eq!(
         gateway.steer(&Tcp::syn(Family::V4).packet())?,
-        Counter::Unresponsive
+        Counter::HeartbeatExpired
     );
     assert!(gateway.flows()?.is_empty());
     gateway.beat(bound / 2)?;

@@ -201,19 +201,19 @@ impl Model {
                 kind: Kind::Syn,
             } if !self.legs.contains(ends) => {
                 return Expected::Passed(&[
-                    Counter::Simultaneous,
+                    Counter::SimultaneousOpen,
                     Counter::Malformed,
                     Counter::NotForwarded,
                     Counter::LinkLocal,
-                    Counter::Expiring,
-                    Counter::Waypoint,
-                    Counter::Signed,
-                    Counter::Joining,
+                    Counter::TtlExceeded,
+                    Counter::SourceRoute,
+                    Counter::TcpAuth,
+                    Counter::MpJoin,
                 ]);
             }
             Seen::CutSegment { ends, .. } => self.expect_of_segment(*ends),
             Seen::Error { ends } if self.legs.contains(ends) => Counter::IcmpError,
-            Seen::Error { .. } => Counter::Foreign,
+            Seen::Error { .. } => Counter::NoFlow,
             Seen::Fragment {
                 of,
                 begins: Some((ends, kind)),
@@ -226,14 +226,14 @@ impl Model {
             },
             Seen::Fragment { of: Some(of), .. } if self.fragments.contains(of) => Counter::Steered,
             Seen::Fragment { .. } | Seen::FragmentQuoted => Counter::Fragment,
-            Seen::Waypoint => Counter::Waypoint,
+            Seen::Waypoint => Counter::SourceRoute,
             Seen::Other => Counter::NotTcp,
             Seen::Broken => {
                 return Expected::Passed(&[
                     Counter::Malformed,
                     Counter::NotTcp,
                     Counter::Fragment,
-                    Counter::Waypoint,
+                    Counter::SourceRoute,
                 ]);
             }
         };
@@ -246,28 +246,28 @@ impl Model {
         } else if self.pending.contains(&ends) {
             Counter::Pending
         } else {
-            Counter::Foreign
+            Counter::NoFlow
         }
     }
 
     fn expect_of_syn(&self, syn: &Segment) -> Expected {
         let counter = match self.forwarded_to(syn.ends) {
-            _ if self.pending.contains(&(syn.ends.1, syn.ends.0)) => Counter::Simultaneous,
+            _ if self.pending.contains(&(syn.ends.1, syn.ends.0)) => Counter::SimultaneousOpen,
             None => Counter::NotForwarded,
             Some(_) if is_link_local(syn.ends.0.ip()) => Counter::LinkLocal,
             Some(_) if syn.is_padded() => {
                 return Expected::Passed(&[
                     Counter::Malformed,
-                    Counter::Expiring,
-                    Counter::Waypoint,
-                    Counter::Signed,
-                    Counter::Joining,
+                    Counter::TtlExceeded,
+                    Counter::SourceRoute,
+                    Counter::TcpAuth,
+                    Counter::MpJoin,
                 ]);
             }
-            Some(_) if syn.is_at_waypoint() => Counter::Waypoint,
-            Some(_) if syn.ttl <= 1 => Counter::Expiring,
-            Some(_) if syn.is_signed() => Counter::Signed,
-            Some(_) if syn.joins() => Counter::Joining,
+            Some(_) if syn.is_at_waypoint() => Counter::SourceRoute,
+            Some(_) if syn.ttl <= 1 => Counter::TtlExceeded,
+            Some(_) if syn.is_signed() => Counter::TcpAuth,
+            Some(_) if syn.joins() => Counter::MpJoin,
             Some(_) => {
                 let is_pending = self.pending.contains(&syn.ends);
                 let counter = if is_pending {

@@ -31,13 +31,13 @@ fn segments_of_a_flow_that_is_being_set_up_are_steered() -> Result<()> {
         assert_eq!(gateway.steer(&ack)?, Counter::Pending);
         assert_eq!(
             gateway.run(REPLIES, &ethernet(&ack))?,
-            Counter::Foreign,
+            Counter::NoFlow,
             "no server leg is recorded"
         );
         let answer = Tcp::with_flags(family, ACK).swapped();
         assert_eq!(
             gateway.steer(&answer.packet())?,
-            Counter::Foreign,
+            Counter::NoFlow,
             "the server is not to answer"
         );
     }
@@ -83,7 +83,7 @@ fn flow_is_known_for_two_generations_and_by_its_syn_at_once() -> Result<()> {
         ] {
             gateway.filter(generation, slots)?;
             for (name, counter) in [(STEER, Counter::Steered), (REPLIES, Counter::Returned)] {
-                let expected = if is_known { counter } else { Counter::Foreign };
+                let expected = if is_known { counter } else { Counter::NoFlow };
                 let counted = gateway.run(name, &ethernet(&leg.packet()))?;
                 assert_eq!(counted, expected, "{family:?} {name} {generation} {slots}");
             }

@@ -73,7 +73,7 @@ fn packet_of_another_instances_server_leg_is_left_to_that() -> Result<()> {
             .run(|| test_run_marked(program, &frame, lan0, marked))?;
         assert_eq!(outcome, Outcome::Passed, "with its mark");
     }
-    assert_eq!(gateway.count(Counter::Foreign)?, 2);
+    assert_eq!(gateway.count(Counter::NoFlow)?, 2);
     assert!(gateway.flows()?.is_empty());
     Ok(())
 }

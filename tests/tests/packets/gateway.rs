@@ -305,12 +305,12 @@ pub enum Outcome {
 impl Outcome {
     /// That of a packet that arrived on, or leaves by, an interface and is counted so by a program.
     pub fn of(counter: Counter, program: &str, ifindex: u32) -> Self {
-        use Counter::{IcmpError, Intercepted, Pending, Redirect, Retransmitted, Returned, Steered};
+        use Counter::{IcmpError, IcmpRedirect, Intercepted, Pending, Retransmitted, Returned, Steered};
         match counter {
             IcmpError if program == REPLIES => Self::ToServers,
             Intercepted | Retransmitted | Steered | Pending | IcmpError => Self::ToClients(ifindex),
             Returned => Self::ToServers,
-            Redirect => Self::Dropped,
+            IcmpRedirect => Self::Dropped,
             _ => Self::Passed,
         }
     }

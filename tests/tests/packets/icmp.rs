@@ -27,8 +27,8 @@ fn icmp_errors_about_legs_are_steered_and_all_other_messages_pass() -> Result<()
                 let about_stranger =
                     gateway.run(name, &ethernet(&stranger.icmp_error(icmp_type, header_len + 8)))?;
                 let expected = match is_error {
-                    true => (Counter::IcmpError, Counter::Foreign),
-                    false if is_redirect && name == REPLIES => (Counter::Redirect, Counter::NotTcp),
+                    true => (Counter::IcmpError, Counter::NoFlow),
+                    false if is_redirect && name == REPLIES => (Counter::IcmpRedirect, Counter::NotTcp),
                     false => (Counter::NotTcp, Counter::NotTcp),
                 };
                 assert_eq!(
@@ -75,7 +75,7 @@ fn icmp_errors_are_understood_by_what_they_quote() -> Result<()> {
     // Quoting the wrong way round: sent by the peer, not by us.
     assert_eq!(
         gateway.steer(&v4.swapped().icmp_error(3, usize::MAX))?,
-        Counter::Foreign
+        Counter::NoFlow
     );
 
     let udp_quoted = [&[3, 4, 0, 0, 0, 0, 5, 120][..], &v4.ip(17, &[0; 8])].concat();

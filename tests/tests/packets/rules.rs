@@ -16,7 +16,7 @@ fn syn_that_is_not_selected_passes() -> Result<()> {
             gateway.select(trie, family, false)?;
             assert_eq!(
                 gateway.steer(&Tcp::syn(family).packet())?,
-                Counter::Unselected,
+                Counter::NotSelected,
                 "{family:?} {trie}"
             );
             gateway.select(trie, family, true)?;
@@ -34,7 +34,7 @@ fn syn_that_is_not_selected_passes() -> Result<()> {
     sets.insert(1, ports, 0)?;
     for (port, expected) in [
         (79, Counter::Intercepted),
-        (80, Counter::Unselected),
+        (80, Counter::NotSelected),
         (81, Counter::Intercepted),
         (65_535, Counter::Intercepted),
         (1, Counter::Intercepted),
@@ -57,9 +57,9 @@ fn rules_hold_whose_generation_does() -> Result<()> {
     }
     for (generation, expected) in [
         (0, Counter::Intercepted),
-        (1, Counter::Unselected),
+        (1, Counter::NotSelected),
         // Nothing was written for it.
-        (2, Counter::Unselected),
+        (2, Counter::NotSelected),
         (0, Counter::Intercepted),
     ] {
         let map = gateway.ebpf.map_mut("GENERATION").context("GENERATION")?;

@@ -25,14 +25,14 @@ fn syn_that_must_not_be_split_passes() -> Result<()> {
         ip_options: ROUTE.into(),
         ..Tcp::syn(Family::V4)
     };
-    assert_eq!(gateway.steer(&routed.packet())?, Counter::Waypoint);
+    assert_eq!(gateway.steer(&routed.packet())?, Counter::SourceRoute);
     for family in Family::BOTH {
         for kind in [19, 29] {
             let signed = Tcp {
                 tcp_options: [&[1, 1, kind, 18][..], &[7; 16]].concat(),
                 ..Tcp::syn(family)
             };
-            assert_eq!(gateway.steer(&signed.packet())?, Counter::Signed, "kind {kind}");
+            assert_eq!(gateway.steer(&signed.packet())?, Counter::TcpAuth, "kind {kind}");
         }
     }
     assert!(gateway.flows()?.is_empty());
@@ -51,8 +51,8 @@ fn syn_that_no_router_or_no_proxy_may_take_passes() -> Result<()> {
         // The kernel has no route for those of IPv6.
         assert!([Counter::LinkLocal, Counter::NotForwarded].contains(&gateway.steer(&local.packet())?));
         for (ttl, expected) in [
-            (0, Counter::Expiring),
-            (1, Counter::Expiring),
+            (0, Counter::TtlExceeded),
+            (1, Counter::TtlExceeded),
             (2, Counter::Intercepted),
         ] {
             let counted = gateway.steer(&Tcp { ttl, ..syn.clone() }.packet())?;
@@ -60,7 +60,7 @@ fn syn_that_no_router_or_no_proxy_may_take_passes() -> Result<()> {
         }
         gateway.forget_flows()?;
         // MP_CAPABLE is answered without, MP_JOIN is not for pepsal to answer.
-        for (subtype, expected) in [(0, Counter::Intercepted), (1, Counter::Joining)] {
+        for (subtype, expected) in [(0, Counter::Intercepted), (1, Counter::MpJoin)] {
             let multipath = Tcp {
                 tcp_options: [&[30, 12, subtype << 4][..], &[7; 9]].concat(),
                 ..syn.clone()
@@ -136,10 +136,10 @@ fn syn_is_found_behind_extension_headers_that_a_router_may_pass() -> Result<()> 
         (&[(DESTINATION, &long)], Counter::Intercepted, 1),
         (&[(HOP_BY_HOP, &long)], Counter::Intercepted, 1),
         (&[(DESTINATION, PADDING); 9], Counter::NotTcp, 0),
-        (&[(ROUTING, &[0, 4, 1, 0, 0, 0, 0])], Counter::Waypoint, 0),
+        (&[(ROUTING, &[0, 4, 1, 0, 0, 0, 0])], Counter::SourceRoute, 0),
         (
             &[(HOP_BY_HOP, ROUTER_ALERT), (ROUTING, &[0, 4, 255, 0, 0, 0, 0])],
-            Counter::Waypoint,
+            Counter::SourceRoute,
             0,
         ),
         (&[(AUTHENTICATION, &[4; 23])], Counter::NotTcp, 0),
@@ -190,13 +190,13 @@ fn only_a_plain_syn_opens_a_flow() -> Result<()> {
         for (flags, name) in FLAGS {
             for flags in [flags, flags | SYN] {
                 let counted = gateway.steer(&Tcp::with_flags(family, flags).packet())?;
-                assert_eq!(counted, Counter::Foreign, "{family:?} {name} {flags:#x}");
+                assert_eq!(counted, Counter::NoFlow, "{family:?} {name} {flags:#x}");
             }
         }
         for flags in [0, 0x08, 0x20, 0xc0] {
             assert_eq!(
                 gateway.steer(&Tcp::with_flags(family, flags).packet())?,
-                Counter::Foreign,
+                Counter::NoFlow,
                 "{flags:#x}"
             );
         }
@@ -218,7 +218,7 @@ fn syn_that_leaves_by_an_interface_passes() -> Result<()> {
     let mut gateway = Gateway::new()?;
     for family in Family::BOTH {
         let syn = ethernet(&Tcp::syn(family).packet());
-        assert_eq!(gateway.run(REPLIES, &syn)?, Counter::Foreign);
+        assert_eq!(gateway.run(REPLIES, &syn)?, Counter::NoFlow);
     }
     assert!(gateway.flows()?.is_empty());
     Ok(())
