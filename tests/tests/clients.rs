@@ -157,7 +157,7 @@ fn bound_is_of_each_daemon() -> Result<()> {
     };
     let first = open(&network)?;
     let successor = network.start(&[&BOUNDED[..], &["--takeover"]].concat())?;
-    daemon.wait_for_log("relieved")?;
+    daemon.wait_for_log("takeover by process")?;
     let second = open(&network)?;
     first.iter().chain(&second).try_for_each(Connection::exchange)?;
     drop(first);
