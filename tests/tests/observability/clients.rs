@@ -38,8 +38,11 @@ fn names(clients: &Value) -> Result<String> {
 
 /// Sends bytes up, and waits until the server has them.
 fn send(flow: &Connection, bytes: usize) -> Result<()> {
-    (&flow.client).write_all(&vec![1; bytes])?;
-    Ok((&flow.server).read_exact(&mut vec![0; bytes])?)
+    thread::scope(|scope| -> Result<()> {
+        let received = scope.spawn(|| (&flow.server).read_exact(&mut vec![0; bytes]));
+        (&flow.client).write_all(&vec![1; bytes])?;
+        Ok(received.join().expect("reading does not panic")?)
+    })
 }
 
 #[test]
