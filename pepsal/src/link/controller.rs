@@ -107,6 +107,9 @@ pub struct Controller {
     /// That time and queueing, no older than [`MEMORY`].
     queueings: VecDeque<(Duration, Duration)>,
     queueing: Duration,
+    conceded: Option<Concession>,
+    /// Rates while it competes.
+    trial: Option<Trial>,
     /// When it last changed the rate while it competes.
     changed: Duration,
     /// When legs last used the rate.
@@ -117,6 +120,45 @@ pub struct Controller {
     lossy_since: Option<Duration>,
     /// The lost part of what was sent, averaged over about [`MEMORY`].
     loss: f64,
+}
+
+/// Queues in succession, in each of which less arrived than in the one before: the link carries less, or another sender has
+/// taken the rate that was left to it.
+#[derive(Debug, Clone, Copy)]
+struct Concession {
+    at: Duration,
+    /// Bytes per second that arrived in the last one.
+    carried: u64,
+    times: u32,
+    /// Bytes per second that were sent before the first one.
+    before: u64,
+}
+
+/// Rates sent and rates that arrived, in bytes per second, by which another sender is told from a slower link.
+#[derive(Debug, Clone, Copy)]
+struct Trial {
+    /// The time from which what arrives was sent in it.
+    from: Duration,
+    sent: Span,
+    arrived: Span,
+}
+
+/// The least and the most of a value.
+#[derive(Debug, Clone, Copy)]
+struct Span(u64, u64);
+
+impl Span {
+    fn of(value: u64) -> Self {
+        Self(value, value)
+    }
+
+    fn with(self, value: u64) -> Self {
+        Self(self.0.min(value), self.1.max(value))
+    }
+
+    fn ratio(self) -> f64 {
+        self.1 as f64 / self.0.max(1) as f64
+    }
 }
 
 /// How long the least queueing delay counts.
@@ -151,6 +193,15 @@ const ARRIVES: f64 = 0.95;
 /// Attempts to drain after which the queue is not ours.
 const VAIN: u32 = 3;
 
+/// Concessions in succession before more is sent instead of less.
+const CONCESSIONS: u32 = 2;
+/// The most that is sent then, as a factor of the rate that arrives.
+const PUSH: f64 = 1.5;
+/// The ratio of rates sent after which the rates that arrived are compared.
+const VARIED: f64 = 1.15;
+/// The ratio of rates that arrived from which on another sender shares the queue.
+const MORE: f64 = 1.04;
+
 /// Lost part of what was sent above which there is a queue, though nothing is seen of it.
 const EXCESS_LOSS: f64 = 0.2;
 /// Loss beyond the usual with which a link does not grow.
@@ -183,6 +234,8 @@ impl Controller {
             watched: Duration::ZERO,
             queueings: VecDeque::new(),
             queueing: Duration::ZERO,
+            conceded: None,
+            trial: None,
             changed: Duration::ZERO,
             used_at: None,
             queued_since: None,
@@ -247,13 +300,18 @@ impl Controller {
         let (delivered, lost) = self.recently();
         let is_lossy = self.has_excess_loss(&seen, lost);
         let is_queued = self.has_queue(&seen, excess, delivered);
+        let is_alone = self.state == State::Competing && self.is_alone(delivered);
         match self.state {
             State::Draining if excess <= tolerance(seen.rtt) => self.settle(&seen),
             State::Draining => self.go_on_draining(&seen, queueing, delivered),
+            State::Competing if is_alone => self.drain(delivered),
             State::Competing if self.is_contested(&seen, queueing) => self.compete(&seen, lost),
             _ if is_queued || is_lossy => {
                 (self.rate_at_first, self.queueing_at_first, self.vain) = (self.rate, queueing, 0);
-                self.drain(delivered);
+                match self.concede(seen.rtt, delivered) {
+                    Some(rate) => self.insist(seen.rtt, rate, delivered, queueing),
+                    None => self.drain(delivered),
+                }
             }
             _ if self.now >= self.until => self.grow(&seen, delivered, lost),
             _ => {}
@@ -278,8 +336,8 @@ impl Controller {
     fn remember(&mut self, seen: &Observation) {
         self.recent.push_back(*seen);
         let mut kept: Duration = self.recent.iter().map(|seen| seen.elapsed).sum();
-        // Half a round trip is enough for what arrives, since it arrives all the time.
-        let wanted = (seen.rtt / 2).max(Duration::from_millis(200));
+        // A whole round trip: others send a window at a time, and what is sent here arrives between their bursts.
+        let wanted = seen.rtt.max(Duration::from_millis(200));
         while let Some(oldest) = self
             .recent
             .front()
@@ -388,6 +446,65 @@ impl Controller {
         self.set(factor * self.rate as f64);
     }
 
+    /// Counts a concession. Returns the rate before the first one when there are too many.
+    fn concede(&mut self, rtt: Duration, delivered: u64) -> Option<u64> {
+        let is_less = |conceded: &Concession| {
+            self.now - conceded.at < (20 * rtt).max(MEMORY / 2)
+                && (delivered as f64) < ARRIVES * conceded.carried as f64
+        };
+        let conceded = match self.conceded.filter(is_less) {
+            // Within a round trip it is the same change of the link.
+            Some(conceded) if self.now - conceded.at < rtt.max(BURST) => Concession {
+                carried: delivered,
+                ..conceded
+            },
+            Some(conceded) => Concession {
+                at: self.now,
+                carried: delivered,
+                times: conceded.times + 1,
+                ..conceded
+            },
+            None => Concession {
+                at: self.now,
+                carried: delivered,
+                times: 0,
+                before: self.rate,
+            },
+        };
+        self.conceded = Some(conceded).filter(|conceded| conceded.times < CONCESSIONS);
+        (conceded.times >= CONCESSIONS).then_some(conceded.before)
+    }
+
+    /// Sends more into a queue that another sender may have filled: where one has, more arrives.
+    fn insist(&mut self, rtt: Duration, rate: u64, delivered: u64, queueing: Duration) {
+        let more = (PUSH * delivered as f64).max(self.rate as f64);
+        self.set(more.min(rate as f64));
+        self.state = State::Competing;
+        (self.until, self.changed) = (self.now + (8 * rtt).max(STANDING), self.now);
+        self.trial = Some(Trial {
+            from: self.now + queueing + 2 * rtt,
+            sent: Span::of(delivered),
+            arrived: Span::of(delivered),
+        });
+    }
+
+    /// Returns whether there is no other sender: the same arrives, whatever is sent.
+    fn is_alone(&mut self, delivered: u64) -> bool {
+        let Some(mut trial) = self.trial.filter(|trial| self.now >= trial.from) else {
+            return false;
+        };
+        trial.sent = trial.sent.with(self.rate);
+        trial.arrived = trial.arrived.with(delivered);
+        let has_varied = trial.sent.ratio() >= VARIED;
+        let is_alone = has_varied && trial.arrived.ratio() < MORE;
+        if has_varied {
+            trial.sent = Span::of(self.rate);
+            trial.arrived = Span::of(delivered);
+        }
+        self.trial = Some(trial).filter(|_| !is_alone);
+        is_alone
+    }
+
     fn drain(&mut self, delivered: u64) {
         self.state = State::Draining;
         self.steps = 0;
@@ -448,6 +565,11 @@ impl Controller {
         self.set(self.rate_at_first as f64);
         if queueing > self.queueing_at_first + rival(seen.rtt) {
             self.state = State::Competing;
+            self.trial = Some(Trial {
+                from: self.now + queueing + 2 * seen.rtt,
+                sent: Span::of(self.rate),
+                arrived: Span::of(delivered),
+            });
             self.until = self.now + MEMORY;
             self.changed = self.now;
         }
@@ -508,6 +630,10 @@ mod tests {
         others: Box<dyn Fn(f64) -> f64>,
         /// Whether one of them is a CUBIC sender (RFC 9438) that passes pepsal by.
         cubic: bool,
+        /// Whether it leaves slow start when round trips grow.
+        hystart: bool,
+        /// Whether it sends a window at a time instead of segment by segment.
+        bursts: bool,
         /// Bytes.
         buffer: f64,
         /// Part of what is sent that is lost.
@@ -560,6 +686,8 @@ mod tests {
                 rtt: Box::new(|_| GEO),
                 others: Box::new(|_| 0.0),
                 cubic: false,
+                hystart: false,
+                bursts: false,
                 buffer: RATE * GEO,
                 loss: 0.0,
             }
@@ -574,6 +702,7 @@ mod tests {
             let mut least = f64::MAX;
             // Segments: the window, what it was at the last loss, and when that was.
             let (mut cubic_window, mut cubic_before, mut cubic_lost_at) = (10.0_f64, 1e9_f64, f64::MIN);
+            let (mut round_ends, mut quota) = (0.0, 0.0);
             let mut moments = Vec::new();
             let (mut delivered, mut lost, mut round_trip, mut ticked) = (0.0, 0.0, None, 0.0);
             for step in 0..(seconds / STEP) as usize {
@@ -593,7 +722,15 @@ mod tests {
                 let sent = (controller.rate() as f64 * STEP).min((window - in_flight).max(0.0));
                 in_flight += sent;
                 let mut theirs = (self.others)(at) * STEP;
-                if self.cubic {
+                if self.cubic && self.bursts {
+                    // What is acknowledged in a burst is sent in a burst.
+                    if at >= round_ends {
+                        (round_ends, quota) = (at + rtt + (queue + others) / capacity, cubic_window * 1448.0);
+                    }
+                    let burst = quota.min(3.0 * capacity * STEP);
+                    quota -= burst;
+                    theirs += burst;
+                } else if self.cubic {
                     theirs += cubic_window * 1448.0 / (rtt + (queue + others) / capacity) * STEP;
                 }
                 queue += sent;
@@ -607,6 +744,10 @@ mod tests {
                 let since = at - cubic_lost_at;
                 if excess * (1.0 - part) > 0.0 && since > rtt + self.buffer / capacity {
                     (cubic_before, cubic_window, cubic_lost_at) = (cubic_window, 0.7 * cubic_window, at);
+                } else if cubic_before > 1e8 && self.hystart && (queue + others) / capacity > 0.016 {
+                    // It ends its slow start without loss (RFC 9406), and goes on from the middle of its curve.
+                    let k = (cubic_window * 0.3 / 0.4).cbrt();
+                    (cubic_before, cubic_lost_at) = (cubic_window, at - k);
                 } else if cubic_before > 1e8 {
                     cubic_window *= 2_f64.powf(STEP / (rtt + (queue + others) / capacity));
                 } else {
@@ -723,9 +864,18 @@ mod tests {
 
     #[test]
     fn neither_side_starves_beside_a_sender_that_fills_the_queue() {
-        for ceiling in [1.0, 2.0] {
+        for (ceiling, hystart, bursts) in [
+            (1.0, false, false),
+            (1.0, true, false),
+            (1.0, false, true),
+            (1.0, true, true),
+            (2.0, false, false),
+            (2.0, true, true),
+        ] {
             let simulation = Simulation {
                 cubic: true,
+                hystart,
+                bursts,
                 ..Default::default()
             };
             let run = simulation.run(&mut controller(ceiling * RATE), 200.0);
